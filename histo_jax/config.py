@@ -1,0 +1,214 @@
+"""Every setting as a typed field with its unit and reason, and the check of all of them.
+
+Field types stay real objects (no postponed annotations): the command line parses by them.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+from histo_jax.errors import ExpectedError
+
+SOURCES = ("synthetic", "kaggle")
+SPLIT_RULES = ("auto", "slide", "image")
+EVALUATION_SPLITS = ("validation", "test")
+MODELS = ("five_block",)
+
+
+def _option(default: Any, help_text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Which patches, where they lie, and who trains and who validates."""
+
+    source: str = _option("synthetic", f"where the patches come from: {', '.join(SOURCES)}")
+    raw_dir: str | None = _option(
+        None, "folder of the raw files as downloaded; None = use what is already in tfds_dir"
+    )
+    tfds_dir: str = _option(
+        "~/tensorflow_datasets", "folder for the prepared records; about the size of the raw files"
+    )
+    samples_per_class: int | None = _option(
+        None, "labelled patches drawn from each class before the split; None = all"
+    )
+    validation_fraction: float = _option(0.1, "share of the drawn patches that validates, 0 to 1")
+    split_by: str = _option(
+        "auto",
+        "keep whole slides, or only whole images, on one side: slide, image, "
+        "auto = slide where slides are known",
+    )
+    synthetic_slides: int = _option(
+        40, "slides that the synthetic source draws for training; a quarter as many for the test"
+    )
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """The network."""
+
+    name: str = _option("five_block", f"architecture: {', '.join(MODELS)}")
+    features: tuple[int, ...] = _option(
+        (32, 64, 128, 256, 512), "channels of each block; every block halves height and width"
+    )
+    dense: int = _option(1024, "units of the dense layer before the logit")
+    dropout: float = _option(0.4, "share of the dense units dropped in training, 0 to 1")
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """Adam."""
+
+    learning_rate: float = _option(1.5e-4, "Adam's step size, per step, constant")
+
+
+@dataclasses.dataclass
+class FitConfig:
+    """How much is trained at once and for how long."""
+
+    batch_size: int = _option(64, "patches in one step, over all devices together")
+    epochs: int = _option(15, "passes over the training patches at most")
+    steps_per_epoch: int | None = _option(
+        None, "steps between two validations; None = one pass over the training patches"
+    )
+
+
+@dataclasses.dataclass
+class EarlyStoppingConfig:
+    """When training ends before its last epoch."""
+
+    patience: int = _option(4, "epochs without a better validation loss before training stops")
+    min_delta: float = _option(0.0, "a loss must be lower than the best by more than this, nats")
+
+
+@dataclasses.dataclass
+class EvaluateConfig:
+    """What `evaluate` scores."""
+
+    split: str = _option("validation", f"which side: {', '.join(EVALUATION_SPLITS)}")
+
+
+@dataclasses.dataclass
+class PredictConfig:
+    """How `predict` runs."""
+
+    batch_size: int = _option(256, "patches in one call, over all local devices together")
+
+
+@dataclasses.dataclass
+class Config:
+    """All settings of one run."""
+
+    seed: int = _option(0, "seed of everything random: sampling, split, order, weights, dropout")
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    fit: FitConfig = dataclasses.field(default_factory=FitConfig)
+    early_stopping: EarlyStoppingConfig = dataclasses.field(default_factory=EarlyStoppingConfig)
+    evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+    predict: PredictConfig = dataclasses.field(default_factory=PredictConfig)
+
+
+# The limits, each `(field, holds, what it must be)`; fields that are None have no limit.
+_LIMITS: tuple[tuple[str, Any, str], ...] = (
+    ("seed", lambda v: 0 <= v < 2**31, "from 0 to 2147483647"),
+    ("data.source", lambda v: v in SOURCES, f"one of {', '.join(SOURCES)}"),
+    ("data.samples_per_class", lambda v: v >= 1, "at least 1, or None for all"),
+    ("data.validation_fraction", lambda v: 0 < v < 1, "between 0 and 1"),
+    ("data.split_by", lambda v: v in SPLIT_RULES, f"one of {', '.join(SPLIT_RULES)}"),
+    ("data.synthetic_slides", lambda v: v >= 2, "at least 2"),
+    ("model.name", lambda v: v in MODELS, f"one of {', '.join(MODELS)}"),
+    (
+        "model.features",
+        lambda v: len(v) == 5 and min(v) >= 1,
+        "five numbers, each at least 1",
+    ),
+    ("model.dense", lambda v: v >= 1, "at least 1"),
+    ("model.dropout", lambda v: 0 <= v < 1, "from 0 to below 1"),
+    ("optimizer.learning_rate", lambda v: 0 < v < math.inf, "above 0"),
+    ("fit.batch_size", lambda v: v >= 1, "at least 1"),
+    ("fit.epochs", lambda v: v >= 1, "at least 1"),
+    ("fit.steps_per_epoch", lambda v: v >= 1, "at least 1, or None for one pass"),
+    ("early_stopping.patience", lambda v: v >= 1, "at least 1"),
+    ("early_stopping.min_delta", lambda v: 0 <= v < math.inf, "at least 0"),
+    (
+        "evaluate.split",
+        lambda v: v in EVALUATION_SPLITS,
+        f"one of {', '.join(EVALUATION_SPLITS)}",
+    ),
+    ("predict.batch_size", lambda v: v >= 1, "at least 1"),
+)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Returns every setting by its dotted name, as in `{'fit.batch_size': 64}`."""
+
+    def walk(node: Any, prefix: str) -> typing.Iterator[tuple[str, Any]]:
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from walk(value, f"{prefix}{field.name}.")
+            else:
+                yield prefix + field.name, value
+
+    return dict(walk(config, ""))
+
+
+def describe() -> list[tuple[str, Any, str]]:
+    """Returns `(dotted name, default, help)` of every setting, in order."""
+
+    def walk(kind: Any, prefix: str) -> typing.Iterator[tuple[str, Any, str]]:
+        for field in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(field.type):
+                yield from walk(field.type, f"{prefix}{field.name}.")
+            else:
+                yield prefix + field.name, field.default, field.metadata["help"]
+
+    return list(walk(Config, ""))
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, typing.get_args(kind)[0]) for v in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _type_name(kind: Any) -> str:
+    return str(kind) if typing.get_args(kind) else kind.__name__
+
+
+def _check_types(node: Any, prefix: str) -> None:
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if not _fits(value, field.type):
+            raise ExpectedError(
+                f"config.{prefix}{field.name} = {value!r} is not of type {_type_name(field.type)}"
+            )
+        if dataclasses.is_dataclass(field.type):
+            _check_types(value, f"{prefix}{field.name}.")
+
+
+def validate(config: Config) -> None:
+    """Checks every setting's type and range.
+
+    Raises:
+        ExpectedError: names the first field that is wrong, its value and what it must be.
+    """
+    if not isinstance(config, Config):
+        raise ExpectedError(
+            f"the config is a {type(config).__name__}; get_config() must return histo_jax.Config"
+        )
+    _check_types(config, "")
+    values = flat(config)
+    for name, holds, wanted in _LIMITS:
+        if values[name] is not None and not holds(values[name]):
+            raise ExpectedError(f"config.{name} = {values[name]!r} must be {wanted}")

@@ -1,0 +1,8 @@
+"""Failures that a user can mend."""
+
+
+class ExpectedError(Exception):
+    """An expected failure; its message is one line that names the file or field and the remedy.
+
+    The command line prints the message without a traceback and leaves with status 2.
+    """

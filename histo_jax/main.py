@@ -1,0 +1,158 @@
+"""The command line: `python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE]`."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from histo_jax.config import Config, describe, validate
+from histo_jax.errors import ExpectedError
+
+MODES = ("run", "prepare", "fit", "evaluate", "predict")
+_EXPECTED_FAILURE = 2
+
+_USAGE = """\
+usage: python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE] [--config.FIELD=VALUE ...]
+
+  --config=FILE    a Python file with get_config(), such as configs/kaggle.py
+  --workdir=DIR    folder of the run: checkpoints, history, scores, submission
+  --mode=MODE      run (default): all of the following in order
+                   prepare: write the records; fit: train, or go on; evaluate: score the best
+                   checkpoint; predict: write submission.csv with it
+
+Fields, each with its default (the config file may set another):
+"""
+
+
+class _OrNone(flags.ArgumentParser):
+    """Parses as another parser does, and `None` as None, which optional fields need."""
+
+    def __init__(self, parser: flags.ArgumentParser) -> None:
+        self._parser = parser
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument in (None, "None", "none") else self._parser.parse(argument)
+
+    def flag_type(self) -> str:
+        return self._parser.flag_type()
+
+
+def _define_flags() -> None:
+    config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser()))
+    config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser()))
+    config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser()))
+    config_flags.DEFINE_config_file("config", None, "config file", lock_config=False)
+    flags.DEFINE_string("workdir", None, "folder of the run")
+    flags.DEFINE_enum("mode", "run", MODES, "what to do")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"histo_jax: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(_EXPECTED_FAILURE)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses, and turns every mistake on the command line into one line and status 2."""
+    if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv[1:]):
+        fields = (
+            f"  --config.{name}={default}\n      {text}\n" for name, default, text in describe()
+        )
+        sys.stdout.write(_USAGE + "".join(fields))
+        sys.exit(0)
+    # The library puts a config file's missing off until its first use, and then blames the field.
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            path = Path((value if equals else following).split(":", 1)[0])
+            if not path.is_file():
+                _fail(f"--config={path}: no such file; try --config=configs/quickstart.py")
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(f"{error} (see --help)")
+    except KeyError as error:
+        _fail(f"unknown config field: {error.args[0]} (see --help)")
+    except Exception as error:  # whatever a config file may raise when it is executed
+        _fail(f"the config file is broken: {type(error).__name__}: {error}")
+    if len(rest) > 1:
+        _fail(f"unexpected argument {rest[1]!r} (see --help)")
+    for required in ("config", "workdir"):
+        if flags.FLAGS[required].value is None:
+            _fail(f"--{required} is missing (see --help)")
+    return rest
+
+
+def _prepare(config: Config, workdir: Path) -> None:
+    from histo_jax.data.builder import prepare
+
+    directory = prepare(config).directory
+    print(f"prepared records: {directory}")
+
+
+def _fit(config: Config, workdir: Path) -> None:
+    from histo_jax.fitting import fit
+
+    fit(config, workdir)
+
+
+def _evaluate(config: Config, workdir: Path) -> None:
+    from histo_jax.evaluation import evaluate
+
+    evaluate(config, workdir)
+
+
+def _predict(config: Config, workdir: Path) -> None:
+    from histo_jax.prediction import predict
+
+    predict(config, workdir)
+
+
+def _run(config: Config, workdir: Path) -> None:
+    from histo_jax import workdir as workdirs
+
+    workdirs.check(workdir, config)
+    if workdirs.is_finished(workdir, config, "run"):
+        print(f"{workdir} is already complete; for another run choose another --workdir")
+        return
+    with workdirs.tracked(workdir, "run"):
+        _fit(config, workdir)
+        _evaluate(config, workdir)
+        _predict(config, workdir)
+
+
+# Each verb imports what it needs, so that --help and mistakes answer at once.
+_VERBS: dict[str, Callable[[Config, Path], None]] = {
+    "run": _run,
+    "prepare": _prepare,
+    "fit": _fit,
+    "evaluate": _evaluate,
+    "predict": _predict,
+}
+
+
+def main(_: list[str]) -> None:
+    """Runs the chosen verb; expected failures become one line and status 2."""
+    # Orbax, Grain and TFDS log through absl; their warnings speak to programmers.
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
+    try:
+        validate(config)
+        _VERBS[flags.FLAGS.mode](config, workdir)
+    except ExpectedError as error:
+        _fail(str(error))
+    except OSError as error:
+        # A full disk or a folder without permission; a bug has another type.
+        name = f"{error.filename}: " if error.filename else ""
+        _fail(f"{name}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print("histo_jax: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main, flags_parser=_parse_flags)

@@ -1,0 +1,69 @@
+"""Probabilities for the test patches; the only room that knows pmap."""
+
+import logging
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+from jax.sharding import SingleDeviceSharding
+from scipy.special import expit
+
+from histo_jax import files
+from histo_jax import workdir as workdirs
+from histo_jax.config import Config, validate
+from histo_jax.data import loader
+from histo_jax.data.builder import prepare
+from histo_jax.models import create_model
+from histo_jax.training.checkpoints import Checkpoints
+from histo_jax.training.step import make_forward
+
+log = logging.getLogger("histo_jax")
+
+
+def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
+    """Predicts the test patches with the best checkpoint of `workdir`, on all local devices.
+
+    Writes `submission.csv`; an old one stays until the new one is whole.
+
+    Args:
+        config: that of the run; lengths and folders may differ.
+        workdir: folder of a run that `fit` has trained.
+
+    Returns:
+        `id` and `label`, float64, the probability of tumour; for Kaggle's data the ids of
+        `sample_submission.csv` in its order.
+
+    Raises:
+        ExpectedError: no checkpoint, or one of another model.
+        OSError: a file cannot be written.
+    """
+    validate(config)
+    folder = Path(workdir)
+    workdirs.check(folder, config)
+    devices = jax.local_devices()
+    with Checkpoints.of(folder) as checkpoints:
+        best = checkpoints.restore_best(config, SingleDeviceSharding(devices[0]))
+    prepared = prepare(config)
+    ids = prepared.tables["test"]["id"]
+    with workdirs.tracked(folder, "predict"):
+        per_device = -(-min(config.predict.batch_size, len(ids)) // len(devices))
+        # The weights are handed over as they are; replicated ones would be copied at every call.
+        forward = jax.pmap(
+            make_forward(create_model(config.model)), in_axes=(None, 0), devices=devices
+        )
+        logits = []
+        for batch in loader.ordered_batches(
+            prepared.source("test"), np.arange(len(ids)), per_device * len(devices)
+        ):
+            images = batch["image"].reshape(len(devices), per_device, *batch["image"].shape[1:])
+            outputs = np.asarray(forward(best.state.weights, images))
+            logits.append(outputs.reshape(-1)[batch["mask"]])
+        probabilities = expit(np.concatenate(logits).astype(np.float64))
+        table = pd.DataFrame({"id": ids, "label": probabilities})
+        path = folder / "submission.csv"
+        # Eight digits are what float32 logits can tell apart.
+        files.write_text(path, table.to_csv(index=False, float_format="%.8g"))
+    log.info("%d predictions in %s", len(table), path)
+    return table

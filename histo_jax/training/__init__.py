@@ -1,0 +1,1 @@
+"""State, steps and checkpoints; nothing here knows where the patches come from."""

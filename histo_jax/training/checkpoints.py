@@ -1,0 +1,178 @@
+"""Checkpoints, by Orbax; no other room knows it."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+from orbax.checkpoint import checkpoint_managers
+
+from histo_jax.config import Config
+from histo_jax.errors import ExpectedError
+from histo_jax.models import create_model
+from histo_jax.training.optimizer import create_optimizer
+from histo_jax.training.state import EarlyStopping, TrainState, abstract_state
+
+log = logging.getLogger("histo_jax")
+
+_METRIC = "validation_loss"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One save.
+
+    Attributes:
+        state: parameters, BatchNorm statistics, normalisation, optimizer state, step, random key.
+        early_stopping: its state.
+        data: JSON-able; where the order of examples stands and the fingerprint of that order.
+        history: JSON-able; one entry a finished epoch.
+    """
+
+    state: TrainState
+    early_stopping: EarlyStopping
+    data: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest two and the best are kept.
+
+    Saving is asynchronous; use it as a context, whose end waits for the last save.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        self._directory = (workdir / "checkpoints").absolute()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            # Named here, or the metadata of a folder that this process did not write is empty.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "early_stopping": ocp.StandardCheckpointHandler(),
+                "data": ocp.JsonCheckpointHandler(),
+                "history": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                best_fn=lambda metrics: metrics[_METRIC],
+                best_mode="min",
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                    [
+                        checkpoint_managers.LatestN(2),
+                        checkpoint_managers.BestN(
+                            get_metric_fn=lambda metrics: metrics[_METRIC], reverse=True, n=1
+                        ),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    @classmethod
+    def of(cls, workdir: Path) -> "Checkpoints":
+        """Opens the checkpoints of a run that has some.
+
+        Raises:
+            ExpectedError: there are none.
+        """
+        if not any((workdir / "checkpoints").glob("*")):
+            raise ExpectedError(f"{workdir} holds no checkpoint: run --mode=fit first")
+        return cls(workdir)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def save(self, checkpoint: Checkpoint, validation_loss: float) -> None:
+        """Starts to save under the state's step.
+
+        Raises:
+            OSError: the folder cannot be written or the disk is full, here or at a later save.
+        """
+        self._manager.save(
+            int(checkpoint.state.step),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(checkpoint.state),
+                early_stopping=ocp.args.StandardSave(checkpoint.early_stopping),
+                data=ocp.args.JsonSave(checkpoint.data),
+                history=ocp.args.JsonSave({"epochs": checkpoint.history}),
+            ),
+            metrics={_METRIC: validation_loss},
+        )
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest checkpoint, or None where there is none."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Returns the step of the lowest validation loss, or None where there is none."""
+        return self._manager.best_step()
+
+    def restore(self, step: int, like: TrainState, early_stopping: EarlyStopping) -> Checkpoint:
+        """Reads one checkpoint.
+
+        Args:
+            step: which one.
+            like: arrays or shapes with dtype and sharding that the state is to have.
+            early_stopping: gives the settings that are not saved.
+
+        Raises:
+            ExpectedError: the checkpoint holds the state of another model.
+        """
+        saved = self._manager.item_metadata(step)["state"]
+        self._check_shapes(step, getattr(saved, "tree", saved), like)
+        parts = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(like),
+                early_stopping=ocp.args.StandardRestore(early_stopping),
+                data=ocp.args.JsonRestore(),
+                history=ocp.args.JsonRestore(),
+            ),
+        )
+        return Checkpoint(
+            parts["state"], parts["early_stopping"], parts["data"], parts["history"]["epochs"]
+        )
+
+    def restore_best(self, config: Config, place: Sharding) -> Checkpoint:
+        """Reads the checkpoint of the lowest validation loss.
+
+        Args:
+            config: `model` and `optimizer` must be those of the run.
+            place: where each array is to lie.
+
+        Raises:
+            ExpectedError: there is no checkpoint, or it is one of another model.
+        """
+        step = self.best_step()
+        if step is None:
+            raise ExpectedError(
+                f"{self._directory} holds no finished epoch: run --mode=fit further"
+            )
+        model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
+        return self.restore(
+            step,
+            abstract_state(model, optimizer, place),
+            EarlyStopping.create(config.early_stopping),
+        )
+
+    def _check_shapes(self, step: int, saved: Any, like: TrainState) -> None:
+        def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+            leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+            return {
+                jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+                for path, leaf in leaves
+            }
+
+        there, here = shapes(saved), shapes(like)
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise ExpectedError(
+                    f"{self._directory / str(step)} is a checkpoint of another model: {name} is "
+                    f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} in "
+                    "config.model; give the config of that run or another --workdir"
+                )

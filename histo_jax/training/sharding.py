@@ -1,0 +1,35 @@
+"""Where arrays lie: one mesh over all devices, batches divided, everything else everywhere."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from histo_jax.errors import ExpectedError
+
+
+def batch_sharding() -> NamedSharding:
+    """Returns the sharding that divides the first axis over all devices."""
+    return NamedSharding(Mesh(np.asarray(jax.devices()), ("batch",)), PartitionSpec("batch"))
+
+
+def replicated(batched: NamedSharding) -> NamedSharding:
+    """Returns the sharding that keeps a whole copy on each device of the same mesh."""
+    return NamedSharding(batched.mesh, PartitionSpec())
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuses a batch that the devices cannot share equally.
+
+    Raises:
+        ExpectedError: names the field and the number of devices.
+    """
+    if batch_size % jax.device_count():
+        raise ExpectedError(
+            f"config.fit.batch_size = {batch_size} does not divide by the {jax.device_count()} "
+            "devices: choose a multiple"
+        )
+
+
+def round_up(batch_size: int) -> int:
+    """Returns the next batch size that the devices can share equally."""
+    return -(-batch_size // jax.device_count()) * jax.device_count()

@@ -1,0 +1,141 @@
+"""What a training knows, as explicit pytrees."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Sharding
+from jaxtyping import Array, Float, Float32, Int32, UInt32
+
+from histo_jax.config import EarlyStoppingConfig
+from histo_jax.data.example import IMAGE_SHAPE
+
+
+class Weights(flax.struct.PyTreeNode):
+    """All that a prediction needs.
+
+    Attributes:
+        params: the network's parameters.
+        batch_stats: BatchNorm's running means and variances.
+        mean: of each channel over the run's own training images, 1 = full range.
+        deviation: standard deviation, likewise.
+    """
+
+    params: Any
+    batch_stats: Any
+    mean: Float32[Array, "3"]
+    deviation: Float32[Array, "3"]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that the next step depends on, besides its batch.
+
+    Attributes:
+        step: how many steps have been made.
+        weights: what is trained, and the normalisation it was trained with.
+        opt_state: the optimizer's moments.
+        key: random key of the run; the key of a step is folded from it and `step`.
+        loss_sum: of the batch losses since the epoch began, nats.
+    """
+
+    step: Int32[Array, ""]
+    weights: Weights
+    opt_state: optax.OptState
+    key: UInt32[Array, "2"]
+    loss_sum: Float32[Array, ""]
+
+
+def create_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mean: Float[np.ndarray, "3"],
+    deviation: Float[np.ndarray, "3"],
+) -> TrainState:
+    """Returns the state before the first step.
+
+    Args:
+        model: maps float32 images to logits, see `histo_jax.models`.
+        optimizer: whose moments are made.
+        seed: decides the first weights, and by `key` augmentation and dropout.
+        mean: channel means of the training images, 1 = full range.
+        deviation: their standard deviations.
+    """
+    init_key, key = jax.random.split(jax.random.key(seed))
+    variables = model.init(init_key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        weights=Weights(
+            params=variables["params"],
+            batch_stats=variables["batch_stats"],
+            mean=jnp.asarray(mean, jnp.float32),
+            deviation=jnp.asarray(deviation, jnp.float32),
+        ),
+        opt_state=optimizer.init(variables["params"]),
+        # Raw words: a typed key is no plain array and could not be saved as one.
+        key=jax.random.key_data(key),
+        loss_sum=jnp.zeros((), jnp.float32),
+    )
+
+
+def abstract_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, sharding: Sharding
+) -> TrainState:
+    """Returns the state's shapes and dtypes, each with `sharding`, without computing anything."""
+    shapes = jax.eval_shape(
+        lambda: create_state(model, optimizer, 0, np.zeros(3), np.ones(3)),
+    )
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+    )
+
+
+class EarlyStopping(flax.struct.PyTreeNode):
+    """Watches the validation loss of each epoch; `update` is pure.
+
+    Attributes:
+        best_loss: lowest loss so far, nats; infinite before the first.
+        best_step: the epoch that had it, counted from 1; 0 before the first.
+        step: epochs seen.
+        patience: epochs without improvement after which training stops.
+        min_delta: a loss improves when it is lower than the best by more than this, nats.
+    """
+
+    best_loss: Float[np.ndarray, ""]
+    best_step: Int32[np.ndarray, ""]
+    step: Int32[np.ndarray, ""]
+    patience: int = flax.struct.field(pytree_node=False)
+    min_delta: float = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, config: EarlyStoppingConfig) -> "EarlyStopping":
+        """Returns the state before the first epoch."""
+        return cls(
+            best_loss=np.array(np.inf, np.float64),
+            best_step=np.array(0, np.int32),
+            step=np.array(0, np.int32),
+            patience=config.patience,
+            min_delta=config.min_delta,
+        )
+
+    @property
+    def epochs_without_improvement(self) -> int:
+        """Epochs since the best one."""
+        return int(self.step - self.best_step)
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the patience is used up."""
+        return self.epochs_without_improvement >= self.patience
+
+
+def update(state: EarlyStopping, loss: float) -> EarlyStopping:
+    """Returns the state after one more epoch; a loss that is not a number never improves."""
+    step = np.asarray(state.step + 1, np.int32)
+    if loss < state.best_loss - state.min_delta:
+        return state.replace(step=step, best_step=step, best_loss=np.array(loss, np.float64))
+    return state.replace(step=step)

@@ -1,0 +1,114 @@
+"""The jit-compiled steps: augmentation, forward, loss, gradient, update."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Float32, PRNGKeyArray, UInt8
+
+from histo_jax.data.loader import Batch
+from histo_jax.training.sharding import replicated
+from histo_jax.training.state import TrainState, Weights
+
+Images = UInt8[Array, "batch height width 3"]
+Forward = Callable[[Weights, Images], Float32[Array, " batch"]]
+
+
+def augment(key: PRNGKeyArray, images: Images) -> Images:
+    """Returns each image in one of the eight symmetries of the square, each equally likely.
+
+    The label speaks of the centre, which every flip and quarter turn keeps in place. Height and
+    width must be equal. The eight are transposition, or not, times the two flips, or not.
+    """
+    transpose, flip_rows, flip_columns = (
+        choice[:, None, None, None] for choice in jax.random.bernoulli(key, 0.5, (3, len(images)))
+    )
+    images = jnp.where(transpose, images.transpose(0, 2, 1, 3), images)
+    images = jnp.where(flip_rows, images[:, ::-1], images)
+    return jnp.where(flip_columns, images[:, :, ::-1], images)
+
+
+def normalise(weights: Weights, images: Images) -> Float32[Array, "batch height width 3"]:
+    """Returns pixels with the training images' mean 0 and deviation 1 in each channel."""
+    return (images.astype(jnp.float32) / 255 - weights.mean) / weights.deviation
+
+
+def make_forward(model: nn.Module) -> Forward:
+    """Returns the plain function from weights and uint8 images to logits, without dropout."""
+
+    def forward(weights: Weights, images: Images) -> Float32[Array, " batch"]:
+        variables = {"params": weights.params, "batch_stats": weights.batch_stats}
+        return model.apply(variables, normalise(weights, images))  # type: ignore[return-value]
+
+    return forward
+
+
+def make_eval_step(model: nn.Module, batched: NamedSharding) -> Forward:
+    """Returns `make_forward` compiled for batches divided over the mesh; logits lie everywhere."""
+    return jax.jit(make_forward(model), out_shardings=replicated(batched))
+
+
+def make_train_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, batched: NamedSharding
+) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Float32[Array, ""]]]:
+    """Returns the compiled step `(state, batch) -> (state, loss)`.
+
+    The batch holds `image`, uint8[batch, 96, 96, 3], and `label`, float32[batch] of 0 and 1, both
+    divided over the mesh; BatchNorm and loss see the whole of it. The loss is the mean binary
+    cross-entropy in nats, before the update. The given state is donated: do not use it again.
+    """
+
+    def train_step(
+        state: TrainState, batch: Mapping[str, Any]
+    ) -> tuple[TrainState, Float32[Array, ""]]:
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        augment_key, dropout_key = jax.random.split(step_key)
+        images = normalise(state.weights, augment(augment_key, batch["image"]))
+
+        def loss_of(params: Any) -> tuple[Float32[Array, ""], Any]:
+            logits, changed = model.apply(
+                {"params": params, "batch_stats": state.weights.batch_stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": dropout_key},
+            )
+            losses = optax.sigmoid_binary_cross_entropy(logits, batch["label"])
+            return losses.mean(), changed["batch_stats"]
+
+        (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            state.weights.params
+        )
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.weights.params)
+        weights = state.weights.replace(
+            params=optax.apply_updates(state.weights.params, updates), batch_stats=batch_stats
+        )
+        state = state.replace(
+            step=state.step + 1,
+            weights=weights,
+            opt_state=opt_state,
+            loss_sum=state.loss_sum + loss,
+        )
+        return state, loss
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(batched))
+
+
+def collect_logits(
+    eval_step: Forward,
+    weights: Weights,
+    batches: Iterable[Batch],
+    batched: NamedSharding,
+) -> tuple[Float[np.ndarray, " examples"], Float[np.ndarray, " examples"]]:
+    """Returns logits and labels of all examples in order, each once: filled-up rows are dropped."""
+    logits, labels = [], []
+    for batch in batches:
+        images = jax.device_put(batch["image"], batched)
+        logits.append(np.asarray(eval_step(weights, images))[batch["mask"]])
+        labels.append(batch["label"][batch["mask"]])
+    return np.concatenate(logits), np.concatenate(labels)

@@ -1,0 +1,113 @@
+"""The folder of one run: whose it is, and what state it is in."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from histo_jax.config import Config, flat
+from histo_jax.errors import ExpectedError
+from histo_jax.files import write_json
+
+# A difference in one of these makes another run, which needs another folder. The rest (lengths,
+# folders, what to evaluate) may change between two starts.
+_IDENTITY_PREFIXES = ("seed", "data.", "model.", "optimizer.", "fit.batch_size", "fit.steps_per_")
+_FOLDERS = ("data.raw_dir", "data.tfds_dir")
+
+_tracked: set[Path] = set()
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """The settings as JSON gives them back: tuples become lists."""
+    return json.loads(json.dumps(flat(config)))
+
+
+def check(workdir: Path, config: Config) -> None:
+    """Refuses a folder that cannot be written or that belongs to another run; changes nothing.
+
+    Raises:
+        ExpectedError: names the folder, and the field with its old and new value.
+    """
+    existing = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ExpectedError(f"--workdir={workdir} cannot be written: choose a folder that can")
+    path = workdir / "config.json"
+    if not path.exists():
+        if any((workdir / "checkpoints").glob("*")):
+            raise ExpectedError(
+                f"{workdir} holds checkpoints but no config.json: choose another --workdir"
+            )
+        return
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(old, dict):
+            raise ValueError
+    except ValueError:
+        raise ExpectedError(f"{path} is damaged: choose another --workdir") from None
+    for name, value in _plain(config).items():
+        counts = name.startswith(_IDENTITY_PREFIXES) and name not in _FOLDERS
+        if counts and (name not in old or old[name] != value):
+            raise ExpectedError(
+                f"{workdir} belongs to another run: {name} was {old.get(name)!r} there and is "
+                f"{value!r} here; choose another --workdir or set --config.{name} back"
+            )
+
+
+def save_config(workdir: Path, config: Config) -> None:
+    """Makes the folder this run's own: writes `config.json`."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "config.json", _plain(config))
+
+
+def status(workdir: Path) -> dict[str, Any]:
+    """Returns what `status.json` says, or nothing where there is none that can be read."""
+    try:
+        return json.loads((workdir / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def update_status(workdir: Path, **values: Any) -> None:
+    """Changes fields of `status.json` and keeps the others."""
+    write_json(workdir / "status.json", status(workdir) | values)
+
+
+@contextlib.contextmanager
+def tracked(workdir: Path, mode: str) -> Iterator[None]:
+    """Keeps `status.json` true while `mode` works: running, then complete or failed.
+
+    Of nested modes the outermost counts, so that `run` is not complete before its last part. A
+    folder that is not yet a run's own (no `config.json`) is left alone, so that a mistake in the
+    first command leaves nothing behind.
+    """
+    if workdir in _tracked:
+        yield
+        return
+
+    def note(**values: Any) -> None:
+        if (workdir / "config.json").exists():
+            update_status(workdir, **values)
+
+    _tracked.add(workdir)
+    try:
+        note(state="running", reason=None)
+        yield
+        note(state="complete", finished=sorted({*status(workdir).get("finished", []), mode}))
+    except BaseException as error:
+        # The error itself matters more than a status that cannot be written any more.
+        with contextlib.suppress(OSError):
+            note(state="failed", reason=str(error) or type(error).__name__)
+        raise
+    finally:
+        _tracked.discard(workdir)
+
+
+def is_finished(workdir: Path, config: Config, mode: str) -> bool:
+    """Tells whether `mode` has finished here with these settings and nothing was trained since."""
+    if mode not in status(workdir).get("finished", []):
+        return False
+    old = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    new = _plain(config)
+    return all(old.get(name) == new[name] for name in new if name not in _FOLDERS)
