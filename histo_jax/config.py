@@ -7,6 +7,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from histo_jax.errors import ExpectedError
@@ -146,7 +147,7 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
 def flat(config: Config) -> dict[str, Any]:
     """Returns every setting by its dotted name, as in `{'fit.batch_size': 64}`."""
 
-    def walk(node: Any, prefix: str) -> typing.Iterator[tuple[str, Any]]:
+    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         for field in dataclasses.fields(node):
             value = getattr(node, field.name)
             if dataclasses.is_dataclass(value):
@@ -160,7 +161,7 @@ def flat(config: Config) -> dict[str, Any]:
 def describe() -> list[tuple[str, Any, str]]:
     """Returns `(dotted name, default, help)` of every setting, in order."""
 
-    def walk(kind: Any, prefix: str) -> typing.Iterator[tuple[str, Any, str]]:
+    def walk(kind: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
         for field in dataclasses.fields(kind):
             if dataclasses.is_dataclass(field.type):
                 yield from walk(field.type, f"{prefix}{field.name}.")

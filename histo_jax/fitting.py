@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +128,7 @@ def _train(
     start: Checkpoint,
     source: loader.Source,
     split: splits.Split,
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     batched = sharding.batch_sharding()
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     train_step = steps.make_train_step(model, optimizer, batched)
@@ -200,7 +201,7 @@ def _train(
     return history
 
 
-def _table(history: list[dict[str, float]]) -> pd.DataFrame:
+def _table(history: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(history, columns=list(HISTORY_COLUMNS))
 
 

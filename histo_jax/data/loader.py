@@ -5,7 +5,7 @@ function of seed and step alone, so one integer says where a run stands.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import grain
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to records, as TFDS's data sources give it."""
 

@@ -1,5 +1,7 @@
 """Where arrays lie: one mesh over all devices, batches divided, everything else everywhere."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -7,9 +9,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from histo_jax.errors import ExpectedError
 
 
-def batch_sharding() -> NamedSharding:
-    """Returns the sharding that divides the first axis over all devices."""
-    return NamedSharding(Mesh(np.asarray(jax.devices()), ("batch",)), PartitionSpec("batch"))
+def batch_sharding(devices: Sequence[jax.Device] | None = None) -> NamedSharding:
+    """Returns the sharding that divides the first axis over the devices, by default over all."""
+    mesh = Mesh(np.asarray(devices or jax.devices()), ("batch",))
+    return NamedSharding(mesh, PartitionSpec("batch"))
 
 
 def replicated(batched: NamedSharding) -> NamedSharding:

@@ -1,4 +1,8 @@
-"""What a training knows, as explicit pytrees."""
+"""What a training knows, as explicit pytrees.
+
+Shapes of the fields stand in the docstrings: as annotations they would be checked in tests, and
+JAX also fills pytrees with shapes, shardings and tracers.
+"""
 
 from typing import Any
 
@@ -9,7 +13,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Sharding
-from jaxtyping import Array, Float, Float32, Int32, UInt32
+from jaxtyping import Float
 
 from histo_jax.config import EarlyStoppingConfig
 from histo_jax.data.example import IMAGE_SHAPE
@@ -21,32 +25,32 @@ class Weights(flax.struct.PyTreeNode):
     Attributes:
         params: the network's parameters.
         batch_stats: BatchNorm's running means and variances.
-        mean: of each channel over the run's own training images, 1 = full range.
-        deviation: standard deviation, likewise.
+        mean: float32[3], of each channel over the run's own training images, 1 = full range.
+        deviation: float32[3], standard deviation, likewise.
     """
 
     params: Any
     batch_stats: Any
-    mean: Float32[Array, "3"]
-    deviation: Float32[Array, "3"]
+    mean: Any
+    deviation: Any
 
 
 class TrainState(flax.struct.PyTreeNode):
     """All that the next step depends on, besides its batch.
 
     Attributes:
-        step: how many steps have been made.
+        step: int32[], how many steps have been made.
         weights: what is trained, and the normalisation it was trained with.
         opt_state: the optimizer's moments.
-        key: random key of the run; the key of a step is folded from it and `step`.
-        loss_sum: of the batch losses since the epoch began, nats.
+        key: uint32[2], random key of the run; the key of a step is folded from it and `step`.
+        loss_sum: float32[], of the batch losses since the epoch began, nats.
     """
 
-    step: Int32[Array, ""]
+    step: Any
     weights: Weights
     opt_state: optax.OptState
-    key: UInt32[Array, "2"]
-    loss_sum: Float32[Array, ""]
+    key: Any
+    loss_sum: Any
 
 
 def create_state(
@@ -66,7 +70,8 @@ def create_state(
         deviation: their standard deviations.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
-    variables = model.init(init_key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32))
+    # Compiled: op by op it would take seconds at every start.
+    variables = jax.jit(model.init)(init_key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         weights=Weights(
@@ -98,16 +103,16 @@ class EarlyStopping(flax.struct.PyTreeNode):
     """Watches the validation loss of each epoch; `update` is pure.
 
     Attributes:
-        best_loss: lowest loss so far, nats; infinite before the first.
-        best_step: the epoch that had it, counted from 1; 0 before the first.
-        step: epochs seen.
+        best_loss: float64[], lowest loss so far, nats; infinite before the first.
+        best_step: int32[], the epoch that had it, counted from 1; 0 before the first.
+        step: int32[], epochs seen.
         patience: epochs without improvement after which training stops.
         min_delta: a loss improves when it is lower than the best by more than this, nats.
     """
 
-    best_loss: Float[np.ndarray, ""]
-    best_step: Int32[np.ndarray, ""]
-    step: Int32[np.ndarray, ""]
+    best_loss: Any
+    best_step: Any
+    step: Any
     patience: int = flax.struct.field(pytree_node=False)
     min_delta: float = flax.struct.field(pytree_node=False)
 

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Makes .venv in the repository and installs histo_jax into it, once per state of pyproject.toml.
+# usage: launch/install.sh [EXTRA]     EXTRA: test, cuda, tpu; PYTHON names the interpreter to use
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extra=${1:-}
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "launch/install.sh: no Python >= 3.11 found; install one or name it: PYTHON=/path/to/python" >&2
+  exit 2
+}
+
+if ! .venv/bin/python -c '' 2>/dev/null; then
+  python=$(find_python)
+  rm -rf .venv
+  if ! "$python" -m venv .venv; then
+    rm -rf .venv
+    echo "launch/install.sh: $python cannot make a virtual environment; on Debian: apt install python3-venv" >&2
+    exit 2
+  fi
+fi
+# The stamp is written last, so that a broken installation is done again.
+stamp=.venv/installed${extra:+-$extra}
+if ! cmp -s pyproject.toml "$stamp"; then
+  echo "installing histo_jax${extra:+[$extra]} into .venv"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
+  cp pyproject.toml "$stamp"
+fi

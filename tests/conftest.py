@@ -1,0 +1,101 @@
+"""Four fake devices, shapes checked at run time, and small data."""
+
+import atexit
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Many tests compile the same small programs.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="histo_jax_tests_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+from jaxtyping import install_import_hook
+
+# Before the package is imported: every annotated shape and dtype is checked in every test.
+install_import_hook(
+    # An int may stand where a float is asked for, as everywhere in Python.
+    "histo_jax",
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
+import numpy as np
+import pandas as pd
+import pytest
+from absl import flags
+from PIL import Image
+
+from histo_jax.config import Config
+
+# Grain reads flags, which nobody parses under pytest.
+flags.FLAGS.mark_as_parsed()
+
+
+def draw_patch(rng: np.random.Generator, label: int) -> np.ndarray:
+    """A noisy patch whose centre is darker where the label is 1."""
+    image = rng.integers(150, 230, (96, 96, 3)).astype(np.uint8)
+    if label:
+        image[32:64, 32:64] -= 90
+    return image
+
+
+@pytest.fixture(scope="session")
+def make_kaggle() -> Callable[..., Path]:
+    """Makes a folder in Kaggle's layout; every file's id is the SHA-1 of its pixels."""
+
+    def make(folder: Path, train: int = 40, test: int = 7, seed: int = 0) -> Path:
+        rng = np.random.default_rng(seed)
+        csv_names = {"train": "train_labels.csv", "test": "sample_submission.csv"}
+        for split, count in (("train", train), ("test", test)):
+            (folder / split).mkdir(parents=True)
+            rows = []
+            for index in range(count):
+                image = draw_patch(rng, index % 2)
+                name = hashlib.sha1(image.tobytes()).hexdigest()
+                Image.fromarray(image).save(folder / split / f"{name}.tif")
+                rows.append((name, index % 2 if split == "train" else 0))
+            pd.DataFrame(rows, columns=["id", "label"]).to_csv(
+                folder / csv_names[split], index=False
+            )
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def kaggle_dir(tmp_path_factory: pytest.TempPathFactory, make_kaggle) -> Path:
+    return make_kaggle(tmp_path_factory.mktemp("raw") / "kaggle")
+
+
+@pytest.fixture
+def tiny_config(kaggle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A network of a few thousand parameters on the made folder; records are shared."""
+    config = Config()
+    config.data.source = "kaggle"
+    config.data.raw_dir = str(kaggle_dir)
+    config.data.tfds_dir = str(tmp_path_factory.getbasetemp() / "records")
+    config.data.validation_fraction = 0.25
+    config.model.features = (4, 4, 4, 4, 4)
+    config.model.dense = 8
+    config.optimizer.learning_rate = 1e-2
+    config.fit.batch_size = 8
+    config.fit.epochs = 2
+    config.predict.batch_size = 8
+    return config
+
+
+@pytest.fixture(scope="session")
+def sample() -> Path:
+    """The unpacked folder of real patches."""
+    name = os.environ.get("HISTO_JAX_SAMPLE")
+    if not name:
+        message = "HISTO_JAX_SAMPLE names no folder of real patches"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    return Path(name)

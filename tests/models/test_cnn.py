@@ -1,0 +1,93 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from histo_jax.config import ModelConfig
+from histo_jax.models import create_model
+from histo_jax.models.cnn import max_pool
+
+SHAPE = (8, 32, 32, 3)  # the smallest square that five halvings leave something of
+
+
+def init(model, images):
+    return jax.jit(model.init)(jax.random.key(0), images)
+
+
+def test_max_pool_equals_the_windowed_maximum():
+    x = jax.random.normal(jax.random.key(0), (2, 12, 12, 5))
+    np.testing.assert_array_equal(max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
+
+
+def test_default_network_is_the_original():
+    model = create_model(ModelConfig())
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
+    shapes = jax.tree.map(lambda leaf: leaf.shape, variables["params"])
+    channels = [3, 32, 64, 128, 256, 512]
+    for block in range(5):
+        kernel = shapes[f"Conv_{block}"]["kernel"]
+        assert kernel == (3, 3, channels[block], channels[block + 1])
+        assert shapes[f"BatchNorm_{block}"]["scale"] == (channels[block + 1],)
+    assert shapes["Dense_0"]["kernel"] == (3 * 3 * 512, 1024)
+    assert shapes["Dense_1"]["kernel"] == (1024, 1)
+
+
+def test_equals_the_blocks_written_out_in_the_usual_order():
+    model = create_model(ModelConfig(features=(4, 5, 6, 7, 8), dense=9))
+    images = jax.random.normal(jax.random.key(1), SHAPE)
+    variables = init(model, images)
+    params, stats = variables["params"], variables["batch_stats"]
+    # Signs that differ make the order of BatchNorm, ReLU and pooling matter.
+    stats = jax.tree.map(lambda s: s + 0.3 * jnp.cos(jnp.arange(s.size)), stats)
+
+    @jax.jit
+    def written_out(x):
+        for block in range(5):
+            x = jax.lax.conv_general_dilated(
+                x, params[f"Conv_{block}"]["kernel"], (1, 1), "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )  # fmt: skip
+            norm, running = params[f"BatchNorm_{block}"], stats[f"BatchNorm_{block}"]
+            x = (x - running["mean"]) / jnp.sqrt(running["var"] + 1e-5)
+            x = jnp.maximum(x * norm["scale"] + norm["bias"], 0)
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.reshape(8, -1)
+        x = jnp.maximum(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"], 0)
+        return (x @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"])[:, 0]
+
+    wanted = written_out(images)
+    got = jax.jit(model.apply)({"params": params, "batch_stats": stats}, images)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_move_a_tenth_of_the_way():
+    model = create_model(ModelConfig(features=(4, 4, 4, 4, 4), dense=4, dropout=0.0))
+    images = 3 + jax.random.normal(jax.random.key(1), SHAPE)
+    variables = init(model, images)
+    _, changed = jax.jit(model.apply, static_argnames=("train", "mutable"))(
+        variables, images, train=True, mutable=("batch_stats",)
+    )
+    x = jax.lax.conv_general_dilated(
+        images, variables["params"]["Conv_0"]["kernel"], (1, 1), "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    got = changed["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(got["mean"], 0.1 * x.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got["var"], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-4)
+
+
+def test_dropout_acts_in_training_only():
+    model = create_model(ModelConfig(features=(4, 4, 4, 4, 4), dense=64, dropout=0.5))
+    images = jax.random.normal(jax.random.key(1), SHAPE)
+    variables = init(model, images)
+
+    @jax.jit
+    def train(key):
+        outputs, _ = model.apply(
+            variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key}
+        )
+        return outputs
+
+    assert not np.allclose(train(jax.random.key(1)), train(jax.random.key(2)))
+    evaluate = jax.jit(model.apply)
+    np.testing.assert_array_equal(evaluate(variables, images), evaluate(variables, images))

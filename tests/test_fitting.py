@@ -1,0 +1,138 @@
+import json
+import logging
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+import histo_jax
+from histo_jax import fitting
+from histo_jax.errors import ExpectedError
+from histo_jax.training import step as steps
+from histo_jax.training.checkpoints import Checkpoints
+from histo_jax.training.sharding import batch_sharding, replicated
+
+
+@pytest.fixture
+def log(caplog):
+    logger = logging.getLogger("histo_jax")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def test_fit_evaluate_and_predict_from_python(tiny_config, tmp_path, log):
+    history = histo_jax.fit(tiny_config, tmp_path)
+    assert history.columns.tolist() == list(fitting.HISTORY_COLUMNS)
+    assert history["epoch"].tolist() == [1, 2]
+    assert history["step"].tolist() == [3, 6]  # 30 training patches in batches of 8
+    on_disk = pd.read_csv(tmp_path / "history.csv")
+    pd.testing.assert_frame_equal(on_disk, history, check_exact=True)
+    assert any((tmp_path / "events").iterdir())
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("complete", 6)
+    assert status["images_per_second"] > 0
+    for word in ("loss", "validation loss", "validation AUC", "img/s", "left"):
+        assert word in log.text
+
+    scores = histo_jax.evaluate(tiny_config, str(tmp_path))
+    assert scores == json.loads((tmp_path / "evaluation.json").read_text())
+    assert scores == json.loads((tmp_path / "evaluation_validation.json").read_text())
+    best = history["validation_loss"].idxmin()
+    assert scores["checkpoint_step"] == history["step"][best]
+    assert scores["nll"] == pytest.approx(history["validation_loss"][best], rel=1e-6)
+    assert scores["auc"] == pytest.approx(history["validation_auc"][best])
+    assert (scores["split"], scores["count"], scores["split_by"]) == ("validation", 10, "image")
+
+    table = histo_jax.predict(tiny_config, tmp_path)
+    ids = pd.read_csv(f"{tiny_config.data.raw_dir}/sample_submission.csv")["id"]
+    assert table["id"].tolist() == ids.tolist()
+    assert table["label"].between(0, 1).all()
+    written = pd.read_csv(tmp_path / "submission.csv")
+    assert written.columns.tolist() == ["id", "label"]
+    np.testing.assert_allclose(written["label"], table["label"], rtol=1e-7)
+
+
+def test_fit_twice_in_one_process_and_nothing_compiles_again(tiny_config, tmp_path, monkeypatch):
+    compiled = []
+    make = steps.make_train_step
+
+    def remember(*arguments):
+        compiled.append(make(*arguments))
+        return compiled[-1]
+
+    monkeypatch.setattr(steps, "make_train_step", remember)
+    tiny_config.fit.epochs = 3
+    first = histo_jax.fit(tiny_config, tmp_path / "one")
+    second = histo_jax.fit(tiny_config, tmp_path / "two")
+    pd.testing.assert_frame_equal(first, second, check_exact=True)
+    assert [step._cache_size() for step in compiled] == [1, 1]
+
+
+def test_a_continued_run_equals_an_undisturbed_one(tiny_config, tmp_path, log):
+    tiny_config.fit.epochs = 1
+    histo_jax.fit(tiny_config, tmp_path / "continued")
+    tiny_config.fit.epochs = 3
+    continued = histo_jax.fit(tiny_config, tmp_path / "continued")
+    assert "resumed from step 3" in log.text
+    whole = histo_jax.fit(tiny_config, tmp_path / "whole")
+    pd.testing.assert_frame_equal(continued, whole, check_exact=True)
+    states = []
+    for name in ("continued", "whole"):
+        with Checkpoints(tmp_path / name) as checkpoints:
+            states.append(checkpoints.restore_best(tiny_config, replicated(batch_sharding())).state)
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    one, other = ((tmp_path / n / "history.csv").read_bytes() for n in ("continued", "whole"))
+    assert one == other
+
+
+def test_a_finished_run_does_nothing(tiny_config, tmp_path, log, monkeypatch):
+    first = histo_jax.fit(tiny_config, tmp_path)
+    monkeypatch.setattr(fitting, "_train", lambda *_: pytest.fail("trained again"))
+    again = histo_jax.fit(tiny_config, tmp_path)
+    pd.testing.assert_frame_equal(first, again, check_exact=True)
+    assert "already complete at step 6" in log.text
+
+
+def test_training_stops_early(tiny_config, tmp_path, log):
+    tiny_config.fit.epochs = 30
+    tiny_config.early_stopping.patience = 1
+    tiny_config.early_stopping.min_delta = 10.0  # nothing after the first epoch improves
+    history = histo_jax.fit(tiny_config, tmp_path)
+    assert len(history) == 2
+    assert "stopped early" in log.text
+    assert len(histo_jax.fit(tiny_config, tmp_path)) == 2
+
+
+def test_a_learnable_difference_is_learnt(tiny_config, tmp_path):
+    tiny_config.fit.epochs = 8
+    tiny_config.fit.steps_per_epoch = 10
+    history = histo_jax.fit(tiny_config, tmp_path)
+    assert history["validation_auc"].max() > 0.95
+    assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
+
+
+def test_normalisation_is_the_runs_own_and_saved(tiny_config, tmp_path):
+    tiny_config.fit.epochs = 1
+    histo_jax.fit(tiny_config, tmp_path)
+    prepared = fitting.prepare(tiny_config)
+    split = fitting.splits.make_split(prepared.tables["train"], tiny_config)
+    records = prepared.source("train").__getitems__(split.train.tolist())
+    pixels = np.stack([record["image"] for record in records]) / 255
+    with Checkpoints(tmp_path) as checkpoints:
+        weights = checkpoints.restore_best(tiny_config, replicated(batch_sharding())).state.weights
+    np.testing.assert_allclose(weights.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(weights.deviation, pixels.std((0, 1, 2)), rtol=1e-5)
+
+
+def test_changed_examples_under_a_run_are_refused(tiny_config, tmp_path, make_kaggle):
+    tiny_config.data.raw_dir = str(make_kaggle(tmp_path / "raw", seed=5))
+    tiny_config.data.tfds_dir = str(tmp_path / "records")
+    tiny_config.fit.epochs = 1
+    histo_jax.fit(tiny_config, tmp_path / "run")
+    tiny_config.data.raw_dir = str(make_kaggle(tmp_path / "other", seed=6))
+    tiny_config.data.tfds_dir = str(tmp_path / "other_records")
+    tiny_config.fit.epochs = 2
+    with pytest.raises(ExpectedError, match="no longer holds the examples"):
+        histo_jax.fit(tiny_config, tmp_path / "run")

@@ -1,0 +1,33 @@
+"""The main job on real patches."""
+
+import json
+
+import pandas as pd
+
+import histo_jax
+from histo_jax.config import Config
+from histo_jax.data.builder import prepare
+
+
+def test_a_small_network_learns_from_real_tiffs(sample, tmp_path):
+    config = Config()
+    config.data.source = "kaggle"
+    config.data.raw_dir = str(sample / "kaggle_sample")
+    config.data.tfds_dir = str(tmp_path / "records")
+    config.data.validation_fraction = 0.2
+    config.data.samples_per_class = 600
+    config.model.features = (4, 8, 8, 16, 16)
+    config.model.dense = 32
+    config.optimizer.learning_rate = 3e-3
+    config.fit.epochs = 4
+    histo_jax.fit(config, tmp_path / "run")
+    scores = histo_jax.evaluate(config, tmp_path / "run")
+    assert scores["count"] == 240
+    assert scores["auc"] > 0.7
+    histo_jax.predict(config, tmp_path / "run")
+    submission = pd.read_csv(tmp_path / "run" / "submission.csv")
+    wanted = pd.read_csv(sample / "kaggle_sample" / "sample_submission.csv")
+    assert submission["id"].tolist() == wanted["id"].tolist()
+    assert submission["id"].is_unique
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
+    assert len(prepare(config).tables["train"]) == 2500

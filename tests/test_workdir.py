@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from histo_jax import files, workdir
+from histo_jax.config import Config
+
+
+def test_status_follows_the_outermost_mode(tmp_path):
+    workdir.save_config(tmp_path, Config())
+    with workdir.tracked(tmp_path, "run"):
+        with workdir.tracked(tmp_path, "fit"):
+            assert workdir.status(tmp_path)["state"] == "running"
+        assert workdir.status(tmp_path)["state"] == "running"
+        workdir.update_status(tmp_path, step=7)
+    assert workdir.status(tmp_path) == {
+        "state": "complete", "reason": None, "step": 7, "finished": ["run"],
+    }  # fmt: skip
+    assert workdir.is_finished(tmp_path, Config(), "run")
+    assert not workdir.is_finished(tmp_path, Config(), "fit")
+    changed = Config()
+    changed.fit.epochs = 20
+    assert not workdir.is_finished(tmp_path, changed, "run")
+
+
+def test_status_names_the_failure(tmp_path):
+    workdir.save_config(tmp_path, Config())
+    with pytest.raises(OSError, match="disk"), workdir.tracked(tmp_path, "fit"):
+        raise OSError("disk full")
+    status = workdir.status(tmp_path)
+    assert (status["state"], status["reason"]) == ("failed", "disk full")
+
+
+def test_a_mistake_before_the_run_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="x"), workdir.tracked(tmp_path / "new", "run"):
+        raise ValueError("x")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_broken_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1, "b": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1, "b": None}
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_json(path, {"a": 2})
+    assert json.loads(path.read_text())["a"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

@@ -1,0 +1,136 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from histo_jax.config import ModelConfig
+from histo_jax.data.loader import ordered_batches
+from histo_jax.errors import ExpectedError
+from histo_jax.models import create_model
+from histo_jax.training import sharding, step
+from histo_jax.training.state import create_state
+
+RNG = np.random.default_rng(0)
+MODEL = create_model(ModelConfig(features=(4, 4, 4, 4, 4), dense=8))
+OPTIMIZER = optax.adam(1e-3)
+MEAN, DEVIATION = np.array([0.7, 0.5, 0.6]), np.array([0.2, 0.3, 0.2])
+
+
+def make_batch(size=8):
+    return {
+        "image": RNG.integers(0, 256, (size, 96, 96, 3), dtype=np.uint8),
+        "label": RNG.integers(0, 2, size).astype(np.float32),
+    }
+
+
+def start(batched):
+    state = create_state(MODEL, OPTIMIZER, 0, MEAN, DEVIATION)
+    return jax.device_put(state, sharding.replicated(batched))
+
+
+def test_augmentation_gives_all_eight_symmetries_equally_often():
+    image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+    wanted = {
+        np.rot90(turned, turns).tobytes(): 0
+        for turned in (image, image.transpose(1, 0, 2))
+        for turns in range(4)
+    }
+    assert len(wanted) == 8
+    images = step.augment(jax.random.key(0), jnp.asarray(np.repeat(image[None], 4000, 0)))
+    for one in np.asarray(images):
+        wanted[one.tobytes()] += 1
+    # 500 expected each; five standard deviations of the binomial are 105.
+    assert all(395 < count < 605 for count in wanted.values())
+
+
+def test_normalise_centres_and_scales():
+    state = create_state(MODEL, OPTIMIZER, 0, MEAN, DEVIATION)
+    images = make_batch(2)["image"]
+    got = step.normalise(state.weights, jnp.asarray(images))
+    np.testing.assert_allclose(got, (images / 255 - MEAN) / DEVIATION, rtol=1e-4, atol=1e-5)
+
+
+def test_three_steps_on_four_devices_equal_one():
+    batches = [make_batch() for _ in range(3)]
+    results = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        batched = sharding.batch_sharding(devices)
+        train_step = step.make_train_step(MODEL, OPTIMIZER, batched)
+        state, losses = start(batched), []
+        for batch in batches:
+            state, loss = train_step(state, jax.device_put(batch, batched))
+            losses.append(float(loss))
+        results.append((losses, jax.device_get(state.weights)))
+    assert len(jax.devices()) == 4
+    np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
+    jax.tree.map(
+        lambda one, four: np.testing.assert_allclose(one, four, atol=1e-5),
+        results[0][1], results[1][1],
+    )  # fmt: skip
+
+
+def test_a_step_is_repeatable_and_counts():
+    batched, batch = sharding.batch_sharding(), make_batch()
+    train_step = step.make_train_step(MODEL, OPTIMIZER, batched)
+    runs = []
+    for _ in range(2):
+        state = start(batched)
+        losses = []
+        for _ in range(2):
+            state, loss = train_step(state, jax.device_put(batch, batched))
+            losses.append(loss)
+        assert state.step == 2
+        assert state.loss_sum == losses[0] + losses[1]
+        runs.append(jax.device_get(state))
+    jax.tree.map(np.testing.assert_array_equal, runs[0], runs[1])
+    assert train_step._cache_size() == 1
+
+
+def test_the_first_loss_is_the_cross_entropy_of_the_batch():
+    """Dropout and augmentation off, the loss must be the textbook formula on the logits."""
+    model = create_model(ModelConfig(features=(4, 4, 4, 4, 4), dense=8, dropout=0.0))
+    batched, batch = sharding.batch_sharding(jax.devices()[:1]), make_batch()
+    # Flat images look the same in all eight symmetries.
+    batch["image"][:] = batch["image"][:, :1, :1]
+    state = create_state(model, OPTIMIZER, 0, MEAN, DEVIATION)
+    logits, _ = jax.jit(model.apply, static_argnames=("train", "mutable"))(
+        {"params": state.weights.params, "batch_stats": state.weights.batch_stats},
+        step.normalise(state.weights, jnp.asarray(batch["image"])),
+        train=True,
+        mutable=("batch_stats",),
+    )
+    p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    wanted = -np.mean(np.where(batch["label"] == 1, np.log(p), np.log(1 - p)))
+    _, loss = step.make_train_step(model, OPTIMIZER, batched)(state, batch)
+    assert float(loss) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_padded_evaluation_equals_a_plain_loop():
+    images = RNG.integers(0, 256, (13, 96, 96, 3), dtype=np.uint8)
+    labels = RNG.integers(0, 2, 13)
+
+    class Records:
+        def __getitems__(self, rows):
+            return [{"image": images[r], "label": labels[r]} for r in rows]
+
+    batched = sharding.batch_sharding()
+    weights = start(batched).weights
+    logits, collected = step.collect_logits(
+        step.make_eval_step(MODEL, batched),
+        weights,
+        ordered_batches(Records(), np.arange(13), 8),
+        batched,
+    )
+    plain = jax.jit(step.make_forward(MODEL))
+    weights = jax.device_get(weights)
+    wanted = [float(plain(weights, image[None])[0]) for image in images]
+    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(collected, labels)
+
+
+def test_batch_sizes_and_devices():
+    with pytest.raises(ExpectedError, match=r"fit\.batch_size = 6 .* 4 devices"):
+        sharding.check_batch_size(6)
+    sharding.check_batch_size(8)
+    assert [sharding.round_up(size) for size in (1, 4, 5)] == [4, 4, 8]
