@@ -188,6 +188,9 @@ def _type_name(kind: Any) -> str:
 
 
 def _check_types(node: Any, prefix: str) -> None:
+    unknown = vars(node).keys() - {field.name for field in dataclasses.fields(node)}
+    if unknown:
+        raise ExpectedError(f"unknown config field: config.{prefix}{min(unknown)} (see --help)")
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if not _fits(value, field.type):

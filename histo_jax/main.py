@@ -1,5 +1,6 @@
 """The command line: `python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE]`."""
 
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,19 @@ def _fail(message: str) -> NoReturn:
     sys.exit(_EXPECTED_FAILURE)
 
 
+def _check_config_file(value: str) -> None:
+    """Executes the file once beforehand: the library hides or garbles what it raises."""
+    path, *argument = value.split(":", 1)
+    if not Path(path).is_file():
+        _fail(f"--config={path}: no such file; try --config=configs/quickstart.py")
+    try:
+        config = runpy.run_path(path)["get_config"](*argument)
+    except (Exception, SystemExit) as error:
+        _fail(f"{path}: the config file is broken: {type(error).__name__}: {error}")
+    if not isinstance(config, Config):
+        _fail(f"{path}: get_config() must return histo_jax.Config, not {type(config).__name__}")
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses, and turns every mistake on the command line into one line and status 2."""
     if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & set(argv[1:]):
@@ -63,26 +77,25 @@ def _parse_flags(argv: list[str]) -> list[str]:
         )
         sys.stdout.write(_USAGE + "".join(fields))
         sys.exit(0)
-    # The library puts a config file's missing off until its first use, and then blames the field.
+    known = {f"config.{name}" for name, _, _ in describe()}
+    config_given = False
     for argument, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name == "config":
-            path = Path((value if equals else following).split(":", 1)[0])
-            if not path.is_file():
-                _fail(f"--config={path}: no such file; try --config=configs/quickstart.py")
+            _check_config_file(value if equals else following)
+            config_given = True
+        elif argument.startswith("-") and name.startswith("config.") and name not in known:
+            _fail(f"unknown config field: {name} (see --help)")
+    if not config_given:
+        _fail("--config is missing (see --help)")
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         _fail(f"{error} (see --help)")
-    except KeyError as error:
-        _fail(f"unknown config field: {error.args[0]} (see --help)")
-    except Exception as error:  # whatever a config file may raise when it is executed
-        _fail(f"the config file is broken: {type(error).__name__}: {error}")
     if len(rest) > 1:
         _fail(f"unexpected argument {rest[1]!r} (see --help)")
-    for required in ("config", "workdir"):
-        if flags.FLAGS[required].value is None:
-            _fail(f"--{required} is missing (see --help)")
+    if not flags.FLAGS.workdir:
+        _fail("--workdir is missing (see --help)")
     return rest
 
 
@@ -154,5 +167,8 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    _define_flags()
+    try:
+        _define_flags()
+    except flags.Error as error:  # a --flagfile that cannot be read
+        _fail(str(error))
     app.run(main, flags_parser=_parse_flags)

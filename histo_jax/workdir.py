@@ -64,9 +64,10 @@ def save_config(workdir: Path, config: Config) -> None:
 def status(workdir: Path) -> dict[str, Any]:
     """Returns what `status.json` says, or nothing where there is none that can be read."""
     try:
-        return json.loads((workdir / "status.json").read_text(encoding="utf-8"))
+        values = json.loads((workdir / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return values if isinstance(values, dict) else {}
 
 
 def update_status(workdir: Path, **values: Any) -> None:

@@ -8,6 +8,7 @@ normalisation need no image.
 import contextlib
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,6 +161,11 @@ def prepare(config: Config) -> Prepared:
     else:
         reader = _Synthetic(config.seed, data.synthetic_slides)
     tfds_dir = Path(data.tfds_dir).expanduser()
+    existing = next(p for p in (tfds_dir, *tfds_dir.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.X_OK):
+        raise ExpectedError(
+            f"{tfds_dir} cannot be a folder, for {existing} is none: set --config.data.tfds_dir"
+        )
     builder = Histopathology(data_dir=tfds_dir, config=reader, file_format="array_record")
     if not Path(builder.data_dir).exists():
         log.info("preparing %s into %s", reader.name, builder.data_dir)

@@ -6,6 +6,7 @@ with the header `id,label`.
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def fingerprint(raw_dir: Path) -> str:
 
 def _read_image(path: Path) -> np.ndarray:
     try:
-        with Image.open(path, formats=("TIFF",)) as image:
+        # Pillow warns of a cut header before it raises.
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=("TIFF",)) as image:
             mode, size = image.mode, image.size
             if (mode, size) == ("RGB", (IMAGE_SIZE, IMAGE_SIZE)):
                 return np.asarray(image)

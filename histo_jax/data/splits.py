@@ -63,7 +63,7 @@ def make_split(table: pd.DataFrame, config: Config) -> Split:
         if counts.min() == 0:
             raise ExpectedError(
                 f"the {side} set has {counts[0]} patches without and {counts[1]} with tumour, and "
-                "needs both classes: give more data or change config.data.validation_fraction"
+                "needs both classes: give more patches of the other"
             )
     return split
 

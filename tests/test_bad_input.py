@@ -1,0 +1,472 @@
+"""Every expected mistake is one line and status 2; nothing is lost, nothing half-written stays."""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from histo_jax import main as cli
+from histo_jax import workdir as workdirs
+from histo_jax.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+from histo_jax.config import Config
+
+def get_config():
+    config = Config()
+    config.data.source, config.data.validation_fraction = "kaggle", 0.25
+    config.data.raw_dir, config.data.tfds_dir = "RAW", "TFDS"
+    config.model.features, config.model.dense = (2, 2, 2, 2, 2), 4
+    config.fit.batch_size, config.fit.epochs = 4, 1
+    return config
+"""
+PROGRESS = re.compile(r"preparing |class [01] has |\d+ patches to train|resumed from step ")
+CSVS = {"train": "train_labels.csv", "test": "sample_submission.csv"}
+HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+
+
+def draw(count: int) -> dict[str, np.ndarray]:
+    images = np.random.default_rng(count).integers(0, 256, (count, 96, 96, 3), np.uint8)
+    return {hashlib.sha1(image.tobytes()).hexdigest(): image for image in images}
+
+
+PATCHES = {"train": draw(12), "test": draw(3)}
+
+
+class Place:
+    """A folder with raw data and a config file, and the name of a folder for a run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.raw, self.tfds = root, root / "raw", root / "tfds"
+        self.workdir, self.config_file = root / "run", root / "tiny.py"
+        for split, patches in PATCHES.items():
+            (self.raw / split).mkdir(parents=True, exist_ok=True)
+            for name, image in patches.items():
+                Image.fromarray(image).save(self.raw / split / f"{name}.tif")
+            rows = [f"{name},{index % 2}\n" for index, name in enumerate(patches)]
+            (self.raw / CSVS[split]).write_text("".join(["id,label\n", *rows]))
+        text = CONFIG.replace("RAW", str(self.raw)).replace("TFDS", str(self.tfds))
+        self.config_file.write_text(text)
+
+    def config(self) -> Config:
+        names: dict = {}
+        exec(self.config_file.read_text(), names)
+        return names["get_config"]()
+
+    def begin(self) -> "Place":
+        """Puts there what an earlier run would have left."""
+        workdirs.save_config(self.workdir, self.config())
+        (self.workdir / "submission.csv").write_text("id,label\nold,0.5\n")
+        (self.workdir / "evaluation.json").write_text('{"auc": 0.5}\n')
+        return self
+
+    def prepare(self) -> "Place":
+        assert here(self.argv("--mode=prepare"))[0] == 0
+        return self
+
+    def make_other_model(self) -> list[str]:
+        """Edits the run's config so that a config of another model passes for the same run."""
+        path = self.workdir / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model.dense": 8}))
+        return self.argv("--config.model.dense=8")
+
+    def argv(self, *more: str) -> list[str]:
+        return [f"--config={self.config_file}", f"--workdir={self.workdir}", *more]
+
+    def files(self) -> dict[str, bytes | None]:
+        """Everything there, with its bytes; None is a folder."""
+
+        def counts(path: Path) -> bool:
+            # TFDS leaves the empty folders above the records behind, and they do no harm.
+            above = path.is_relative_to(self.tfds) and path.is_dir() and "1.0.0" not in path.name
+            return not (above or path.name == "status.json" or "__pycache__" in path.parts)
+
+        return {
+            str(path.relative_to(self.root)): path.read_bytes() if path.is_file() else None
+            for path in self.root.rglob("*")
+            if counts(path)
+        }
+
+
+def real(argv: list[str]) -> tuple[int, str]:
+    """Runs the command in a process of its own; returns its status and what it said."""
+    done = subprocess.run(
+        [sys.executable, "-m", "histo_jax.main", *argv],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stderr
+
+
+def here(argv: list[str]) -> tuple[int, str]:
+    """Runs the command's code in this process, which has the heavy imports behind it."""
+    said, status = io.StringIO(), 0
+    with (
+        contextlib.redirect_stderr(said),
+        warnings.catch_warnings(record=True) as warned,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        warnings.resetwarnings()
+        for kind in HIDDEN:  # as Python itself does
+            warnings.simplefilter("ignore", kind)
+        patch.setattr(sys, "argv", ["histo_jax", *argv])
+        try:
+            cli._define_flags()
+            cli.main(cli._parse_flags(sys.argv))
+        except SystemExit as leave:
+            status = leave.code
+        finally:
+            for name in list(flags.FLAGS):
+                if name.partition(".")[0] in ("config", "workdir", "mode"):
+                    delattr(flags.FLAGS, name)
+    return status, "\n".join([said.getvalue(), *(str(warning.message) for warning in warned)])
+
+
+def refuses(run: Callable, place: Place, argv: list[str], *words: str) -> None:
+    """Asserts status 2, one line with all the words, and that every file is as it was."""
+    before = place.files()
+    status, said = run(argv)
+    lines = [line for line in said.splitlines() if line and not PROGRESS.match(line)]
+    assert (status, len(lines)) == (2, 1), said
+    assert lines[0].startswith("histo_jax: ")
+    assert "Traceback" not in lines[0]
+    assert not [word for word in words if word not in lines[0]], lines[0]
+    after = place.files()
+    assert after == before, sorted(before.keys() ^ after.keys())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+# --- the command line: each case a real process. Left what is typed, right what the line holds ---
+
+MISTYPED = """
+--config.fit.epoch=3                     | config.fit.epoch --help
+--config.nope.x=3                        | config.nope --help
+--config.fit=3                           | config.fit --help
+--config.seed.x=3                        | config.seed.x --help
+--config.model.features[0]=3             | config.model.features[0] --help
+--config.fit.epochs=ten                  | config.fit.epochs ten
+--config.fit.epochs=3.5                  | config.fit.epochs 3.5
+--config.fit.epochs=None                 | config.fit.epochs None int
+--config.fit.epochs=                     | config.fit.epochs
+--config.fit.epochs                      | config.fit.epochs --help
+--config.data.source=None                | config.data.source None str
+--config.optimizer.learning_rate=x       | config.optimizer.learning_rate x
+--config.model.features=a,b              | config.model.features 'a int
+--config.model.features=1.5,2,2,2,2      | config.model.features 1.5 int
+--epochs=3                               | epochs --help
+--mode=train                             | --mode=train run prepare fit evaluate predict
+fit                                      | 'fit' --help
+--workdir=                               | --workdir
+"""
+OUT_OF_RANGE = """seed=-1 data.source=pictures data.samples_per_class=0 data.validation_fraction=1
+data.split_by=patient data.synthetic_slides=1 model.name=resnet model.features=8,8 model.dense=0
+model.dropout=1 optimizer.learning_rate=nan fit.batch_size=0 fit.epochs=0 fit.steps_per_epoch=0
+early_stopping.patience=0 early_stopping.min_delta=-1 evaluate.split=train predict.batch_size=0"""
+LEFT_OUT = """
+                                         | --config --help
+--workdir=RUN                            | --config missing
+--config.seed=1 --workdir=RUN            | --config missing
+--config=tiny.py                         | --workdir missing
+--config=/no/such.py --workdir=RUN       | /no/such.py configs/quickstart.py
+--config /no/such.py --workdir=RUN       | /no/such.py configs/quickstart.py
+--config= --workdir=RUN                  | --config=: configs/quickstart.py
+--config.seed=1 --config=tiny.py         | --config.seed before
+"""
+
+
+def table(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.split("|")] for row in text.strip("\n").splitlines()]
+
+
+@pytest.mark.parametrize(("typed", "words"), table(MISTYPED))
+def test_mistyped(place: Place, typed: str, words: str) -> None:
+    refuses(real, place.begin(), place.argv("--mode=evaluate", typed), *words.split())
+
+
+@pytest.mark.parametrize("setting", OUT_OF_RANGE.split())
+def test_out_of_range(place: Place, setting: str) -> None:
+    field, _, value = setting.partition("=")
+    argv = place.begin().argv(f"--config.{setting}")
+    refuses(real, place, argv, f"config.{field} = ", value.split(",")[0], " must be ")
+
+
+@pytest.mark.parametrize(("typed", "words"), table(LEFT_OUT))
+def test_left_out(place: Place, typed: str, words: str) -> None:
+    typed = typed.replace("RUN", str(place.workdir)).replace("tiny.py", str(place.config_file))
+    refuses(real, place, typed.split(), *words.split())
+
+
+CONFIG_FILES = {
+    "syntax-error": ("def get_config(:\n", "tiny.py", "SyntaxError"),
+    "no-text": ("\0\1\2", "tiny.py", "null bytes"),
+    "value-error": ("def get_config():\n  raise ValueError('too\\nbig')", "tiny.py", "too big"),
+    "key-error": ("def get_config(): return {}['NO_SUCH']", "tiny.py", "KeyError", "NO_SUCH"),
+    "os-error": ("def get_config(): open('/no/such')", "tiny.py", "/no/such"),
+    "no-get-config": ("x = 1", "tiny.py", "get_config"),
+    "dict": ("def get_config(): return {'seed': 1}", "tiny.py", "dict", "histo_jax.Config"),
+    "nothing": ("def get_config(): pass", "tiny.py", "None", "histo_jax.Config"),
+    "missing-import": ("import no_such_module", "tiny.py", "no_such_module"),
+    "unknown-field": (CONFIG.replace("fit.epochs", "fit.epoch"), "config.fit.epoch"),
+    "wrong-type": (CONFIG.replace("4, 1\n", "4, '1'\n"), "config.fit.epochs", "'1'", "int"),
+}
+
+
+@pytest.mark.parametrize("override", [[], ["--config.seed=1"]], ids=["plain", "override"])
+@pytest.mark.parametrize("name", CONFIG_FILES)
+def test_broken_config_file(place: Place, name: str, override: list[str]) -> None:
+    text, *words = CONFIG_FILES[name]
+    place.config_file.write_text(text)
+    refuses(real, place, place.argv("--mode=predict", *override), *words)
+
+
+def test_help_is_no_mistake() -> None:
+    assert real(["--help"]) == (0, "")
+
+
+# --- the workdir ------------------------------------------------------------------------------
+
+IDENTITY = """seed=1 data.source='synthetic' data.samples_per_class=5 data.validation_fraction=0.5
+data.split_by='image' data.synthetic_slides=3 model.features=[2,2,2,2,4] model.dense=8
+model.dropout=0.1 optimizer.learning_rate=0.5 fit.batch_size=8 fit.steps_per_epoch=2"""
+
+
+@pytest.mark.parametrize("setting", IDENTITY.split())
+def test_workdir_of_another_run(place: Place, setting: str) -> None:
+    field, _, new = setting.partition("=")
+    old = json.loads((place.begin().workdir / "config.json").read_text())[field]
+    argv = place.argv(f"--config.{field}={new.strip(chr(39) + '[]')}")
+    now = new.replace(",", ", ")
+    words = (str(place.workdir), field, f"was {old!r}", f"is {now}", "choose another --workdir")
+    refuses(real, place, argv, *words)
+
+
+def test_lengths_and_folders_may_change(place: Place) -> None:
+    config = place.begin().config()
+    config.data.raw_dir, config.data.tfds_dir, config.fit.epochs = None, "elsewhere", 9
+    config.early_stopping.patience, config.evaluate.split = 9, "test"
+    config.predict.batch_size = 9
+    workdirs.check(place.workdir, config)
+    config.seed = 1
+    with pytest.raises(workdirs.ExpectedError, match="seed"):
+        workdirs.check(place.workdir, config)
+
+
+@pytest.mark.parametrize("below", ["", "/run", "/deeper/run"])
+def test_workdir_that_cannot_be_written(place: Place, below: str) -> None:
+    (place.root / "file").write_text("not a folder")
+    argv = place.argv(f"--workdir={place.root}/file{below}")
+    refuses(real, place, argv, f"--workdir={place.root}/file{below} cannot be written", "choose")
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b""])
+def test_damaged_config_json(place: Place, content: bytes) -> None:
+    path = place.begin().workdir / "config.json"
+    path.write_bytes(content)
+    refuses(real, place, place.argv(), str(path), "damaged", "choose another --workdir")
+
+
+# --- the raw data -----------------------------------------------------------------------------
+
+ID, SECOND = list(PATCHES["train"])[:2]
+LABELS, SAMPLE, FILE = *CSVS.values(), f"train/{ID}.tif"
+TEST_FILE = f"test/{list(PATCHES['test'])[-1]}.tif"
+Spoiler = Callable[[Path], object]
+
+
+def content(name: str, change: Callable[[bytes], bytes]) -> Spoiler:
+    return lambda raw: (raw / name).write_bytes(change((raw / name).read_bytes()))
+
+
+def row(text: str) -> Spoiler:
+    """Makes a spoiler of the first row."""
+    return content(LABELS, lambda old: old.replace(f"{ID},0\n".encode(), f"{text}\n".encode()))
+
+
+def image(kind: str, mode: str, *size: int) -> Spoiler:
+    return lambda raw: Image.new(mode, size).save(raw / FILE, format=kind)
+
+
+def gone(name: str, *, and_back: bool = False) -> Spoiler:
+    def spoil(raw: Path) -> None:
+        shutil.rmtree(raw / name) if (raw / name).is_dir() else (raw / name).unlink()
+        if and_back:
+            (raw / name).mkdir()
+
+    return spoil
+
+
+ROW, HEX = f"{LABELS}, line 2", "40 hex digits"
+TIFF = (FILE, "no readable TIFF", "download it again")
+SIZE = (FILE, "96x96 RGB", "replace it")
+RAW: dict[str, tuple] = {
+    "no-folder": (gone("."), "raw: no such folder", "--config.data.raw_dir"),
+    "no-train-csv": (gone(LABELS), LABELS, "missing", "unpack"),
+    "no-test-csv": (gone(SAMPLE), SAMPLE, "missing", "unpack"),
+    "no-test-folder": (gone("test"), "raw/test", "missing", "unpack"),
+    "empty-test-folder": (gone("test", and_back=True), "raw/test", "empty", "unpack"),
+    "no-header": (content(LABELS, lambda old: old[9:]), LABELS, "id,label", "again"),
+    "other-header": (content(SAMPLE, lambda old: b"x" + old), SAMPLE, "id,label", "again"),
+    "header-alone": (content(SAMPLE, lambda old: old[:9]), SAMPLE, "no patches", "again"),
+    "empty-csv": (content(LABELS, lambda _: b""), LABELS, "no readable CSV"),
+    "zeros-csv": (content(LABELS, lambda _: bytes(999)), LABELS),
+    "binary-csv": (content(LABELS, lambda _: bytes(range(256)) * 9), LABELS),
+    "utf-16-csv": (content(LABELS, lambda old: old.decode().encode("utf-16")), LABELS),
+    "not-utf-8-csv": (content(SAMPLE, lambda old: old + b"\xe9,0\n"), SAMPLE, "readable CSV"),
+    "ragged-csv": (content(LABELS, lambda old: old + b"a,b,c\n"), LABELS, "no readable CSV"),
+    "label-2": (row(f"{ID},2"), ROW, "'2'", "0 or 1", "mend"),
+    "label-1.0": (row(f"{ID},1.0"), ROW, "'1.0'", "0 or 1", "mend"),
+    "label-empty": (row(f"{ID},"), ROW, "0 or 1", "mend"),
+    "label-left-out": (row(ID), ROW, "0 or 1", "mend"),
+    "id-a-path": (row("../../etc/passwd,0"), ROW, "../../etc/passwd", HEX, "mend"),
+    "id-upper-case": (row(f"{ID.upper()},0"), ROW, ID.upper(), HEX, "mend"),
+    "id-too-short": (row(f"{ID[1:]},0"), ROW, ID[1:], HEX, "mend"),
+    "id-empty": (row(",0"), ROW, HEX, "mend"),
+    "id-twice": (row(f"{SECOND},1"), f"{LABELS}, line 3", SECOND, "remove one row"),
+    "no-file": (gone(FILE), ROW, FILE, "missing", "restore it"),
+    "cut-in-half": (content(FILE, lambda old: old[: len(old) // 2]), *TIFF),
+    "cut-in-header": (content(FILE, lambda old: old[:100]), *TIFF),
+    "last-byte-cut": (content(FILE, lambda old: old[:-1]), *TIFF),
+    "empty-file": (content(FILE, lambda _: b""), *TIFF),
+    "text-file": (content(FILE, lambda _: b"<html>log in</html>"), *TIFF),
+    "png-inside": (image("PNG", "RGB", 96, 96), *TIFF),
+    "wrong-size": (image("TIFF", "RGB", 96, 95), "96x95", *SIZE),
+    "grey": (image("TIFF", "L", 96, 96), "96x96 L", *SIZE),
+    "transparent": (image("TIFF", "RGBA", 96, 96), "RGBA", *SIZE),
+    "cut-test-file": (content(TEST_FILE, lambda old: old[:9999]), TEST_FILE, "no readable TIFF"),
+}
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["fresh", "begun"])
+@pytest.mark.parametrize("name", RAW)
+def test_bad_raw_data(place: Place, name: str, begun: bool) -> None:
+    spoil, *words = RAW[name]
+    if begun:
+        place.begin()
+    spoil(place.raw)
+    refuses(here, place, place.argv(), *words)
+
+
+@pytest.mark.parametrize("label", "01")
+def test_one_class_only(place: Place, label: str) -> None:
+    content(LABELS, lambda old: re.sub(rb",\d\n", f",{label}\n".encode(), old))(place.raw)
+    words = ("training set has", "9 with tumour" if label == "1" else "0 with tumour", "both")
+    refuses(here, place.prepare(), place.argv(), *words, "give more data")
+
+
+INDIVISIBLE = """
+data.samples_per_class=1 | 2 patches config.data.validation_fraction
+data.split_by=slide      | config.data.split_by slide 'auto' 'image'
+fit.batch_size=12        | config.fit.batch_size 12 9 smaller more
+"""
+
+
+@pytest.mark.parametrize(("setting", "words"), table(INDIVISIBLE))
+def test_data_that_cannot_be_divided(place: Place, setting: str, words: str) -> None:
+    refuses(here, place.prepare(), place.argv(f"--config.{setting}"), *words.split())
+
+
+def test_records_of_other_files(place: Place) -> None:
+    content(LABELS, lambda old: old[:-43])(place.prepare().raw)
+    words = ("kaggle/1.0.0", "other files", str(place.raw), "--config.data.tfds_dir")
+    refuses(here, place, place.argv(), *words)
+
+
+def test_neither_raw_files_nor_records(place: Place) -> None:
+    argv = place.argv("--config.data.raw_dir=None")
+    refuses(here, place, argv, "set --config.data.raw_dir")
+
+
+@pytest.mark.parametrize("below", ["", "/records"])
+def test_records_folder_that_cannot_be_written(place: Place, below: str) -> None:
+    (place.root / "file").write_text("not a folder")
+    argv = place.argv("--mode=prepare", f"--config.data.tfds_dir={place.root}/file{below}")
+    refuses(here, place, argv, f"{place.root}/file{below}", "data.tfds_dir")
+
+
+# --- checkpoints ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    place = Place(tmp_path_factory.mktemp("trained"))
+    status, said = real(place.argv("--mode=fit"))
+    assert status == 0, said
+    return place
+
+
+@pytest.fixture
+def copy(trained: Place, tmp_path: Path) -> Place:
+    """A place of its own with the trained run and an earlier submission and evaluation."""
+    shutil.copytree(trained.root, tmp_path, dirs_exist_ok=True)
+    return Place(tmp_path).begin()
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "predict"])
+@pytest.mark.parametrize("left", ["nothing", "config", "folder"])
+def test_no_checkpoint(place: Place, mode: str, left: str) -> None:
+    if left != "nothing":
+        place.begin()
+    if left == "folder":
+        (place.workdir / "checkpoints").mkdir()
+    argv = place.argv(f"--mode={mode}")
+    refuses(here, place, argv, str(place.workdir), "no checkpoint", "--mode=fit")
+
+
+@pytest.mark.parametrize("mode", ["fit", "evaluate", "predict"])
+def test_checkpoint_of_another_model(copy: Place, mode: str) -> None:
+    argv = [*copy.make_other_model(), f"--mode={mode}"]
+    refuses(here, copy, argv, "checkpoints/2", "another model", "config.model", "--workdir")
+
+
+def test_checkpoints_in_a_folder_without_config(copy: Place) -> None:
+    (copy.workdir / "config.json").unlink()
+    refuses(real, copy, copy.argv(), str(copy.workdir), "no config.json", "another --workdir")
+
+
+def test_test_patches_without_labels(copy: Place) -> None:
+    argv = copy.argv("--mode=evaluate", "--config.evaluate.split=test")
+    refuses(here, copy, argv, "no labels", "--mode=predict", "--config.evaluate.split=validation")
+
+
+def test_the_heavy_ones_in_real_processes(copy: Place, tmp_path_factory) -> None:
+    no_raw, cut, unwritable, new, small = [
+        Place(tmp_path_factory.mktemp("place")).begin() for _ in range(5)
+    ]
+    jobs = []
+    for place, name in ((no_raw, "no-folder"), (cut, "cut-in-header")):
+        spoil, *words = RAW[name]
+        spoil(place.raw)
+        jobs.append((place, place.argv("--mode=prepare"), *words))
+    argv = unwritable.argv("--mode=prepare", f"--config.data.tfds_dir={unwritable.config_file}/x")
+    jobs.append((unwritable, argv, str(unwritable.config_file)))
+    jobs.append((new, new.argv("--mode=predict"), "no checkpoint", "--mode=fit"))
+    shutil.copytree(copy.tfds, small.tfds)
+    argv = small.argv(f"--workdir={small.root}/fresh", "--config.fit.batch_size=12")
+    jobs.append((small, argv, "fit.batch_size = 12", "9"))
+    argv = [*copy.make_other_model(), "--mode=evaluate"]
+    jobs.append((copy, argv, "checkpoints/2", "another model"))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(refuses, real, *job) for job in jobs]:
+            done.result()
