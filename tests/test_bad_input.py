@@ -372,7 +372,7 @@ def test_bad_raw_data(place: Place, name: str, begun: bool) -> None:
 def test_one_class_only(place: Place, label: str) -> None:
     content(LABELS, lambda old: re.sub(rb",\d\n", f",{label}\n".encode(), old))(place.raw)
     words = ("training set has", "9 with tumour" if label == "1" else "0 with tumour", "both")
-    refuses(here, place.prepare(), place.argv(), *words, "give more data")
+    refuses(here, place.prepare(), place.argv(), *words, "give more patches")
 
 
 INDIVISIBLE = """
