@@ -12,7 +12,8 @@ from typing import Any
 
 from histo_jax.errors import ExpectedError
 
-SOURCES = ("synthetic", "kaggle")
+SOURCES = ("synthetic", "kaggle", "pcam")
+ON_DAMAGED = ("stop", "skip")
 SPLIT_RULES = ("auto", "slide", "image")
 EVALUATION_SPLITS = ("validation", "test")
 MODELS = ("five_block",)
@@ -28,7 +29,9 @@ class DataConfig:
 
     source: str = _option("synthetic", f"where the patches come from: {', '.join(SOURCES)}")
     raw_dir: str | None = _option(
-        None, "folder of the raw files as downloaded; None = use what is already in tfds_dir"
+        None,
+        "folder of the raw files as downloaded; None = use what is already in tfds_dir, "
+        "for pcam after downloading it",
     )
     tfds_dir: str = _option(
         "~/tensorflow_datasets", "folder for the prepared records; about the size of the raw files"
@@ -40,8 +43,19 @@ class DataConfig:
     split_by: str = _option(
         "auto",
         "keep whole slides, or only whole images, on one side: slide, image, "
-        "auto = slide where slides are known",
+        "auto = slide where slides are known; pcam's official splits are kept",
     )
+    slide_map: str | None = _option(
+        None,
+        "slides of Kaggle's patches: a CSV id,wsi, or a folder with PatchCamelyon's files and "
+        "their _meta.csv, in which the patches are looked up by their pixels",
+    )
+    on_damaged: str = _option(
+        "stop",
+        "training patches that are damaged, or missing in slide_map: stop, or skip = leave them "
+        "out and list them",
+    )
+    allow_leak: bool = _option(False, "train even on patches that are in the test set")
     synthetic_slides: int = _option(
         40, "slides that the synthetic source draws for training; a quarter as many for the test"
     )
@@ -120,6 +134,7 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     ("data.samples_per_class", lambda v: v >= 1, "at least 1, or None for all"),
     ("data.validation_fraction", lambda v: 0 < v < 1, "between 0 and 1"),
     ("data.split_by", lambda v: v in SPLIT_RULES, f"one of {', '.join(SPLIT_RULES)}"),
+    ("data.on_damaged", lambda v: v in ON_DAMAGED, f"one of {', '.join(ON_DAMAGED)}"),
     ("data.synthetic_slides", lambda v: v >= 2, "at least 2"),
     ("model.name", lambda v: v in MODELS, f"one of {', '.join(MODELS)}"),
     (

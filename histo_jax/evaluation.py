@@ -32,7 +32,8 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         `split`; `count` of examples; `auc`; `nll` in nats; `accuracy` at probability 0.5;
-        `split_by`, 'slide' or 'image'; `checkpoint_step`.
+        `split_by`, 'slide' or 'image'; `honest`, whether the score speaks of slides that training
+        has not seen, and a `note` if not; `checkpoint_step`.
 
     Raises:
         ExpectedError: no checkpoint, one of another model, or a split without labels.
@@ -46,28 +47,29 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         best = checkpoints.restore_best(config, sharding.replicated(batched))
     prepared = prepare(config)
     name = config.evaluate.split
-    split = splits.make_split(prepared.tables["train"], config)
-    table_name, rows = ("train", split.validation) if name == "validation" else ("test", None)
-    table = prepared.tables[table_name]
-    if rows is None:
-        rows = table.index.to_numpy()
-        if (table["label"] == UNLABELLED).any():
-            raise ExpectedError(
-                f"the test patches of config.data.source = {config.data.source!r} have no labels: "
-                "use --mode=predict, or --config.evaluate.split=validation"
-            )
+    sides = splits.make_sides(prepared.tables, config)
+    side = sides.validation if name == "validation" else sides.test
+    if side is None or (prepared.tables[side.records]["label"] == UNLABELLED).any():
+        raise ExpectedError(
+            f"the test patches of config.data.source = {config.data.source!r} are missing or have "
+            "no labels: use --mode=predict, or --config.evaluate.split=validation"
+        )
     batches = loader.ordered_batches(
-        prepared.source(table_name), rows, sharding.round_up(config.fit.batch_size)
+        prepared.source(side.records), side.rows, sharding.round_up(config.fit.batch_size)
     )
     with workdirs.tracked(folder, "evaluate"):
         eval_step = steps.make_eval_step(create_model(config.model), batched)
         scores = binary_scores(
             *steps.collect_logits(eval_step, best.state.weights, batches, batched)
         )
+        # A test side of its own is not the one that chose the checkpoint.
+        honest = sides.honest or name == "test"
         result = {
             "split": name,
             **scores,
-            "split_by": split.by,
+            "split_by": sides.by,
+            "honest": honest,
+            "note": "" if honest else splits.OPTIMISTIC,
             "checkpoint_step": int(best.state.step),
         }
         files.write_json(folder / f"evaluation_{name}.json", result)
@@ -76,4 +78,6 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         "%s: AUC %.4f, NLL %.4f, accuracy %.4f on %d patches",
         name, scores["auc"], scores["nll"], scores["accuracy"], scores["count"],
     )  # fmt: skip
+    if not honest:
+        log.warning("%s", splits.OPTIMISTIC)
     return result

@@ -17,7 +17,7 @@ from histo_jax import files
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader, splits
-from histo_jax.data.builder import prepare
+from histo_jax.data.builder import Prepared, prepare
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import binary_scores
 from histo_jax.models import create_model
@@ -66,21 +66,25 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     workdirs.check(folder, config)
     sharding.check_batch_size(config.fit.batch_size)
     prepared = prepare(config)
-    table = prepared.tables["train"]
-    split = splits.make_split(table, config)
-    if len(split.train) < config.fit.batch_size:
+    tables = prepared.tables
+    sides = splits.make_sides(tables, config)
+    train_rows = sides.train.rows
+    if len(train_rows) < config.fit.batch_size:
         raise ExpectedError(
             f"config.fit.batch_size = {config.fit.batch_size} is more than the "
-            f"{len(split.train)} training patches: choose a smaller batch or give more data"
+            f"{len(train_rows)} training patches: choose a smaller batch or give more data"
         )
+    splits.refuse_leak(tables, sides, config.data.allow_leak)
     log.info(
         "%d patches to train, %d to validate, divided by %s",
-        len(split.train), len(split.validation), split.by,
+        len(train_rows), len(sides.validation.rows), sides.by,
     )  # fmt: skip
+    if not sides.honest:
+        log.warning("%s", splits.OPTIMISTIC)
     if not (folder / "config.json").exists():
         workdirs.save_config(folder, config)
     with Checkpoints(folder) as checkpoints:
-        start = _start(config, checkpoints, table, split)
+        start = _start(config, checkpoints, tables, sides)
         if start.early_stopping.should_stop or len(start.history) >= config.fit.epochs:
             log.info("already complete at step %d", start.state.step)
             return _table(start.history)
@@ -89,21 +93,23 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
             workdirs.update_status(
                 folder, state="running", reason=None, finished=[], step=int(start.state.step)
             )
-            source = prepared.source("train")
-            return _table(_train(config, folder, checkpoints, start, source, split))
+            return _table(_train(config, folder, checkpoints, start, prepared, sides))
 
 
 def _start(
-    config: Config, checkpoints: Checkpoints, table: pd.DataFrame, split: splits.Split
+    config: Config,
+    checkpoints: Checkpoints,
+    tables: dict[str, pd.DataFrame],
+    sides: splits.Sides,
 ) -> Checkpoint:
     """The newest checkpoint, or the state before the first step."""
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     place = sharding.replicated(sharding.batch_sharding())
     early_stopping = EarlyStopping.create(config.early_stopping)
-    fingerprint = splits.fingerprint(table, split, config)
+    fingerprint = splits.fingerprint(tables, sides, config)
     step = checkpoints.latest_step()
     if step is None:
-        mean, deviation = splits.normalisation(table, split.train)
+        mean, deviation = splits.normalisation(tables[sides.train.records], sides.train.rows)
         state = create_state(model, optimizer, config.seed, mean, deviation)
         return Checkpoint(
             state=jax.device_put(state, place),
@@ -126,20 +132,24 @@ def _train(
     folder: Path,
     checkpoints: Checkpoints,
     start: Checkpoint,
-    source: loader.Source,
-    split: splits.Split,
+    prepared: Prepared,
+    sides: splits.Sides,
 ) -> list[dict[str, Any]]:
     batched = sharding.batch_sharding()
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     train_step = steps.make_train_step(model, optimizer, batched)
     eval_step = steps.make_eval_step(model, batched)
     batch_size = config.fit.batch_size
-    steps_per_epoch = config.fit.steps_per_epoch or len(split.train) // batch_size
+    steps_per_epoch = config.fit.steps_per_epoch or len(sides.train.rows) // batch_size
 
     state, early_stopping = start.state, start.early_stopping
     history = list(start.history)
     batches = loader.training_batches(
-        source, split.train, batch_size, config.seed, first_step=int(state.step)
+        prepared.source(sides.train.records),
+        sides.train.rows,
+        batch_size,
+        config.seed,
+        first_step=int(state.step),
     )
     with contextlib.closing(SummaryWriter(str(folder / "events"))) as events:
         for epoch in range(len(history) + 1, config.fit.epochs + 1):
@@ -160,7 +170,9 @@ def _train(
             trained = time.monotonic()
 
             validation = loader.ordered_batches(
-                source, split.validation, sharding.round_up(batch_size)
+                prepared.source(sides.validation.records),
+                sides.validation.rows,
+                sharding.round_up(batch_size),
             )
             scores = binary_scores(
                 *steps.collect_logits(eval_step, state.weights, validation, batched)

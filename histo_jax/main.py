@@ -13,7 +13,8 @@ from ml_collections import config_flags
 from histo_jax.config import Config, describe, validate
 from histo_jax.errors import ExpectedError
 
-MODES = ("run", "prepare", "fit", "evaluate", "predict")
+MODES = ("run", "prepare", "fit", "evaluate", "predict", "audit")
+_LEAK_FOUND = 1
 _EXPECTED_FAILURE = 2
 
 _USAGE = """\
@@ -23,7 +24,8 @@ usage: python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE] [--con
   --workdir=DIR    folder of the run: checkpoints, history, scores, submission
   --mode=MODE      run (default): all of the following in order
                    prepare: write the records; fit: train, or go on; evaluate: score the best
-                   checkpoint; predict: write submission.csv with it
+                   checkpoint; predict: write submission.csv with it.
+                   audit, alone: does a patch or a slide stand on two sides? (status 1: yes)
 
 Fields, each with its default (the config file may set another):
 """
@@ -124,6 +126,23 @@ def _predict(config: Config, workdir: Path) -> None:
     predict(config, workdir)
 
 
+def _audit(config: Config, workdir: Path) -> None:
+    from histo_jax import files
+    from histo_jax import workdir as workdirs
+    from histo_jax.data.audit import audit, has_leak, table
+    from histo_jax.data.builder import prepare
+    from histo_jax.data.splits import make_sides
+
+    workdirs.check(workdir, config)
+    prepared = prepare(config)
+    report = audit(prepared, make_sides(prepared.tables, config), config.seed)
+    workdir.mkdir(parents=True, exist_ok=True)
+    files.write_json(workdir / "audit.json", report)
+    print(table(report))
+    if has_leak(report):
+        sys.exit(_LEAK_FOUND)
+
+
 def _run(config: Config, workdir: Path) -> None:
     from histo_jax import workdir as workdirs
 
@@ -134,7 +153,12 @@ def _run(config: Config, workdir: Path) -> None:
     with workdirs.tracked(workdir, "run"):
         _fit(config, workdir)
         _evaluate(config, workdir)
-        _predict(config, workdir)
+        from histo_jax.prediction import NoTestPatchesError
+
+        try:
+            _predict(config, workdir)
+        except NoTestPatchesError as error:
+            print(f"no submission.csv: {error}")
 
 
 # Each verb imports what it needs, so that --help and mistakes answer at once.
@@ -144,6 +168,7 @@ _VERBS: dict[str, Callable[[Config, Path], None]] = {
     "fit": _fit,
     "evaluate": _evaluate,
     "predict": _predict,
+    "audit": _audit,
 }
 
 

@@ -15,11 +15,16 @@ from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader
 from histo_jax.data.builder import prepare
+from histo_jax.errors import ExpectedError
 from histo_jax.models import create_model
 from histo_jax.training.checkpoints import Checkpoints
 from histo_jax.training.step import make_forward
 
 log = logging.getLogger("histo_jax")
+
+
+class NoTestPatchesError(ExpectedError):
+    """The data has nothing to predict."""
 
 
 def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
@@ -36,7 +41,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         `sample_submission.csv` in its order.
 
     Raises:
-        ExpectedError: no checkpoint, or one of another model.
+        ExpectedError: no checkpoint, one of another model, or no test patches.
         OSError: a file cannot be written.
     """
     validate(config)
@@ -46,6 +51,11 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     with Checkpoints.of(folder) as checkpoints:
         best = checkpoints.restore_best(config, SingleDeviceSharding(devices[0]))
     prepared = prepare(config)
+    if "test" not in prepared.tables:
+        raise NoTestPatchesError(
+            f"{config.data.raw_dir or prepared.directory} has no test patches to predict: "
+            f"add them, and remove {prepared.directory} to prepare again"
+        )
     ids = prepared.tables["test"]["id"]
     with workdirs.tracked(folder, "predict"):
         per_device = -(-min(config.predict.batch_size, len(ids)) // len(devices))

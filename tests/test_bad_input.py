@@ -35,7 +35,9 @@ def get_config():
     config.fit.batch_size, config.fit.epochs = 4, 1
     return config
 """
-PROGRESS = re.compile(r"preparing |class [01] has |\d+ patches to train|resumed from step ")
+PROGRESS = re.compile(
+    r"preparing |.* has changed since it was prepared|the validation score is optimistic|class [01] has |\d+ patches to train|resumed from step "
+)
 CSVS = {"train": "train_labels.csv", "test": "sample_submission.csv"}
 HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
@@ -94,7 +96,9 @@ class Place:
         def counts(path: Path) -> bool:
             # TFDS leaves the empty folders above the records behind, and they do no harm.
             above = path.is_relative_to(self.tfds) and path.is_dir() and "1.0.0" not in path.name
-            return not (above or path.name == "status.json" or "__pycache__" in path.parts)
+            return not (
+                above or path.name in ("status.json", "lock") or "__pycache__" in path.parts
+            )
 
         return {
             str(path.relative_to(self.root)): path.read_bytes() if path.is_file() else None
@@ -319,7 +323,7 @@ def gone(name: str, *, and_back: bool = False) -> Spoiler:
 
 ROW, HEX = f"{LABELS}, line 2", "40 hex digits"
 TIFF = (FILE, "no readable TIFF", "download it again")
-SIZE = (FILE, "96x96 RGB", "replace it")
+SIZE = (FILE, "96x96 RGB", "download it")
 RAW: dict[str, tuple] = {
     "no-folder": (gone("."), "raw: no such folder", "--config.data.raw_dir"),
     "no-train-csv": (gone(LABELS), LABELS, "missing", "unpack"),

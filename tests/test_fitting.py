@@ -117,8 +117,8 @@ def test_normalisation_is_the_runs_own_and_saved(tiny_config, tmp_path):
     tiny_config.fit.epochs = 1
     histo_jax.fit(tiny_config, tmp_path)
     prepared = fitting.prepare(tiny_config)
-    split = fitting.splits.make_split(prepared.tables["train"], tiny_config)
-    records = prepared.source("train").__getitems__(split.train.tolist())
+    split = fitting.splits.make_sides(prepared.tables, tiny_config)
+    records = prepared.source("train").__getitems__(split.train.rows.tolist())
     pixels = np.stack([record["image"] for record in records]) / 255
     with Checkpoints(tmp_path) as checkpoints:
         weights = checkpoints.restore_best(tiny_config, replicated(batch_sharding())).state.weights

@@ -2,77 +2,133 @@
 
 Beside each split's records lies `<split>.csv`, one row a record in the records' order: id, label,
 slide, and per channel the sum of the pixels and of their squares, so that splits and
-normalisation need no image.
+normalisation need no image. `prepared.json` says from which files they came.
 """
 
 import contextlib
+import fcntl
+import functools
 import io
+import json
 import logging
 import os
-import sys
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pandas as pd
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import ExampleSerializer
+from tqdm import tqdm
 
-from histo_jax.config import Config
-from histo_jax.data import kaggle, synthetic
+from histo_jax import files
+from histo_jax.config import Config, DataConfig
+from histo_jax.data import kaggle, pcam, slides, synthetic
 from histo_jax.data.example import IMAGE_SHAPE, Example
 from histo_jax.data.loader import Source
 from histo_jax.errors import ExpectedError
 
 log = logging.getLogger("histo_jax")
 
-_FINGERPRINT = "raw_fingerprint.txt"
 SUMS = ("sum_red", "sum_green", "sum_blue")
 SQUARES = ("squares_red", "squares_green", "squares_blue")
+_RECORD = "prepared.json"
+
+
+class _Reader(NamedTuple):
+    """Examples of one split, and how many there are (None = not known yet)."""
+
+    examples: Iterator[Example]
+    total: int | None
 
 
 class _ReaderConfig(tfds.core.BuilderConfig):
-    """A reader with its settings."""
+    """A source with its settings.
 
-    def fingerprint(self) -> str:
-        """Tells one set of raw files from another; '' where they cannot be seen."""
-        return ""
+    Attributes:
+        damaged: what is wrong with the files that were left out, by path.
+    """
 
-    def readers(self) -> dict[str, Iterator[Example]]:
-        """Returns one reader a split; called when records must be written."""
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name)
+        self.damaged: dict[str, str] = {}
+
+    def raw_files(self) -> list[Path]:
+        """Returns the files that the records are made from; none where they cannot be seen."""
+        return []
+
+    def readers(self, scratch: Path, downloads: Any) -> dict[str, _Reader]:
+        """Returns one reader a split, when records must be written."""
         raise NotImplementedError
 
 
 class _Kaggle(_ReaderConfig):
-    def __init__(self, raw_dir: Path | None) -> None:
-        super().__init__(name="kaggle", description="Histopathologic Cancer Detection")
-        self.raw_dir = raw_dir
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__("kaggle")
+        self._raw_dir = Path(data.raw_dir).expanduser() if data.raw_dir else None
+        self._skip = data.on_damaged == "skip"
 
-    def fingerprint(self) -> str:
-        if self.raw_dir is None or not self.raw_dir.is_dir():
-            return ""
-        return kaggle.fingerprint(self.raw_dir)
+    def raw_files(self) -> list[Path]:
+        if self._raw_dir is None or not self._raw_dir.is_dir():
+            return []
+        return kaggle.raw_files(self._raw_dir)
 
-    def readers(self) -> dict[str, Iterator[Example]]:
-        if self.raw_dir is None:
+    def readers(self, scratch: Path, downloads: Any) -> dict[str, _Reader]:
+        if self._raw_dir is None:
             raise ExpectedError(
                 "config.data.raw_dir is not set and no prepared records are there: "
                 "set --config.data.raw_dir to the folder of the competition's files"
             )
         # Both splits are listed before the first image is read: a mistake in the test's CSV
-        # must not show only after an hour of preparing.
-        files = {split: kaggle.list_files(self.raw_dir, split) for split in ("train", "test")}
-        return {split: kaggle.read(listed) for split, listed in files.items()}
+        # must not show only after minutes of preparing.
+        train, test = (kaggle.list_files(self._raw_dir, split) for split in ("train", "test"))
+        # A submission needs every test patch, so none of them is left out.
+        return {
+            "train": _Reader(kaggle.read(train, self._skip, self.damaged), len(train)),
+            "test": _Reader(kaggle.read(test, False, {}), len(test)),
+        }
+
+
+class _PatchCamelyon(_ReaderConfig):
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__("pcam")
+        self._raw_dir = Path(data.raw_dir).expanduser() if data.raw_dir else None
+
+    def raw_files(self) -> list[Path]:
+        if self._raw_dir is None or not self._raw_dir.is_dir():
+            return []
+        return pcam.raw_files(self._raw_dir)
+
+    def readers(self, scratch: Path, downloads: Any) -> dict[str, _Reader]:
+        found = pcam.find(self._raw_dir) if self._raw_dir else pcam.download(downloads)
+        # Plain files are all checked before the first record; packed ones as they are unpacked.
+        return {
+            split: _Reader(
+                self._read(its, scratch), None if ".gz" in (its.x.suffix, its.y.suffix)
+                else pcam.check(its),
+            )
+            for split, its in found.items()
+        }  # fmt: skip
+
+    def _read(self, packed: pcam.Files, scratch: Path) -> Iterator[Example]:
+        with pcam.unpacked(packed, scratch) as plain:
+            yield from pcam.read(plain)
 
 
 class _Synthetic(_ReaderConfig):
     def __init__(self, seed: int, slides: int) -> None:
         # The settings are part of the name, so that each lies in a folder of its own.
-        super().__init__(name=f"synthetic-seed{seed}-slides{slides}", description="drawn slides")
-        self.seed, self.slides = seed, slides
+        super().__init__(f"synthetic-seed{seed}-slides{slides}")
+        self._seed, self._slides = seed, slides
 
-    def readers(self) -> dict[str, Iterator[Example]]:
-        return {s: synthetic.read(self.seed, self.slides, s) for s in ("train", "test")}
+    def readers(self, scratch: Path, downloads: Any) -> dict[str, _Reader]:
+        return {
+            split: _Reader(synthetic.read(self._seed, self._slides, split), None)
+            for split in synthetic.SPLITS
+        }
 
 
 class Histopathology(tfds.core.GeneratorBasedBuilder):
@@ -96,26 +152,21 @@ class Histopathology(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        readers = self.builder_config.readers()
-        (Path(self.data_dir) / _FINGERPRINT).write_text(self.builder_config.fingerprint())
+        readers = self.builder_config.readers(Path(self.data_dir), dl_manager)
         return {split: self._generate_examples(split, reader) for split, reader in readers.items()}
 
     def _generate_examples(
-        self, split: str, reader: Iterator[Example]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        self, split: str, reader: _Reader
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = []
-        for example in reader:
-            pixels = example.image.reshape(-1, 3).astype(np.uint32)
-            rows.append(
-                (
-                    example.id,
-                    example.label,
-                    example.slide,
-                    *pixels.sum(axis=0, dtype=np.uint64),
-                    *np.einsum("ij,ij->j", pixels, pixels),
-                )
-            )
-            yield example.id, example._asdict()
+        # disable=None: no bar where nobody watches.
+        bar = tqdm(reader.examples, split, reader.total, unit=" img", disable=None)
+        for key, example in enumerate(bar):
+            # Exact in float64, and twice as fast as in integers.
+            pixels = example.image.reshape(-1, 3).astype(np.float64)
+            sums = np.concatenate([pixels.sum(0), np.einsum("ij,ij->j", pixels, pixels)])
+            rows.append((example.id, example.label, example.slide, *sums.astype(np.int64)))
+            yield key, example._asdict()
         table = pd.DataFrame(rows, columns=["id", "label", "slide", *SUMS, *SQUARES])
         table.to_csv(Path(self.data_dir) / f"{split}.csv", index=False)
 
@@ -125,21 +176,20 @@ class Prepared:
 
     Attributes:
         directory: folder of the records.
-        tables: per split a table, row i = record i: id, label, slide (''= not known), pixel sums.
+        tables: per split a table, row i = record i: id, label, slide ('' = not known), pixel sums.
     """
 
-    def __init__(self, builder: Histopathology) -> None:
+    def __init__(self, builder: Histopathology, data: DataConfig) -> None:
         self._builder = builder
         self.directory = Path(builder.data_dir)
+        types = {"id": str, "slide": str}
         self.tables = {
             split: pd.read_csv(
-                self.directory / f"{split}.csv",
-                dtype={"id": str, "slide": str},
-                na_values=[],
-                keep_default_na=False,
+                self.directory / f"{split}.csv", dtype=types, na_values=[], keep_default_na=False
             )
             for split in builder.info.splits
         }
+        self.tables["train"] = slides.fill_in(self.tables["train"], data, self.directory)
 
     def source(self, split: str) -> Source:
         """Returns random access to a split's records."""
@@ -149,40 +199,83 @@ class Prepared:
 def prepare(config: Config) -> Prepared:
     """Returns the records of `config.data`, writing them first where they are not there yet.
 
-    TFDS writes to a temporary folder and renames it, so a break leaves nothing half-written.
+    TFDS writes to a temporary folder and renames it, so a break leaves nothing that looks
+    finished. Of several processes one writes, and the others wait for it.
 
     Raises:
-        ExpectedError: the raw data is missing or wrong.
+        ExpectedError: the raw data is missing, wrong, or no longer that of the records.
         OSError: `data.tfds_dir` cannot be written, or the disk is full.
     """
     data = config.data
-    if data.source == "kaggle":
-        reader = _Kaggle(Path(data.raw_dir).expanduser() if data.raw_dir else None)
-    else:
-        reader = _Synthetic(config.seed, data.synthetic_slides)
+    reader: _ReaderConfig = (
+        _Kaggle(data) if data.source == "kaggle"
+        else _PatchCamelyon(data) if data.source == "pcam"
+        else _Synthetic(config.seed, data.synthetic_slides)
+    )  # fmt: skip
     tfds_dir = Path(data.tfds_dir).expanduser()
     existing = next(p for p in (tfds_dir, *tfds_dir.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.X_OK):
         raise ExpectedError(
             f"{tfds_dir} cannot be a folder, for {existing} is none: set --config.data.tfds_dir"
         )
-    builder = Histopathology(data_dir=tfds_dir, config=reader, file_format="array_record")
-    if not Path(builder.data_dir).exists():
-        log.info("preparing %s into %s", reader.name, builder.data_dir)
-        with contextlib.ExitStack() as stack:
-            # TFDS announces "unknown size" and its own paths there.
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            if not sys.stderr.isatty():
-                tfds.disable_progress_bar()
-                stack.callback(tfds.enable_progress_bar)
-            builder.download_and_prepare(
-                download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-            )
-    prepared = Prepared(builder)
-    now = reader.fingerprint()
-    if now and now != (prepared.directory / _FINGERPRINT).read_text():
-        raise ExpectedError(
-            f"{prepared.directory} was prepared from other files than those in {data.raw_dir}: "
-            "remove it or set another --config.data.tfds_dir"
+    make = functools.partial(
+        Histopathology, data_dir=tfds_dir, config=reader, file_format="array_record"
+    )
+    directory = Path(make().data_dir)
+    if not (directory / _RECORD).exists():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with (directory.parent / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it however the process ends
+            if not (directory / _RECORD).exists():
+                _write(make, directory, reader)
+    _check_raw_files(directory, reader, data)
+    return Prepared(make(), data)
+
+
+def _write(make: Callable[[], Histopathology], directory: Path, reader: _ReaderConfig) -> None:
+    # What a killed process left; the record is written last, so without it nothing is finished.
+    for left_over in (directory, *directory.parent.glob("incomplete.*")):
+        shutil.rmtree(left_over, ignore_errors=True)
+    log.info("preparing %s into %s", reader.name, directory)
+    seen = _fingerprint(reader)
+    with contextlib.ExitStack() as stack:
+        # TFDS announces "unknown size" there, and its bars know no total.
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(mock.patch.object(ExampleSerializer, "serialize_example", _serialize))
+        tfds.disable_progress_bar()
+        stack.callback(tfds.enable_progress_bar)
+        make().download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
-    return prepared
+    for path, reason in reader.damaged.items():
+        log.warning("left out: %s %s", path, reason)
+    files.write_json(directory / _RECORD, {**seen, "damaged": reader.damaged})
+
+
+def _serialize(serializer: ExampleSerializer, example: Any) -> bytes:
+    """Replaces TFDS's own, whose order of fields changes from process to process."""
+    return serializer.get_tf_example(example).SerializeToString(deterministic=True)
+
+
+def _fingerprint(reader: _ReaderConfig) -> dict[str, Any]:
+    paths = reader.raw_files()
+    return {
+        "files": files.fingerprint(paths) if paths else None,
+        "times": files.fingerprint(paths, times=True) if paths else None,
+    }
+
+
+def _check_raw_files(directory: Path, reader: _ReaderConfig, data: DataConfig) -> None:
+    """Compares the raw files, where they can be seen, with those the records were made from."""
+    record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
+    again = f"remove {directory} to prepare again, or set another --config.data.tfds_dir"
+    if record["damaged"] and data.on_damaged == "stop":
+        raise ExpectedError(
+            f"{len(record['damaged'])} damaged patches were left out of these records: set "
+            f"--config.data.on_damaged=skip, or restore the files and {again}"
+        )
+    now = _fingerprint(reader)
+    if now["files"] and record["files"] and now["files"] != record["files"]:
+        raise ExpectedError(f"{data.raw_dir} holds other files than were prepared: {again}")
+    if now["times"] and record["times"] and now["times"] != record["times"]:
+        log.warning("%s has changed since it was prepared: %s", data.raw_dir, again)

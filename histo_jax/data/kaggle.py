@@ -4,7 +4,9 @@ Layout: `train/<id>.tif`, `test/<id>.tif`, `train_labels.csv` and `sample_submis
 with the header `id,label`.
 """
 
+import concurrent.futures
 import hashlib
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -17,6 +19,9 @@ from PIL import Image
 from histo_jax.data.example import IMAGE_SIZE, UNLABELLED, Example
 from histo_jax.errors import ExpectedError
 
+_FORM = ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+# Images in memory at once: 14 MB.
+_CHUNK = 512
 # An id becomes part of a path, so nothing but the 40 digits of a SHA-1 may pass.
 _ID = re.compile(r"[0-9a-f]{40}")
 _FOLDERS = {"train": ("train", "train_labels.csv"), "test": ("test", "sample_submission.csv")}
@@ -30,14 +35,7 @@ def list_files(raw_dir: Path, split: str) -> list[tuple[Path, int]]:
     Raises:
         ExpectedError: a folder or CSV is missing or empty, or a row is wrong.
     """
-    folder, csv_name = raw_dir / _FOLDERS[split][0], raw_dir / _FOLDERS[split][1]
-    if not raw_dir.is_dir():
-        raise ExpectedError(f"{raw_dir}: no such folder; set --config.data.raw_dir")
-    for path in (folder, csv_name):
-        if not path.exists():
-            raise ExpectedError(
-                f"{path} is missing; unpack the competition's files into {raw_dir} as they come"
-            )
+    folder, csv_name = _places(raw_dir, split)
     try:
         table = pd.read_csv(csv_name, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:
@@ -68,45 +66,77 @@ def list_files(raw_dir: Path, split: str) -> list[tuple[Path, int]]:
     return files
 
 
-def read(files: list[tuple[Path, int]]) -> Iterator[Example]:
-    """Reads the images of `list_files`, in its order; the id is the file's name.
+def raw_files(raw_dir: Path) -> list[Path]:
+    """Returns every file that preparing depends on, the CSVs first.
 
     Raises:
-        ExpectedError: names the first file that is no 96x96 RGB TIFF.
+        ExpectedError: a folder or CSV is missing.
     """
-    for path, label in files:
-        yield Example(id=path.stem, image=_read_image(path), label=label, slide="")
+    places = [_places(raw_dir, split) for split in _FOLDERS]
+    return [csv_name for _, csv_name in places] + [
+        path for folder, _ in places for path in sorted(folder.iterdir())
+    ]
 
 
-def fingerprint(raw_dir: Path) -> str:
-    """Returns the SHA-256 of both CSVs, which name every patch by its content.
+def _places(raw_dir: Path, split: str) -> tuple[Path, Path]:
+    """Folder and CSV of a split."""
+    if not raw_dir.is_dir():
+        raise ExpectedError(f"{raw_dir}: no such folder; set --config.data.raw_dir")
+    folder, csv_name = raw_dir / _FOLDERS[split][0], raw_dir / _FOLDERS[split][1]
+    for path, is_right in ((folder, folder.is_dir()), (csv_name, csv_name.is_file())):
+        if not is_right:
+            raise ExpectedError(
+                f"{path} is missing; unpack the competition's files into {raw_dir} as they come"
+            )
+    return folder, csv_name
+
+
+def read(files: list[tuple[Path, int]], skip: bool, damaged: dict[str, str]) -> Iterator[Example]:
+    """Reads the images of `list_files`, in its order, and proves each: its name is its SHA-1.
+
+    Args:
+        files: path and label of each.
+        skip: leave damaged files out; otherwise the rest is still checked, so that one error
+            names all of them.
+        damaged: filled with what is wrong, by path.
 
     Raises:
-        ExpectedError: a CSV is missing.
+        ExpectedError: names the files that are no 96x96 RGB TIFF, or not the one they were.
     """
-    digest = hashlib.sha256()
-    for _, csv_name in _FOLDERS.values():
-        try:
-            digest.update((raw_dir / csv_name).read_bytes())
-        except OSError as error:
-            raise ExpectedError(f"{raw_dir / csv_name}: {_line(error)}; restore it") from None
-    return digest.hexdigest()
-
-
-def _read_image(path: Path) -> np.ndarray:
-    try:
+    # Reading, hashing and decoding release the interpreter's lock for most of their time.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
         # Pillow warns of a cut header before it raises.
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=("TIFF",)) as image:
-            mode, size = image.mode, image.size
-            if (mode, size) == ("RGB", (IMAGE_SIZE, IMAGE_SIZE)):
-                return np.asarray(image)
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        warnings.filterwarnings("ignore", module="PIL")
+        for start in range(0, len(files), _CHUNK):
+            chunk = files[start : start + _CHUNK]
+            images = pool.map(_read_image, [path for path, _ in chunk])
+            for (path, label), image in zip(chunk, images, strict=True):
+                if isinstance(image, str):
+                    damaged[str(path)] = image
+                elif skip or not damaged:
+                    yield Example(id=path.stem, image=image, label=label, slide="")
+    if damaged and not skip:
+        listed = "; ".join(f"{path} {reason}" for path, reason in list(damaged.items())[:20])
+        more = f" and {len(damaged) - 20} more" if len(damaged) > 20 else ""
         raise ExpectedError(
-            f"{path} is no readable TIFF ({_line(error)}); download it again"
-        ) from None
-    raise ExpectedError(
-        f"{path} is {size[0]}x{size[1]} {mode}, not {IMAGE_SIZE}x{IMAGE_SIZE} RGB; replace it"
-    )
+            f"{listed}{more}: download it again, or leave damaged training patches out by "
+            "--config.data.on_damaged=skip"
+        )
+
+
+def _read_image(path: Path) -> np.ndarray | str:
+    """The pixels, uint8[96, 96, 3], or what is wrong with the file."""
+    try:
+        with Image.open(path, formats=("TIFF",)) as image:
+            mode, size = image.mode, image.size
+            pixels = np.asarray(image) if (mode, size) == _FORM else None
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        return f"is no readable TIFF ({_line(error)})"
+    if pixels is None:
+        return f"is {size[0]}x{size[1]} {mode}, not {IMAGE_SIZE}x{IMAGE_SIZE} RGB"
+    if hashlib.sha1(pixels.tobytes()).hexdigest() != path.stem:
+        return "is damaged: its pixels' SHA-1 is not its name"
+    return pixels
 
 
 def _line(error: Exception) -> str:

@@ -1,9 +1,9 @@
 """Who trains and who validates."""
 
 import dataclasses
-import fractions
 import hashlib
 import logging
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,55 +17,93 @@ from histo_jax.errors import ExpectedError
 log = logging.getLogger("histo_jax")
 
 
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Rows of a table, on two sides.
+class Side(NamedTuple):
+    """Examples on one side.
 
     Attributes:
-        train: int64[n], ascending rows of the examples to train on.
-        validation: int64[m], ascending rows, none of them in `train`.
-        by: 'slide' where no slide is on both sides, 'image' where only no image is.
+        records: name of the records that they lie in.
+        rows: int64[n], ascending rows of these records.
     """
 
-    train: np.ndarray
-    validation: np.ndarray
+    records: str
+    rows: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Who trains, who validates, who tests.
+
+    Attributes:
+        train: examples to train on.
+        validation: examples that choose the checkpoint; none of them is in `train`.
+        test: examples to predict; None where the data has none.
+        by: 'slide' where no slide is on two sides, 'image' where only no image is.
+    """
+
+    train: Side
+    validation: Side
+    test: Side | None
     by: str
 
+    @property
+    def honest(self) -> bool:
+        """Whether the validation score speaks of slides that training has not seen."""
+        return self.by == "slide"
 
-def make_split(table: pd.DataFrame, config: Config) -> Split:
-    """Draws the balanced sample and divides it, by `config.seed` alone.
+
+OPTIMISTIC = (
+    "the validation score is optimistic: this data names no slides, or they were not used, so "
+    "neighbours of one slide train and validate"
+)
+
+
+def make_sides(tables: dict[str, pd.DataFrame], config: Config) -> Sides:
+    """Draws the balanced sample and divides it, by `config.seed` alone; official splits rule.
 
     Args:
-        table: columns `label` (0 or 1) and `slide` ('' = not known).
+        tables: per split the columns `id`, `label` (0 or 1) and `slide` ('' = not known); see
+            `builder.Prepared`. Where there is a 'validation', it validates whole.
         config: `data.samples_per_class`, `data.validation_fraction` and `data.split_by` rule.
 
     Raises:
         ExpectedError: slides are asked for but not known, or a side lacks a class.
     """
-    data = config.data
-    slides_known = bool((table["slide"] != "").all())
-    if data.split_by == "slide" and not slides_known:
+    data, table = config.data, tables["train"]
+    all_labels, slides = table["label"].to_numpy(), table["slide"].to_numpy()
+    candidates = np.arange(len(table))
+    official = "validation" in tables
+    slides_known = bool((slides != "").any())
+    if data.split_by == "slide" and not (slides_known or official):
         raise ExpectedError(
-            "config.data.split_by = 'slide', but this data names no slides: use 'auto' or 'image'"
+            "config.data.split_by = 'slide', but this data names no slides: give "
+            "config.data.slide_map, or use 'auto' or 'image'"
         )
-    by = "slide" if slides_known and data.split_by != "image" else "image"
-    rows = _sample(table["label"].to_numpy(), data.samples_per_class, config.seed)
-    labels = table["label"].to_numpy()[rows]
-    if by == "slide":
-        inside = _validation_by_slide(
-            labels, table["slide"].to_numpy()[rows], data.validation_fraction, config.seed
-        )
+    by = "slide" if official or (slides_known and data.split_by != "image") else "image"
+    if by == "slide" and not official:
+        # An example of an unknown slide has no side on which it is safe.
+        candidates = np.flatnonzero(slides != "")
+    rows = candidates[_sample(all_labels[candidates], data.samples_per_class, config.seed)]
+    labels = all_labels[rows]
+    if official:
+        validation = Side("validation", np.arange(len(tables["validation"])))
+        train = Side("train", rows)
     else:
-        inside = _validation_by_image(labels, data.validation_fraction, config.seed)
-    split = Split(train=rows[~inside], validation=rows[inside], by=by)
-    for side, its_rows in (("training", split.train), ("validation", split.validation)):
-        counts = np.bincount(table["label"].to_numpy()[its_rows], minlength=2)
+        fraction = data.validation_fraction
+        inside = (
+            _validation_by_slide(labels, slides[rows], fraction, config.seed)
+            if by == "slide"
+            else _validation_by_image(labels, fraction, config.seed)
+        )
+        train, validation = Side("train", rows[~inside]), Side("train", rows[inside])
+    test = Side("test", np.arange(len(tables["test"]))) if "test" in tables else None
+    for name, side in (("training", train), ("validation", validation)):
+        counts = np.bincount(tables[side.records]["label"].iloc[side.rows], minlength=2)
         if counts.min() == 0:
             raise ExpectedError(
-                f"the {side} set has {counts[0]} patches without and {counts[1]} with tumour, and "
+                f"the {name} set has {counts[0]} patches without and {counts[1]} with tumour, and "
                 "needs both classes: give more patches of the other"
             )
-    return split
+    return Sides(train, validation, test, by)
 
 
 def _sample(labels: np.ndarray, per_class: int | None, seed: int) -> np.ndarray:
@@ -113,11 +151,14 @@ def _validation_by_slide(
         raise ExpectedError(
             f"all patches come from {count} slide: set --config.data.split_by=image"
         )
-    share = fractions.Fraction(fraction).limit_denominator(min(20, count))
-    wanted, folds = max(share.numerator, 1), max(share.denominator, 2)
+    _, folds, wanted = min(
+        (abs(some / folds - fraction), folds, some)
+        for folds in range(2, min(20, count) + 1)
+        for some in range(1, folds)
+    )
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     inside = np.zeros(len(labels), bool)
-    for _, rows in list(splitter.split(labels, labels, slides))[: min(wanted, folds - 1)]:
+    for _, rows in list(splitter.split(labels, labels, slides))[:wanted]:
         inside[rows] = True
     return inside
 
@@ -139,9 +180,29 @@ def normalisation(table: pd.DataFrame, rows: np.ndarray) -> tuple[np.ndarray, np
     return (mean / 255).astype(np.float32), (deviation / 255).astype(np.float32)
 
 
-def fingerprint(table: pd.DataFrame, split: Split, config: Config) -> str:
+def fingerprint(tables: dict[str, pd.DataFrame], sides: Sides, config: Config) -> str:
     """Returns a SHA-256 of everything that decides which example comes at which step."""
     digest = hashlib.sha256(f"{config.seed} {config.fit.batch_size}".encode())
-    for rows in (split.train, split.validation):
-        digest.update("\n".join(["", *table["id"].iloc[rows]]).encode())
+    for side in (sides.train, sides.validation):
+        digest.update("\n".join(["", *tables[side.records]["id"].iloc[side.rows]]).encode())
     return digest.hexdigest()
+
+
+def refuse_leak(tables: dict[str, pd.DataFrame], sides: Sides, allow: bool) -> None:
+    """Refuses to train on pixels that are also in the test set; the ids are the pixels' SHA-1.
+
+    Raises:
+        ExpectedError: there are some, and `allow` is false.
+    """
+    if sides.test is None:
+        return
+    train = tables[sides.train.records]["id"].iloc[sides.train.rows]
+    shared = train[train.isin(tables[sides.test.records]["id"].iloc[sides.test.rows])]
+    if shared.empty:
+        return
+    found = f"{len(shared)} training patches are also test patches, the first is {shared.iloc[0]}"
+    if not allow:
+        raise ExpectedError(
+            f"{found}: remove them, or set --config.data.allow_leak=true and trust no test score"
+        )
+    log.warning("LEAK: %s; config.data.allow_leak is set, so no test score can be trusted", found)

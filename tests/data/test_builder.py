@@ -1,4 +1,8 @@
+import logging
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -41,7 +45,7 @@ def test_records_of_other_raw_files_are_refused(tiny_config, make_kaggle, tmp_pa
     tiny_config.data.raw_dir = str(make_kaggle(tmp_path / "one", train=4, test=1))
     builder.prepare(tiny_config)
     tiny_config.data.raw_dir = str(make_kaggle(tmp_path / "two", train=4, test=1, seed=1))
-    with pytest.raises(ExpectedError, match="prepared from other files"):
+    with pytest.raises(ExpectedError, match="holds other files than were prepared"):
         builder.prepare(tiny_config)
     shutil.rmtree(tmp_path / "records")
     builder.prepare(tiny_config)
@@ -54,8 +58,8 @@ def test_a_broken_preparing_leaves_nothing_that_looks_finished(
     tiny_config.data.raw_dir = str(make_kaggle(tmp_path / "raw", train=6, test=1))
     read = builder.kaggle.read
 
-    def interrupted(files):
-        yield from read(files[:3])
+    def interrupted(files, skip, damaged):
+        yield from read(files[:3], skip, damaged)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(builder.kaggle, "read", interrupted)
@@ -64,6 +68,78 @@ def test_a_broken_preparing_leaves_nothing_that_looks_finished(
     assert not list((tmp_path / "records").rglob("*.array_record*"))
     monkeypatch.undo()
     assert len(builder.prepare(tiny_config).tables["train"]) == 6
+
+
+def test_changed_labels_are_refused_and_newer_files_are_said(
+    tiny_config, make_kaggle, tmp_path, caplog
+):
+    raw = make_kaggle(tmp_path / "raw", train=4, test=1)
+    tiny_config.data.tfds_dir, tiny_config.data.raw_dir = str(tmp_path / "records"), str(raw)
+    builder.prepare(tiny_config)
+    os.utime(next((raw / "train").iterdir()), (1, 1))
+    logging.getLogger("histo_jax").addHandler(caplog.handler)
+    builder.prepare(tiny_config)
+    logging.getLogger("histo_jax").removeHandler(caplog.handler)
+    assert f"{raw} has changed since it was prepared" in caplog.text
+    labels = raw / "train_labels.csv"
+    labels.write_text(labels.read_text().replace(",0\n", ",1\n", 1))
+    with pytest.raises(ExpectedError, match="holds other files than were prepared"):
+        builder.prepare(tiny_config)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from histo_jax.config import Config
+from histo_jax.data import builder
+
+config = Config()
+config.data.source, config.data.raw_dir, config.data.tfds_dir, where = "kaggle", *sys.argv[1:]
+read, write = builder.kaggle.read, builder.files.write_json
+if where.isdigit():
+    def dying(files, skip, damaged):
+        for number, example in enumerate(read(files, skip, damaged)):
+            if number == int(where):
+                os.kill(os.getpid(), 9)
+            yield example
+    builder.kaggle.read = dying
+elif where == "record":
+    builder.files.write_json = lambda *_: os.kill(os.getpid(), 9)
+builder.prepare(config)
+"""
+
+
+def test_killed_preparing_ends_with_the_same_bytes(make_kaggle, tmp_path):
+    raw = make_kaggle(tmp_path / "raw", train=30, test=5)
+
+    def prepare(records, where="nowhere"):
+        command = [sys.executable, "-c", KILLED, str(raw), str(tmp_path / records), where]
+        return subprocess.run(command, check=False, capture_output=True).returncode
+
+    def contents(records):
+        folder = tmp_path / records / "histopathology" / "kaggle"
+        return {
+            path.relative_to(folder): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+
+    assert prepare("whole") == 0
+    moments = [str(moment) for moment in np.random.default_rng(0).integers(0, 30, 3)]
+    for moment in [*moments, "record"]:
+        assert prepare("killed", moment) == -9
+        assert not list((tmp_path / "killed").rglob("prepared.json"))
+    assert prepare("killed") == 0
+    assert contents("killed") == contents("whole")
+
+
+def test_two_processes_prepare_once(make_kaggle, tmp_path):
+    raw = make_kaggle(tmp_path / "raw", train=30, test=5)
+    command = [sys.executable, "-c", KILLED, str(raw), str(tmp_path / "records"), "nowhere"]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("preparing kaggle" in text for text in said) == 1
 
 
 def test_synthetic_records_lie_apart_by_seed_and_size(tiny_config, tmp_path):

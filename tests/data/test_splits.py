@@ -1,8 +1,11 @@
+import dataclasses
 import logging
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from histo_jax.config import Config
 from histo_jax.data import splits
@@ -21,59 +24,63 @@ def make_table(count: int = 400, slides: int = 0, positive: float = 0.4) -> pd.D
     )
 
 
+def make_split(table: pd.DataFrame, config: Config) -> splits.Sides:
+    return splits.make_sides({"train": table}, config)
+
+
 def test_sides_are_disjoint_stratified_and_repeatable():
     table, config = make_table(), Config()
     config.data.validation_fraction = 0.25
-    split = splits.make_split(table, config)
-    again = splits.make_split(table, config)
+    split = make_split(table, config)
+    again = make_split(table, config)
     assert split.by == "image"
-    assert sorted([*split.train, *split.validation]) == list(range(400))
-    assert len(split.validation) == 100
+    assert sorted([*split.train.rows, *split.validation.rows]) == list(range(400))
+    assert len(split.validation.rows) == 100
     share = table["label"].mean()
-    assert abs(table["label"].iloc[split.validation].mean() - share) < 0.01
-    np.testing.assert_array_equal(split.validation, again.validation)
+    assert abs(table["label"].iloc[split.validation.rows].mean() - share) < 0.01
+    np.testing.assert_array_equal(split.validation.rows, again.validation.rows)
     config.seed = 1
-    assert set(splits.make_split(table, config).validation) != set(split.validation)
+    assert set(make_split(table, config).validation.rows) != set(split.validation.rows)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.4])
 def test_no_slide_is_on_both_sides(fraction):
     table, config = make_table(count=2000, slides=30), Config()
     config.data.validation_fraction = fraction
-    split = splits.make_split(table, config)
+    split = make_split(table, config)
     slides = table["slide"].to_numpy()
     assert split.by == "slide"
-    assert not set(slides[split.train]) & set(slides[split.validation])
-    assert len(split.train) + len(split.validation) == 2000
-    assert abs(len(split.validation) / 2000 - fraction) < 0.05
+    assert not set(slides[split.train.rows]) & set(slides[split.validation.rows])
+    assert len(split.train.rows) + len(split.validation.rows) == 2000
+    assert abs(len(split.validation.rows) / 2000 - fraction) < 0.05
 
 
 def test_image_split_of_known_slides_only_when_asked():
     table, config = make_table(slides=30), Config()
     config.data.split_by = "image"
-    split = splits.make_split(table, config)
+    split = make_split(table, config)
     slides = table["slide"].to_numpy()
     assert split.by == "image"
-    assert set(slides[split.train]) & set(slides[split.validation])
+    assert set(slides[split.train.rows]) & set(slides[split.validation.rows])
 
 
 def test_slide_split_without_slides_is_refused():
     config = Config()
     config.data.split_by = "slide"
     with pytest.raises(ExpectedError, match="split_by"):
-        splits.make_split(make_table(), config)
+        make_split(make_table(), config)
 
 
 def test_a_single_slide_cannot_be_divided():
     with pytest.raises(ExpectedError, match="split_by=image"):
-        splits.make_split(make_table(slides=1), Config())
+        make_split(make_table(slides=1), Config())
 
 
 def test_sampling_balances_the_classes():
     table, config = make_table(), Config()
     config.data.samples_per_class = 50
-    split = splits.make_split(table, config)
-    rows = np.concatenate([split.train, split.validation])
+    split = make_split(table, config)
+    rows = np.concatenate([split.train.rows, split.validation.rows])
     assert np.bincount(table["label"].iloc[rows]).tolist() == [50, 50]
 
 
@@ -82,9 +89,9 @@ def test_a_class_with_too_few_is_taken_whole_and_said(caplog):
     positives = int(table["label"].sum())
     config.data.samples_per_class = positives + 20
     logging.getLogger("histo_jax").addHandler(caplog.handler)
-    split = splits.make_split(table, config)
+    split = make_split(table, config)
     logging.getLogger("histo_jax").removeHandler(caplog.handler)
-    rows = np.concatenate([split.train, split.validation])
+    rows = np.concatenate([split.train.rows, split.validation.rows])
     assert np.bincount(table["label"].iloc[rows]).tolist() == [positives + 20, positives]
     assert f"class 1 has {positives} patches" in caplog.text
 
@@ -104,18 +111,68 @@ def test_normalisation_equals_the_pixels_own_moments():
 
 def test_fingerprint_tells_seed_batch_size_and_examples_apart():
     table, config = make_table(), Config()
-    split = splits.make_split(table, config)
-    prints = {splits.fingerprint(table, split, config)}
-    assert splits.fingerprint(table.copy(), split, config) in prints
+    sides = make_split(table, config)
+    prints = {splits.fingerprint({"train": table}, sides, config)}
+    assert splits.fingerprint({"train": table.copy()}, sides, config) in prints
     for change in ("seed", "batch", "ids", "side"):
-        other, changed, divided = table.copy(), Config(), split
+        other, changed, divided = table.copy(), Config(), sides
         if change == "seed":
             changed.seed = 1
         elif change == "batch":
             changed.fit.batch_size = 32
         elif change == "ids":
-            other.loc[split.train[0], "id"] = "f" * 40
+            other.loc[sides.train.rows[0], "id"] = "f" * 40
         else:
-            divided = splits.Split(split.train[1:], split.validation, split.by)
-        prints.add(splits.fingerprint(other, divided, changed))
+            fewer = splits.Side("train", sides.train.rows[1:])
+            divided = dataclasses.replace(sides, train=fewer)
+        prints.add(splits.fingerprint({"train": other}, divided, changed))
     assert len(prints) == 5
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), slides=st.integers(4, 60), share=st.floats(0.2, 0.8))
+def test_slides_stay_apart_for_any_seed(seed, slides, share):
+    table, config = make_table(count=600, slides=slides, positive=share), Config()
+    config.seed = seed
+    sides = make_split(table, config)
+    names = table["slide"].to_numpy()
+    assert not set(names[sides.train.rows]) & set(names[sides.validation.rows])
+    assert 0 < len(sides.validation.rows) < len(sides.train.rows)
+
+
+def test_official_splits_rule():
+    tables = {"train": make_table(100), "validation": make_table(40), "test": make_table(30)}
+    config = Config()
+    config.data.samples_per_class = 20
+    for rule in ("auto", "slide", "image"):
+        config.data.split_by = rule
+        sides = splits.make_sides(tables, config)
+        assert sides.honest
+        assert (sides.train.records, len(sides.train.rows)) == ("train", 40)
+        assert sides.validation.records == "validation"
+        assert sides.validation.rows.tolist() == list(range(40))
+        assert sides.test is not None
+        assert len(sides.test.rows) == 30
+
+
+def test_patches_of_unknown_slides_take_no_side():
+    table = make_table(400, slides=20)
+    table.loc[:99, "slide"] = ""
+    sides = make_split(table, Config())
+    rows = np.concatenate([sides.train.rows, sides.validation.rows])
+    assert sorted(rows) == list(range(100, 400))
+
+
+def test_training_on_test_patches_is_refused(caplog):
+    tables = {"train": make_table(100), "test": make_table(30)}
+    tables["test"]["id"] = [f"{i + 1000:040x}" for i in range(30)]
+    sides = splits.make_sides(tables, Config())
+    splits.refuse_leak(tables, sides, allow=False)
+    leaked = tables["train"]["id"].iloc[sides.train.rows[3]]
+    tables["test"].loc[7, "id"] = leaked
+    with pytest.raises(ExpectedError, match=f"1 training patches .* {leaked}.*allow_leak"):
+        splits.refuse_leak(tables, sides, allow=False)
+    logging.getLogger("histo_jax").addHandler(caplog.handler)
+    splits.refuse_leak(tables, sides, allow=True)
+    logging.getLogger("histo_jax").removeHandler(caplog.handler)
+    assert "LEAK" in caplog.text

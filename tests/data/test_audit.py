@@ -1,0 +1,282 @@
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from histo_jax.config import Config
+from histo_jax.data import audit, synthetic
+from histo_jax.data.builder import SQUARES, SUMS, Prepared, prepare
+from histo_jax.data.splits import OPTIMISTIC, Side, Sides, make_sides
+
+
+class Records:
+    """Images in memory, which count how often they are read."""
+
+    def __init__(self, table: pd.DataFrame, images: np.ndarray) -> None:
+        self.table, self.images = table, images
+        self.reads = np.zeros(len(images), int)
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        np.add.at(self.reads, list(rows), 1)
+        return [{"image": self.images[k], "label": self.table["label"].iloc[k]} for k in rows]
+
+
+class Memory(Prepared):
+    """Prepared records that never were on disk."""
+
+    def __init__(self) -> None:
+        self.tables, self.records = {}, {}
+
+    def add(self, split: str, images: np.ndarray, labels: Any = None, slides: Any = "") -> None:
+        labels = np.arange(len(images)) % 2 if labels is None else labels
+        pixels = images.reshape(len(images), -1, 3).astype(np.int64)
+        table = pd.DataFrame({"id": [sha1(image) for image in images]})
+        table["label"], table["slide"] = labels, slides
+        table[list(SUMS)], table[list(SQUARES)] = pixels.sum(1), (pixels**2).sum(1)
+        self.tables[split], self.records[split] = table, Records(table, images)
+
+    def source(self, split: str) -> Records:
+        return self.records[split]
+
+    def sides(self, by: str = "image") -> Sides:
+        """Official sides: all of 'train', 'validation' and, where there is one, 'test'."""
+        side = {name: Side(name, np.arange(len(table))) for name, table in self.tables.items()}
+        return Sides(side["train"], side["validation"], side.get("test"), by)
+
+
+def sha1(image: np.ndarray) -> str:
+    return hashlib.sha1(image.tobytes()).hexdigest()
+
+
+def draw_textures(count: int, seed: int) -> np.ndarray:
+    noise = np.random.default_rng(seed).standard_normal((count, 96, 96, 3))
+    noise = gaussian_filter(noise, (0, 3, 3, 0))
+    return np.clip(150 + 45 * noise / noise.std(), 0, 255).astype(np.uint8)
+
+
+def recompress(image: np.ndarray, quality: int = 90) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
+@pytest.fixture
+def clean() -> Memory:
+    """Three sides that share nothing; each row knows its slide."""
+    memory = Memory()
+    for seed, (split, count) in enumerate({"train": 60, "validation": 20, "test": 12}.items()):
+        slides = [f"{split}-{k // 5}" for k in range(count)]
+        memory.add(split, draw_textures(count, seed), slides=slides)
+    return memory
+
+
+def counts(report: dict[str, Any], key: str) -> list[int]:
+    return [pair[key]["count"] for pair in report["pairs"].values()]
+
+
+def test_clean_sides_pass(clean, capsys):
+    report = audit.audit(clean, clean.sides("slide"), seed=0)
+    assert list(report["pairs"]) == ["train/validation", "train/test", "validation/test"]
+    for key in ("identical", "shared_slides", "near"):
+        assert counts(report, key) == [0, 0, 0]
+    assert not audit.has_leak(report)
+    assert report["honest"]
+    assert report["note"] == ""
+    side = report["sides"]["train"]
+    assert (side["patches"], side["without_tumour"], side["with_tumour"]) == (60, 30, 30)
+    assert (side["slides"], side["patches_per_slide"]) == (12, [5, 5.0, 5])
+    assert side["per_slide"]["train-0"] == [3, 2]
+    assert (side["repeated"], side["dark"]["count"], side["white"]["count"]) == (0, 0, 0)
+    text = audit.table(report)
+    assert "no leak found" in text
+    assert "LEAK" not in text
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    # Every image is read once, and the progress bar keeps quiet off a terminal.
+    assert all((records.reads == 1).all() for records in clean.records.values())
+    assert capsys.readouterr().err == ""
+
+
+def test_an_identical_patch_is_a_leak(clean):
+    images = clean.records["train"].images
+    clean.records["test"].images[3] = images[41]
+    clean.add("test", clean.records["test"].images)
+    report = audit.audit(clean, clean.sides(), seed=0)
+    assert counts(report, "identical") == [0, 1, 0]
+    assert report["pairs"]["train/test"]["identical"]["examples"] == [sha1(images[41])]
+    # It is told once, not as a nearly identical one too.
+    assert counts(report, "near") == [0, 0, 0]
+    assert audit.has_leak(report)
+    text = audit.table(report)
+    assert "LEAK FOUND" in text
+    assert sha1(images[41]) in text
+
+
+@pytest.mark.parametrize("quality", [90, 75])
+@pytest.mark.parametrize(("turns", "flip"), [(0, False), (1, False), (3, True), (2, True)])
+def test_a_turned_and_recompressed_copy_is_warned_of(clean, turns, flip, quality):
+    original = clean.records["train"].images[17]
+    copy = np.rot90(original.transpose(1, 0, 2) if flip else original, turns)
+    images = clean.records["validation"].images
+    images[8] = recompress(copy, quality)
+    clean.add("validation", images)
+    report = audit.audit(clean, clean.sides(), seed=0)
+    assert counts(report, "near") == [1, 0, 0]
+    (found,) = report["pairs"]["train/validation"]["near"]["examples"]
+    assert found["ids"] == [sha1(original), sha1(images[8])]
+    assert found["bits"] <= 4
+    assert 0.9 < found["correlation"] <= 1
+    assert counts(report, "identical") == [0, 0, 0]
+    assert not audit.has_leak(report)
+    assert sha1(images[8]) in audit.table(report)
+
+
+def test_hashes_that_match_by_chance_are_not_warned_of(clean):
+    """The lowest frequencies alike, the rest not: an edge of tissue, as PatchCamelyon has some."""
+    rng = np.random.default_rng(5)
+    slope = gaussian_filter(rng.standard_normal((96, 96)), 12)
+    slope *= 12 / slope.std()
+    for split in ("train", "validation"):
+        fine = np.kron(rng.choice([-40, 40], (48, 48)), [[1, -1], [-1, 1]])
+        images = clean.records[split].images
+        images[0] = (150 + slope + fine)[..., None].astype(np.uint8)
+        clean.add(split, images)
+    near = audit.audit(clean, clean.sides(), seed=0)["pairs"]["train/validation"]["near"]
+    assert (near["hash_matches"], near["count"]) == (1, 0)
+
+
+def test_blank_patches_are_left_out(clean):
+    faint = 240 + gaussian_filter(np.random.default_rng(6).standard_normal((96, 96, 3)), (9, 9, 0))
+    images = {split: clean.records[split].images for split in ("train", "validation")}
+    for offset, split in enumerate(images):
+        images[split][0] = np.round(8 * (faint - 240) + 220 + 9 * offset)
+        clean.add(split, images[split])
+    report = audit.audit(clean, clean.sides(), seed=0)
+    assert report["pairs"]["train/validation"]["near"]["hash_matches"] == 0
+    assert [side["blank"] for side in report["sides"].values()] == [1, 1, 0]
+    # The same picture with more contrast is found, so that it is the contrast that decides.
+    for offset, split in enumerate(images):
+        images[split][0] = np.round(200 * (faint - 240) + 120 + 9 * offset)
+        clean.add(split, images[split])
+    assert counts(audit.audit(clean, clean.sides(), seed=0), "near") == [1, 0, 0]
+
+
+def test_a_shared_slide_is_a_leak(clean):
+    clean.tables["validation"].loc[[4, 7], "slide"] = "train-3"
+    report = audit.audit(clean, clean.sides("slide"), seed=0)
+    assert counts(report, "shared_slides") == [1, 0, 0]
+    assert audit.has_leak(report)
+    text = audit.table(report)
+    assert "LEAK FOUND" in text
+    assert "train-3" in text
+
+
+def test_unknown_slides_are_not_shared_and_that_is_said(clean):
+    for split in ("train", "test"):
+        clean.tables[split]["slide"] = ""
+    clean.tables["validation"].loc[:3, "slide"] = ""
+    report = audit.audit(clean, clean.sides(), seed=0)
+    assert [pair["shared_slides"] for pair in report["pairs"].values()] == [None] * 3
+    assert report["sides"]["train"]["slides"] is None
+    assert report["sides"]["validation"]["slides"] == 4
+    assert not audit.has_leak(report)
+    text = audit.table(report)
+    assert "slides: not known, cannot be checked" in text
+    assert OPTIMISTIC in text
+    assert report["note"] == OPTIMISTIC
+    # Unknown slides beside known ones on both sides are no common slide.
+    clean.tables["train"].loc[5:, "slide"] = "a"
+    pair = audit.audit(clean, clean.sides(), seed=0)["pairs"]["train/validation"]
+    assert pair["shared_slides"] == {"count": 0, "examples": []}
+
+
+def test_repeats_inside_a_side_are_no_leak(clean):
+    images = clean.records["train"].images
+    images[5] = images[6] = images[7]
+    clean.add("train", images)
+    report = audit.audit(clean, clean.sides(), seed=0)
+    assert report["sides"]["train"]["repeated"] == 2
+    assert not audit.has_leak(report)
+
+
+def test_flat_patches_are_named(clean):
+    images = clean.records["test"].images
+    images[2], images[9], images[10] = 246, 33, 128
+    # A white edge beside tissue is no white patch.
+    images[4] = 255
+    images[4, :20] = 150
+    clean.add("test", images, labels=-1)
+    report = audit.audit(clean, clean.sides(), seed=0)
+    side = report["sides"]["test"]
+    assert side["white"] == {"count": 1, "examples": [sha1(images[2])]}
+    assert side["dark"] == {"count": 1, "examples": [sha1(images[9])]}
+    assert (side["unknown_label"], side["with_tumour"], side["blank"]) == (12, 0, 3)
+
+
+def test_rows_of_sides_not_records_are_audited(clean):
+    """One set of records feeds two sides, over several batches."""
+    images = draw_textures(600, seed=7)
+    images[555] = recompress(np.rot90(images[31]))
+    clean.add("train", images)
+    inside = np.isin(np.arange(600), [0, 100, 300, 555, 599])
+    train, validation = (Side("train", np.flatnonzero(mask)) for mask in (~inside, inside))
+    report = audit.audit(clean, Sides(train, validation, None, "image"), seed=0)
+    assert list(report["pairs"]) == ["train/validation"]
+    assert [side["patches"] for side in report["sides"].values()] == [595, 5]
+    (found,) = report["pairs"]["train/validation"]["near"]["examples"]
+    assert found["ids"] == [sha1(images[31]), sha1(images[555])]
+
+
+def test_the_control_reads_colour(clean, monkeypatch):
+    rng = np.random.default_rng(8)
+    for split, count in (("train", 600), ("validation", 300)):
+        images, labels = draw_textures(count, count), rng.integers(0, 2, count)
+        images[labels == 1, :, :, 1] //= 2
+        clean.add(split, images, labels)
+    # A subset must keep its own labels.
+    monkeypatch.setattr(audit, "CONTROL_PATCHES", 280)
+    control = audit.audit(clean, clean.sides(), seed=0)["control"]
+    assert control["train_patches"] == 280
+    assert control["validation_auc"] > 0.99
+    for split in ("train", "validation"):
+        clean.tables[split]["label"] = rng.permutation(clean.tables[split]["label"])
+    assert 0.4 < audit.audit(clean, clean.sides(), seed=0)["control"]["validation_auc"] < 0.6
+
+
+def test_drawn_slides_share_slides_only_when_split_by_image():
+    memory, config = Memory(), Config()
+    for split, slides in (("train", 3), ("test", 1)):
+        drawn = [e for k in range(slides) for e in synthetic.draw_slide(0, split, k)]
+        labels, names = [e.label for e in drawn], [e.slide for e in drawn]
+        memory.add(split, np.stack([e.image for e in drawn]), labels, names)
+    config.data.validation_fraction = 0.3
+    report = audit.audit(memory, make_sides(memory.tables, config), seed=0)
+    assert report["sides"]["validation"]["slides"] == 1
+    assert report["honest"]
+    assert not audit.has_leak(report)
+    config.data.split_by = "image"
+    report = audit.audit(memory, make_sides(memory.tables, config), seed=0)
+    assert counts(report, "shared_slides") == [3, 0, 0]
+    assert audit.has_leak(report)
+
+
+def test_real_patches_pass(sample, tmp_path):
+    config = Config()
+    config.data.source = "kaggle"
+    config.data.raw_dir = str(sample / "kaggle_sample")
+    config.data.tfds_dir = str(tmp_path)
+    prepared = prepare(config)
+    report = audit.audit(prepared, make_sides(prepared.tables, config), seed=0)
+    assert not audit.has_leak(report)
+    assert counts(report, "identical") == counts(report, "near") == [0, 0, 0]
+    assert [side["patches"] for side in report["sides"].values()] == [2250, 250, 629]
+    assert report["sides"]["test"]["unknown_label"] == 629
+    assert "slides: not known" in audit.table(report)
+    # Colours alone tell much, and far from all.
+    assert 0.75 < report["control"]["validation_auc"] < 0.95

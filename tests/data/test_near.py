@@ -1,0 +1,133 @@
+import time
+
+import numpy as np
+import pytest
+import scipy.fft
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
+
+from histo_jax.data import near
+
+
+def draw_textures(count: int, seed: int = 0) -> np.ndarray:
+    """Smooth noise as rich as tissue: no two alike."""
+    noise = np.random.default_rng(seed).standard_normal((count, 96, 96, 3))
+    noise = gaussian_filter(noise, (0, 3, 3, 0))
+    return np.clip(150 + 45 * noise / noise.std(), 0, 255).astype(np.uint8)
+
+
+def symmetries(image: np.ndarray) -> list[np.ndarray]:
+    return [np.rot90(form, k) for form in (image, image.transpose(1, 0, 2)) for k in range(4)]
+
+
+def brute_force(known: np.ndarray, asked: np.ndarray) -> list[tuple[int, int, int]]:
+    distance = np.bitwise_count(known[:, None, None] ^ asked).min(axis=2).T
+    return [
+        (row, int(bits.argmin()), int(bits.min()))
+        for row, bits in enumerate(distance)
+        if bits.min() <= near.DISTANCE
+    ]
+
+
+def found(known: np.ndarray, asked: np.ndarray) -> list[tuple[int, int, int]]:
+    return list(zip(*(column.tolist() for column in near.nearest(known, asked)), strict=True))
+
+
+def flip_bits(hashes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    bits = [rng.choice(64, count, replace=False) for _ in hashes]
+    masks = [sum(1 << int(bit) for bit in some) for some in bits]
+    return hashes ^ np.array(masks, np.uint64)
+
+
+def random_hashes(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.integers(0, 2**64, shape, np.uint64)
+
+
+def test_own_hash_is_the_published_one():
+    images = draw_textures(20)
+    hashes, contrast = near.hash_images(images)
+    for image, own, spread in zip(images, hashes[:, 0], contrast, strict=True):
+        grey = image @ np.array([0.299, 0.587, 0.114])
+        small = grey.reshape(32, 3, 32, 3).mean(axis=(1, 3))
+        low = scipy.fft.dctn(small)[:8, :8]
+        bits = np.unpackbits(np.array([own]).view(np.uint8)).reshape(8, 8)
+        np.testing.assert_array_equal(bits, low > np.median(low))
+        assert spread == pytest.approx(small.std(), rel=1e-4)
+
+
+def test_hashes_are_those_of_the_flipped_and_turned_images():
+    for image in draw_textures(20, seed=1):
+        forms = np.stack(symmetries(image))
+        hashes, _ = near.hash_images(forms)
+        own = set(hashes[:, 0].tolist())
+        assert len(own) == 8
+        assert all(set(row) == own for row in hashes.tolist())
+
+
+def test_hashes_do_not_depend_on_the_batch():
+    images = draw_textures(9)
+    together, _ = near.hash_images(images)
+    apart = np.concatenate([near.hash_images(images[k : k + 1])[0] for k in range(9)])
+    np.testing.assert_array_equal(together, apart)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32), known=st.integers(1, 200), asked=st.integers(1, 60),
+    distance=st.integers(0, 6), crowd=st.booleans(),
+)  # fmt: skip
+def test_search_equals_brute_force(seed, known, asked, distance, crowd):
+    rng = np.random.default_rng(seed)
+    have = random_hashes(rng, known)
+    if crowd:
+        # Few bits differ, so that hashes repeat, ties are many and all bands are crowded.
+        have &= np.uint64(0x0003_0000_0101_0011)
+    want = random_hashes(rng, asked, 8)
+    rows = rng.integers(0, known, asked)
+    want[np.arange(asked), rng.integers(0, 8, asked)] = flip_bits(have[rows], distance, rng)
+    expected = brute_force(have, want)
+    if distance <= near.DISTANCE:
+        assert len(expected) == asked
+    assert found(have, want) == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_chunks_do_not_change_the_result(monkeypatch, chunk):
+    rng = np.random.default_rng(2)
+    have = random_hashes(rng, 300) & np.uint64(0xFF0F)
+    want = random_hashes(rng, 40, 8) & np.uint64(0xFF0F)
+    expected = found(have, want)
+    monkeypatch.setattr(near, "_CHUNK", chunk)
+    assert found(have, want) == expected == brute_force(have, want)
+
+
+def test_thousands_of_equal_hashes_stay_fast():
+    rng = np.random.default_rng(3)
+    have, want = random_hashes(rng, 40_000), random_hashes(rng, 10_000, 8)
+    have[:30_000], want[:8_000, 3] = have[0], have[0]
+    # And as many that differ, but all share the lower half.
+    have[30_000:35_000] &= np.uint64(0xFFFFFFFF << 32)
+    start = time.perf_counter()
+    rows, partners, distances = near.nearest(have, want)
+    assert time.perf_counter() - start < 10
+    assert rows.tolist() == list(range(8_000))
+    assert not partners.any()
+    assert not distances.any()
+
+
+@pytest.mark.parametrize(("known", "asked"), [(0, 3), (3, 0), (0, 0)])
+def test_nothing_is_near_to_nothing(known, asked):
+    rng = np.random.default_rng(4)
+    assert found(random_hashes(rng, known), random_hashes(rng, asked, 8)) == []
+
+
+def test_correlation_knows_a_copy_in_all_symmetries():
+    image, other = draw_textures(2)
+    forms = np.stack(symmetries(image))
+    np.testing.assert_allclose(near.correlation(forms, np.stack([image] * 8)), 1, atol=1e-4)
+    darker = (forms * 0.6 + 20).astype(np.uint8)
+    assert near.correlation(darker, np.stack([image] * 8)).min() > 0.99
+    assert near.correlation(forms, np.stack([other] * 8)).max() < 0.5
+    flat = np.full((1, 96, 96, 3), 200, np.uint8)
+    assert abs(near.correlation(flat, image[None])[0]) < 1e-3

@@ -1,0 +1,522 @@
+"""The published files, plain and packed; each mistake one line; downloads from a small server."""
+
+import gzip
+import hashlib
+import http.server
+import io
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import checksums
+
+from histo_jax.data import pcam
+from histo_jax.data.builder import Histopathology
+from histo_jax.errors import ExpectedError
+
+STEM = "camelyonpatch_level_2_split_"
+COUNTS = {"train": 700, "validation": 30, "test": 20}  # train is more than is read at once
+X, Y, META = (f"{STEM}train_{end}" for end in ("x.h5", "y.h5", "meta.csv"))
+
+
+def write(path: Path, key: str, values: np.ndarray, **options) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset(key, data=values, **options)
+
+
+def pack(path: Path) -> Path:
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes(), 1))
+    path.unlink()
+    return packed
+
+
+def pixels(split: str) -> np.ndarray:
+    count = COUNTS[split]
+    return np.random.default_rng(count).integers(0, 256, (count, 96, 96, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All nine files, plain; labels alternate, and ten patches share a slide."""
+    folder = tmp_path_factory.mktemp("pcam")
+    for split, name in pcam.SPLITS.items():
+        order = np.arange(COUNTS[split])
+        write(folder / f"{STEM}{name}_x.h5", "x", pixels(split))
+        write(folder / f"{STEM}{name}_y.h5", "y", (order % 2).astype(np.uint8)[:, None, None, None])
+        table = pd.DataFrame({"coord_y": order, "coord_x": order, "tumor_patch": False})
+        table = table.assign(
+            center_tumor_patch=order % 2 == 1, wsi=[f"{name}_{i // 10}" for i in order]
+        )
+        table.to_csv(folder / f"{STEM}{name}_meta.csv", index=split == "test")  # with and without
+    return folder
+
+
+@pytest.fixture
+def raw(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "raw"))
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """A folder for unpacked files, which must be empty in the end."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    yield folder
+    assert not list(folder.iterdir())
+
+
+def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
+    line = str(error.value)
+    assert "\n" not in line
+    assert not [word for word in words if word not in line], line
+
+
+# --- what is read ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", ["", "xy", "x", "y"])
+def test_reads_what_was_written(raw: Path, scratch: Path, packed: str) -> None:
+    for kind in packed:
+        for name in pcam.SPLITS.values():
+            pack(raw / f"{STEM}{name}_{kind}.h5")
+    found = pcam.find(raw)
+    assert list(found) == ["train", "validation", "test"]
+    for split, files in found.items():
+        images, name = pixels(split), pcam.SPLITS[split]
+        with pcam.unpacked(files, scratch) as plain:
+            assert pcam.check(plain) == COUNTS[split]
+            examples = list(pcam.read(plain))
+        assert [e.id for e in examples] == [hashlib.sha1(i.tobytes()).hexdigest() for i in images]
+        assert all((e.image == i).all() for e, i in zip(examples, images, strict=True))
+        assert [e.label for e in examples] == [i % 2 for i in range(COUNTS[split])]
+        assert {type(e.label) for e in examples} == {int}
+        assert [e.slide for e in examples] == [f"{name}_{i // 10}" for i in range(COUNTS[split])]
+
+
+def test_slides_and_test_may_be_missing(raw: Path) -> None:
+    for path in {*raw.glob("*_test_*"), *raw.glob("*_meta.csv")}:
+        path.unlink()
+    found = pcam.find(raw)
+    assert list(found) == ["train", "validation"]
+    assert {example.slide for example in pcam.read(found["validation"])} == {""}
+    assert pcam.raw_files(raw) == [
+        raw / f"{STEM}{n}_{k}.h5" for n in ("train", "valid") for k in "xy"
+    ]
+
+
+def test_plain_goes_before_packed(raw: Path) -> None:
+    (raw / f"{X}.gz").write_bytes(b"never looked at")
+    assert pcam.find(raw)["train"] == pcam.Files(raw / X, raw / Y, raw / META)
+
+
+def test_real_sample(sample: Path) -> None:
+    found = pcam.find(sample / "pcam_sample")
+    assert {split: pcam.check(files) for split, files in found.items()} == {
+        "train": 19171,
+        "validation": 2907,
+    }
+    with h5py.File(found["validation"].x) as x, h5py.File(found["validation"].y) as y:
+        images, labels = x["x"][:600], y["y"][:600].ravel().tolist()
+    examples = [e for e, _ in zip(pcam.read(found["validation"]), images, strict=False)]
+    assert [e.id for e in examples] == [hashlib.sha1(i.tobytes()).hexdigest() for i in images]
+    assert [e.label for e in examples] == labels
+    assert set(labels) == {0, 1}
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": (32, 96, 96, 3), "compression": "lzf"}])
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, options: dict) -> None:
+    peaks = []
+    for count in (1024, 4096):
+        files = pcam.Files(tmp_path / f"{count}_x.h5", tmp_path / f"{count}_y.h5", None)
+        with h5py.File(files.x, "w") as file:
+            file.create_dataset("x", (count, 96, 96, 3), np.uint8, fillvalue=7, **options)
+            file["x"][-1] = 8  # allocates all of a contiguous one
+        write(files.y, "y", np.zeros((count, 1, 1, 1), np.uint8))
+        tracemalloc.start()
+        assert sum(1 for _ in pcam.read(files)) == count
+        peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
+        tracemalloc.stop()
+    # 3072 patches more are 81 MiB more on disk; two chunks of 512 are 27 MiB.
+    assert 13 < peaks[0] < 40
+    assert abs(peaks[1] - peaks[0]) < 2
+
+
+# --- bad files: what to spoil, left; what the line holds, right --------------------------------
+
+
+def cut(name: str, share: float) -> Callable[[Path], None]:
+    def spoil(raw: Path) -> None:
+        content = (raw / name).read_bytes()
+        (raw / name).write_bytes(content[: int(share * len(content))])
+
+    return spoil
+
+
+def text(name: str, change: Callable[[str], str]) -> Callable[[Path], object]:
+    return lambda raw: (raw / name).write_text(change((raw / name).read_text()))
+
+
+def hdf5(name: str, key: str, *shape: int, dtype: type = np.uint8, fill: int = 0, **options):
+    return lambda raw: write(raw / name, key, np.full(shape, fill, dtype), **options)
+
+
+def damaged_chunk(raw: Path) -> None:
+    """Spoils the checksum of the last chunk; everything before reads well."""
+    write(raw / X, "x", pixels("train"), chunks=(50, 96, 96, 3), fletcher32=True)
+    with h5py.File(raw / X) as file:
+        offset = file["x"].id.get_chunk_info(13).byte_offset
+    content = bytearray((raw / X).read_bytes())
+    content[offset] ^= 1
+    (raw / X).write_bytes(content)
+
+
+def group_for_dataset(raw: Path) -> None:
+    with h5py.File(raw / X, "w") as file:
+        file.create_group("x")
+
+
+def null(raw: Path) -> None:
+    with h5py.File(raw / X, "w") as file:
+        file.create_dataset("x", dtype=np.uint8)
+
+
+HDF5, AGAIN = "no readable HDF5", "download it again"
+BAD = {
+    "x-other-key": (hdf5(X, "images", 9, 96, 96, 3), X, "no dataset 'x'", AGAIN),
+    "x-group": (group_for_dataset, X, "no dataset 'x'", AGAIN),
+    "x-float": (hdf5(X, "x", 700, 96, 96, 3, dtype=np.float32), X, "float32", "uint8", AGAIN),
+    "x-small": (hdf5(X, "x", 700, 64, 64, 3), X, "[700, 64, 64, 3]", "[96, 96, 3]", AGAIN),
+    "x-flat": (hdf5(X, "x", 700), X, "uint8[700]", AGAIN),
+    "x-scalar": (hdf5(X, "x"), X, "uint8[]", AGAIN),
+    "x-null": (null, X, "uint8[]", AGAIN),
+    "x-no-patches": (hdf5(X, "x", 0, 96, 96, 3), X, "uint8[0, 96, 96, 3]", AGAIN),
+    "x-no-hdf5": (lambda raw: (raw / X).write_bytes(bytes(999)), X, HDF5, AGAIN),
+    "x-empty": (cut(X, 0), X, HDF5, AGAIN),
+    "x-cut": (cut(X, 0.9), X, HDF5, "truncated", AGAIN),
+    "x-cut-early": (cut(X, 1e-5), X, HDF5, AGAIN),
+    "y-other-key": (hdf5(Y, "x", 700, 1, 1, 1), Y, "no dataset 'y'", AGAIN),
+    "y-int": (hdf5(Y, "y", 700, 1, 1, 1, dtype=np.int64), Y, "int64", "uint8", AGAIN),
+    "y-flat": (hdf5(Y, "y", 700), Y, "uint8[700]", "[1, 1, 1]", AGAIN),
+    "y-cut": (cut(Y, 0.7), Y, HDF5, AGAIN),
+    "y-longer": (hdf5(Y, "y", 701, 1, 1, 1), Y, X, "701", "700", "download both again"),
+    "y-shorter": (hdf5(Y, "y", 699, 1, 1, 1), Y, X, "699", "700", "download both again"),
+    "label-2": (hdf5(Y, "y", 700, 1, 1, 1, fill=2), Y, "label 2 of patch 0", "0 or 1", AGAIN),
+    "meta-no-wsi": (text(META, lambda old: old.replace("wsi", "slide")), META, "wsi", AGAIN),
+    "meta-longer": (text(META, lambda old: old + "1,1,False,True,s\n"), META, "701", X, "again"),
+    "meta-shorter": (text(META, lambda old: old[: old[:-1].rindex("\n")]), META, "699", "again"),
+    "meta-cut": (cut(META, 0.5), META, X, "again"),
+    "meta-cut-in-row": (text(META, lambda old: old[: old.rindex(",")]), META, "699 in 700"),
+    "meta-no-slide": (text(META, lambda old: old.replace("train_7\n", "\n")), META, "690", "again"),
+    "meta-empty": (cut(META, 0), META, "no readable CSV", AGAIN),
+    "meta-ragged": (text(META, lambda old: old + "1," * 9 + "\n"), META, "no readable CSV", AGAIN),
+    "meta-binary": (
+        lambda raw: (raw / META).write_bytes(bytes(range(256)) * 9), META, "no readable CSV", AGAIN,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "act", [pcam.check, lambda files: next(pcam.read(files))], ids=["check", "read"]
+)
+@pytest.mark.parametrize("name", BAD)
+def test_bad_file(raw: Path, name: str, act: Callable) -> None:
+    spoil, *words = BAD[name]
+    files = pcam.find(raw)["train"]
+    assert act(files)
+    spoil(raw)
+    with pytest.raises(ExpectedError) as error:
+        act(files)
+    one_line(error, str(raw), *words)
+
+
+def test_damaged_images(raw: Path) -> None:
+    damaged_chunk(raw)
+    files = pcam.find(raw)["train"]
+    assert pcam.check(files) == 700
+    reader = pcam.read(files)
+    assert sum(1 for _ in zip(range(512), reader, strict=False)) == 512
+    with pytest.raises(ExpectedError) as error:
+        next(reader)
+    one_line(error, str(raw / X), HDF5, AGAIN)
+
+
+@pytest.mark.parametrize("end", ["train_x", "train_y", "valid_x", "valid_y", "test_x", "test_y"])
+def test_missing_file(raw: Path, end: str) -> None:
+    (raw / f"{STEM}{end}.h5").unlink()
+    with pytest.raises(ExpectedError) as error:
+        pcam.find(raw)
+    one_line(error, str(raw / f"{STEM}{end}.h5"), "missing", ".gz", "zenodo.org")
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_missing_split(raw: Path, split: str) -> None:
+    for path in raw.glob(f"*_{split}_*"):
+        path.unlink()
+    with pytest.raises(ExpectedError) as error:
+        pcam.find(raw)
+    one_line(error, str(raw / f"{STEM}{split}_x.h5"), "missing", "zenodo.org")
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(ExpectedError) as error:
+        pcam.find(tmp_path / "raw")
+    one_line(error, str(tmp_path / "raw"), "no such folder", "--config.data.raw_dir")
+
+
+# --- packed files ------------------------------------------------------------------------------
+
+
+def flip(content: bytes) -> bytes:
+    """Changes the checksum that stands at a gzip's end."""
+    return content[:-8] + bytes([content[-8] ^ 1]) + content[-7:]
+
+
+PACKED = {
+    "cut": lambda old: old[: len(old) // 2],
+    "cut-in-the-end": lambda old: old[:-3],
+    "header-alone": lambda old: old[:10],
+    "empty": lambda _: b"",
+    "no-gzip": lambda _: b"<html>not found</html>" * 9,
+    "other-checksum": flip,
+    "changed-inside": lambda old: old[:5000] + bytes(100) + old[5100:],
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_damaged_gzip(raw: Path, scratch: Path, name: str) -> None:
+    packed = pack(raw / f"{STEM}valid_x.h5")
+    packed.write_bytes(PACKED[name](packed.read_bytes()))
+    # An empty file is a gzip of nothing.
+    form = HDF5 if name == "empty" else "no readable gzip"
+    files = pcam.find(raw)["validation"]
+    with pytest.raises(ExpectedError) as error, pcam.unpacked(files, scratch) as plain:
+        pcam.check(plain)
+    one_line(error, str(packed), form, AGAIN)
+
+
+def test_mistake_inside_a_gzip_names_the_gzip(raw: Path, scratch: Path) -> None:
+    hdf5(Y, "y", 700, 1, 1, 1, fill=3)(raw)
+    packed = pack(raw / Y)
+    with (
+        pytest.raises(ExpectedError) as error,
+        pcam.unpacked(pcam.find(raw)["train"], scratch) as plain,
+    ):
+        pcam.check(plain)
+    one_line(error, f"{packed}: label 3")
+    assert str(scratch) not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
+def test_unpacked_files_go_after_a_break(raw: Path, scratch: Path, kind: type) -> None:
+    pack(raw / f"{STEM}valid_x.h5")
+    files = pcam.find(raw)["validation"]
+
+    def use() -> None:
+        with pcam.unpacked(files, scratch) as plain:
+            assert plain.x.is_relative_to(scratch)
+            assert plain.x.exists()
+            raise kind
+
+    with pytest.raises(kind):
+        use()
+
+
+@pytest.mark.parametrize(
+    ("packed", "trailer", "needs"),
+    [(100_000, 99_990, "0.0"), (100_000, 5_000, "4.3"), (6 * 2**30, 2**31, "6.4"), (10, 7, "0.0")],
+)
+def test_space_is_asked_for(
+    raw: Path, scratch: Path, monkeypatch, packed: int, trailer: int, needs: str
+) -> None:
+    """The size at the end is modulo 4 GiB; noise grows a little when it is packed."""
+    path = raw / f"{X}.gz"
+    (raw / X).unlink()
+    with path.open("wb") as file:
+        file.truncate(packed - 4)
+        file.seek(0, io.SEEK_END)
+        file.write(trailer.to_bytes(4, "little"))
+    free = shutil.disk_usage(scratch)._replace(free=1)
+    monkeypatch.setattr(pcam.shutil, "disk_usage", lambda _: free)
+    files = pcam.find(raw)["train"]
+    with pytest.raises(ExpectedError) as error, pcam.unpacked(files, scratch):
+        pass
+    one_line(error, str(path), f" {needs} GB", str(scratch), "--config.data.tfds_dir")
+
+
+# --- downloads ---------------------------------------------------------------------------------
+
+
+class Server:
+    """Serves `files`, and notes who was asked for; `spoil` answers in its own way."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.asked: list[str] = []
+        self.spoil: Callable[[http.server.BaseHTTPRequestHandler, bytes], None] | None = None
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                name = self.path.rpartition("/")[2]
+                outer.asked.append(name)
+                content = outer.files[name]
+                if outer.spoil and "train_x" in name:
+                    outer.spoil(self, content)
+                else:
+                    self.answer(len(content), content)
+
+            def answer(self, length: int, content: bytes) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/files/"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def packed_files(made: Path) -> dict[str, bytes]:
+    return {f"{p.name}.gz": gzip.compress(p.read_bytes(), 1) for p in made.glob("*.h5")}
+
+
+@pytest.fixture
+def server(packed_files, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    server = Server()
+    server.files = packed_files
+    monkeypatch.setattr(pcam, "BASE_URL", server.url)
+    monkeypatch.setattr(pcam, "_RETRIES", 1)
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+@pytest.fixture
+def manage(server: Server, tmp_path: Path) -> Callable[[], tfds.download.DownloadManager]:
+    """Makes managers as the builder does, each as in a process of its own."""
+    lines = [
+        f"{server.url}{name}\t{len(content)}\t{hashlib.sha256(content).hexdigest()}\t{name}\n"
+        for name, content in server.files.items()
+    ]
+    (tmp_path / "checksums.tsv").write_text("".join(lines))
+    return lambda: tfds.download.DownloadManager(
+        download_dir=tmp_path / "downloads",
+        url_infos=checksums.load_url_infos(tmp_path / "checksums.tsv"),
+        dataset_name="histopathology",
+        force_checksums_validation=True,
+    )
+
+
+def refused(manager: tfds.download.DownloadManager, *words: str) -> None:
+    """Asserts one line, and that nothing of the bad file stays."""
+    with pytest.raises(ExpectedError) as error:
+        pcam.download(manager)
+    one_line(error, f"{pcam.BASE_URL}{X}.gz", "--config.data.raw_dir", *words)
+    left = [path.name for path in Path(manager.download_dir).rglob("*") if path.is_file()]
+    assert len([name for name in left if name.endswith(".gz")]) == 3  # the labels, which came first
+    assert not list(Path(manager.download_dir).rglob("*.tmp.*"))
+
+
+def test_download(server: Server, manage: Callable, scratch: Path) -> None:
+    found = pcam.download(manage())
+    assert list(found) == ["train", "validation", "test"]
+    for split, files in found.items():
+        assert files.meta is None
+        with pcam.unpacked(files, scratch) as plain:
+            assert pcam.check(plain) == COUNTS[split]
+            first = next(pcam.read(plain))
+        assert first.id == hashlib.sha1(pixels(split)[0].tobytes()).hexdigest()
+    assert sorted(server.asked) == sorted(server.files)
+    assert pcam.download(manage()) == found
+    assert len(server.asked) == 6
+    assert "tensorflow" not in sys.modules
+
+
+def test_broken_download_starts_again(server: Server, manage: Callable) -> None:
+    server.spoil = lambda handler, content: handler.answer(len(content), content[:9999])
+    refused(manage(), "try again")
+    server.spoil = None
+    found = pcam.download(manage())
+    assert found["train"].x.read_bytes() == server.files[f"{X}.gz"]
+    assert server.asked.count(f"{X}.gz") == 2
+    assert server.asked.count(f"{Y}.gz") == 1
+
+
+def reset(handler: http.server.BaseHTTPRequestHandler, _: bytes) -> None:
+    handler.connection.close()
+
+
+ANSWERS = {
+    "other-content": (lambda h, c: h.answer(len(c), c[:-1] + b"?"), "SHA-256"),
+    "shorter": (lambda h, c: h.answer(999, c[:999]), "SHA-256"),
+    "page": (lambda h, c: h.answer(6, b"<html>"), "SHA-256"),
+    "404": (lambda h, c: h.send_error(404), "HTTP code: 404"),
+    "503": (lambda h, c: h.send_error(503), "too many 503"),
+    "cut": (lambda h, c: h.answer(len(c), c[:9999]), "IncompleteRead(9999"),
+    "reset": (reset, "Remote end closed connection"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_bad_answer(server: Server, manage: Callable, name: str) -> None:
+    server.spoil, word = ANSWERS[name]
+    refused(manage(), word, "by hand")
+
+
+def test_nobody_answers(server: Server, manage: Callable) -> None:
+    manager = manage()
+    server.http.shutdown()
+    server.http.server_close()
+    start = time.monotonic()
+    with pytest.raises(ExpectedError) as error:
+        pcam.download(manager)
+    one_line(error, server.url, "Connection refused", "--config.data.raw_dir")
+    assert time.monotonic() - start < 5
+
+
+def test_interrupt_ends_the_download(server: Server, manage: Callable) -> None:
+    """The thread that downloads must not keep the process alive."""
+    ended = threading.Event()
+
+    def endless(handler: http.server.BaseHTTPRequestHandler, _: bytes) -> None:
+        handler.answer(10**9, b"")
+        try:
+            for block in range(500):
+                handler.wfile.write(bytes(1 << 20))
+                if block == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.02)
+        except OSError:  # the other side has hung up
+            ended.set()
+
+    server.spoil = endless
+    manager = manage()
+    with pytest.raises(KeyboardInterrupt):
+        pcam.download(manager)
+    assert not list(Path(manager.download_dir).rglob("*.tmp.*"))
+    assert ended.wait(5)
+
+
+def test_published_checksums() -> None:
+    own = checksums.load_url_infos(Path(pcam.__file__).with_name("checksums.tsv"))
+    folder = Path(tfds.__file__).parent / "datasets" / "patch_camelyon"
+    assert own == checksums.load_url_infos(folder / "checksums.tsv")
+    names = {f"{STEM}{name}_{kind}.h5.gz" for name in pcam.SPLITS.values() for kind in "xy"}
+    assert set(own) == {f"{pcam.BASE_URL}{name}" for name in names}
+    assert Histopathology.url_infos == own

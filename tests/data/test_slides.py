@@ -1,0 +1,96 @@
+import logging
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+from histo_jax.config import DataConfig
+from histo_jax.data import pcam, slides
+from histo_jax.errors import ExpectedError
+
+
+def make_table(count: int = 6) -> pd.DataFrame:
+    return pd.DataFrame({"id": [f"{i:040x}" for i in range(count)], "slide": ""})
+
+
+def write_map(folder, rows, header="id,wsi"):
+    path = folder / "slides.csv"
+    path.write_text("\n".join([header, *(f"{i:040x},{wsi}" for i, wsi in rows)]) + "\n")
+    return DataConfig(slide_map=str(path))
+
+
+def test_no_map_changes_nothing(tmp_path):
+    table = make_table()
+    assert slides.fill_in(table, DataConfig(), tmp_path) is table
+
+
+def test_a_csv_names_the_slides(tmp_path):
+    data = write_map(tmp_path, [(i, f"slide_{i % 2}") for i in range(8)])
+    filled = slides.fill_in(make_table(), data, tmp_path)
+    assert filled["slide"].tolist() == ["slide_0", "slide_1"] * 3
+
+
+def test_a_partial_map_is_refused_or_leaves_the_rest_out(tmp_path, caplog):
+    data = write_map(tmp_path, [(i, "a") for i in range(4)])
+    with pytest.raises(ExpectedError, match=r"4 of 6 patches.*other 2.*on_damaged=skip"):
+        slides.fill_in(make_table(), data, tmp_path)
+    data.on_damaged = "skip"
+    logging.getLogger("histo_jax").addHandler(caplog.handler)
+    filled = slides.fill_in(make_table(), data, tmp_path)
+    logging.getLogger("histo_jax").removeHandler(caplog.handler)
+    assert filled["slide"].tolist() == ["a"] * 4 + [""] * 2
+    assert "other 2 neither train nor validate" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "words"),
+    [
+        ([(90, "a")], "id,wsi", "no patch"),
+        ([(0, "a")], "id,slide", "header must be id,wsi"),
+        ([(0, "a"), (0, "b")], "id,wsi", "stands there twice"),
+    ],
+)
+def test_a_wrong_map_is_one_line(tmp_path, rows, header, words):
+    data = write_map(tmp_path, rows, header)
+    with pytest.raises(ExpectedError, match=words) as error:
+        slides.fill_in(make_table(), data, tmp_path)
+    assert data.slide_map in str(error.value)
+
+
+def test_a_missing_map_is_named(tmp_path):
+    with pytest.raises(ExpectedError, match=r"nowhere\.csv.*slide_map"):
+        slides.fill_in(make_table(), DataConfig(slide_map=str(tmp_path / "nowhere.csv")), tmp_path)
+
+
+def make_pcam(folder, images, wsi):
+    for name in ("train", "valid"):
+        stem = folder / f"camelyonpatch_level_2_split_{name}"
+        with h5py.File(f"{stem}_x.h5", "w") as file:
+            file["x"] = images
+        with h5py.File(f"{stem}_y.h5", "w") as file:
+            file["y"] = np.zeros((len(images), 1, 1, 1), np.uint8)
+        if wsi is not None:
+            pd.DataFrame({"coord_y": 0, "wsi": wsi}).to_csv(f"{stem}_meta.csv", index=False)
+
+
+def test_slides_are_looked_up_by_pixels_in_patchcamelyon(tmp_path, monkeypatch):
+    raw, cache = tmp_path / "pcam", tmp_path / "cache"
+    raw.mkdir()
+    cache.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), dtype=np.uint8)
+    make_pcam(raw, images, ["s1", "s1", "s2", "s3"])
+    ids = [example.id for example in pcam.read(pcam.find(raw)["train"])]
+    table = pd.DataFrame({"id": [ids[3], ids[0], ids[2]], "slide": ""})
+    data = DataConfig(slide_map=str(raw))
+    assert slides.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
+    # Minutes of hashing are done once.
+    monkeypatch.setattr(pcam, "read", lambda _: pytest.fail("read again"))
+    assert slides.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
+
+
+def test_patchcamelyon_without_meta_names_no_slides(tmp_path):
+    images = np.zeros((2, 96, 96, 3), np.uint8)
+    make_pcam(tmp_path, images, None)
+    with pytest.raises(ExpectedError, match=r"_meta\.csv"):
+        slides.fill_in(make_table(), DataConfig(slide_map=str(tmp_path)), tmp_path)
