@@ -100,6 +100,13 @@ class EarlyStoppingConfig:
 
 
 @dataclasses.dataclass
+class CheckpointConfig:
+    """When the state is saved, besides each epoch's end."""
+
+    every_minutes: float = _option(5.0, "minutes between two saves at most")
+
+
+@dataclasses.dataclass
 class EvaluateConfig:
     """What `evaluate` scores."""
 
@@ -123,6 +130,7 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
     early_stopping: EarlyStoppingConfig = dataclasses.field(default_factory=EarlyStoppingConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     predict: PredictConfig = dataclasses.field(default_factory=PredictConfig)
 
@@ -150,6 +158,7 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     ("fit.steps_per_epoch", lambda v: v >= 1, "at least 1, or None for one pass"),
     ("early_stopping.patience", lambda v: v >= 1, "at least 1"),
     ("early_stopping.min_delta", lambda v: 0 <= v < math.inf, "at least 0"),
+    ("checkpoint.every_minutes", lambda v: 0 < v < math.inf, "above 0"),
     (
         "evaluate.split",
         lambda v: v in EVALUATION_SPLITS,

@@ -6,3 +6,8 @@ class ExpectedError(Exception):
 
     The command line prints the message without a traceback and leaves with status 2.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Returns what an error of a library says, as one short line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -42,22 +42,22 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     validate(config)
     folder = Path(workdir)
     workdirs.check(folder, config)
-    batched = sharding.batch_sharding()
-    with Checkpoints.of(folder) as checkpoints:
-        best = checkpoints.restore_best(config, sharding.replicated(batched))
-    prepared = prepare(config)
-    name = config.evaluate.split
-    sides = splits.make_sides(prepared.tables, config)
-    side = sides.validation if name == "validation" else sides.test
-    if side is None or (prepared.tables[side.records]["label"] == UNLABELLED).any():
-        raise ExpectedError(
-            f"the test patches of config.data.source = {config.data.source!r} are missing or have "
-            "no labels: use --mode=predict, or --config.evaluate.split=validation"
-        )
-    batches = loader.ordered_batches(
-        prepared.source(side.records), side.rows, sharding.round_up(config.fit.batch_size)
-    )
     with workdirs.tracked(folder, "evaluate"):
+        batched = sharding.batch_sharding()
+        with Checkpoints.of(folder) as checkpoints:
+            best = checkpoints.restore_best(config, sharding.replicated(batched))
+        prepared = prepare(config)
+        name = config.evaluate.split
+        sides = splits.make_sides(prepared.tables, config)
+        side = sides.validation if name == "validation" else sides.test
+        if side is None or (prepared.tables[side.records]["label"] == UNLABELLED).any():
+            raise ExpectedError(
+                f"the test patches of config.data.source = {config.data.source!r} are missing or "
+                "have no labels: use --mode=predict, or --config.evaluate.split=validation"
+            )
+        batches = loader.ordered_batches(
+            prepared.source(side.records), side.rows, sharding.round_up(config.fit.batch_size)
+        )
         eval_step = steps.make_eval_step(create_model(config.model), batched)
         scores = binary_scores(
             *steps.collect_logits(eval_step, best.state.weights, batches, batched)

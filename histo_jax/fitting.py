@@ -5,15 +5,16 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import pandas as pd
 from tensorboardX import SummaryWriter
 
-from histo_jax import files
+from histo_jax import files, preemption
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader, splits
@@ -65,35 +66,40 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     folder = Path(workdir)
     workdirs.check(folder, config)
     sharding.check_batch_size(config.fit.batch_size)
-    prepared = prepare(config)
-    tables = prepared.tables
-    sides = splits.make_sides(tables, config)
-    train_rows = sides.train.rows
-    if len(train_rows) < config.fit.batch_size:
-        raise ExpectedError(
-            f"config.fit.batch_size = {config.fit.batch_size} is more than the "
-            f"{len(train_rows)} training patches: choose a smaller batch or give more data"
-        )
-    splits.refuse_leak(tables, sides, config.data.allow_leak)
-    log.info(
-        "%d patches to train, %d to validate, divided by %s",
-        len(train_rows), len(sides.validation.rows), sides.by,
-    )  # fmt: skip
-    if not sides.honest:
-        log.warning("%s", splits.OPTIMISTIC)
-    if not (folder / "config.json").exists():
-        workdirs.save_config(folder, config)
-    with Checkpoints(folder) as checkpoints:
-        start = _start(config, checkpoints, tables, sides)
-        if start.early_stopping.should_stop or len(start.history) >= config.fit.epochs:
-            log.info("already complete at step %d", start.state.step)
-            return _table(start.history)
-        workdirs.save_config(folder, config)
-        with workdirs.tracked(folder, "fit"):
+    with workdirs.tracked(folder, "fit"):
+        prepared = prepare(config)
+        sides = splits.make_sides(prepared.tables, config)
+        _check_sides(config, prepared, sides)
+        workdirs.claim(folder, config)
+        with Checkpoints(folder) as checkpoints:
+            start = _start(config, checkpoints, prepared.tables, sides)
+            if _is_done(config, start.early_stopping, start.history):
+                log.info("already complete at step %d", start.state.step)
+                return _table(start.history)
             workdirs.update_status(
                 folder, state="running", reason=None, finished=[], step=int(start.state.step)
             )
             return _table(_train(config, folder, checkpoints, start, prepared, sides))
+
+
+def _check_sides(config: Config, prepared: Prepared, sides: splits.Sides) -> None:
+    count = len(sides.train.rows)
+    if count < config.fit.batch_size:
+        raise ExpectedError(
+            f"config.fit.batch_size = {config.fit.batch_size} is more than the {count} training "
+            "patches: choose a smaller batch or give more data"
+        )
+    splits.refuse_leak(prepared.tables, sides, config.data.allow_leak)
+    log.info(
+        "%d patches to train, %d to validate, divided by %s",
+        count, len(sides.validation.rows), sides.by,
+    )  # fmt: skip
+    if not sides.honest:
+        log.warning("%s", splits.OPTIMISTIC)
+
+
+def _is_done(config: Config, early_stopping: EarlyStopping, history: list[dict[str, Any]]) -> bool:
+    return early_stopping.should_stop or len(history) >= config.fit.epochs
 
 
 def _start(
@@ -102,13 +108,13 @@ def _start(
     tables: dict[str, pd.DataFrame],
     sides: splits.Sides,
 ) -> Checkpoint:
-    """The newest checkpoint, or the state before the first step."""
+    """The newest checkpoint that is whole, or the state before the first step."""
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     place = sharding.replicated(sharding.batch_sharding())
     early_stopping = EarlyStopping.create(config.early_stopping)
     fingerprint = splits.fingerprint(tables, sides, config)
-    step = checkpoints.latest_step()
-    if step is None:
+    checkpoint = checkpoints.restore_latest(abstract_state(model, optimizer, place), early_stopping)
+    if checkpoint is None:
         mean, deviation = splits.normalisation(tables[sides.train.records], sides.train.rows)
         state = create_state(model, optimizer, config.seed, mean, deviation)
         return Checkpoint(
@@ -117,14 +123,41 @@ def _start(
             data={"step": 0, "fingerprint": fingerprint},
             history=[],
         )
-    checkpoint = checkpoints.restore(step, abstract_state(model, optimizer, place), early_stopping)
     if checkpoint.data["fingerprint"] != fingerprint:
         raise ExpectedError(
             f"{config.data.tfds_dir} no longer holds the examples that this run began with: "
             "restore them or choose another --workdir"
         )
-    log.info("resumed from step %d", step)
+    log.info("resumed from step %d", checkpoint.state.step)
     return checkpoint
+
+
+class _InFlight:
+    """Steps that are started and not yet looked at; the loop's only reads of device values."""
+
+    def __init__(self, describe: Callable[[int], str]) -> None:
+        self._describe = describe
+        self._waiting: collections.deque[tuple[int, steps.Metrics]] = collections.deque()
+
+    def add(self, step: int, metrics: steps.Metrics) -> None:
+        """Waits for the step before the last two, and looks at it."""
+        self._waiting.append((step, metrics))
+        if len(self._waiting) > _IN_FLIGHT:
+            self._look()
+
+    def drain(self) -> None:
+        """Waits for all of them."""
+        while self._waiting:
+            self._look()
+
+    def _look(self) -> None:
+        step, metrics = self._waiting.popleft()
+        if not metrics.finite:
+            raise ExpectedError(
+                f"loss or gradient of step {step} is not finite (loss {float(metrics.loss)}), so "
+                "nothing was updated or saved since: lower config.optimizer.learning_rate, or "
+                f"look at its patches: {self._describe(step)}"
+            )
 
 
 def _train(
@@ -139,44 +172,70 @@ def _train(
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     train_step = steps.make_train_step(model, optimizer, batched)
     eval_step = steps.make_eval_step(model, batched)
-    batch_size = config.fit.batch_size
-    steps_per_epoch = config.fit.steps_per_epoch or len(sides.train.rows) // batch_size
+    rows, batch_size = sides.train.rows, config.fit.batch_size
+    steps_per_epoch = config.fit.steps_per_epoch or len(rows) // batch_size
 
-    state, early_stopping = start.state, start.early_stopping
-    history = list(start.history)
+    state, early_stopping, history = start.state, start.early_stopping, list(start.history)
+    step = int(state.step)
     batches = loader.training_batches(
-        prepared.source(sides.train.records),
-        sides.train.rows,
-        batch_size,
-        config.seed,
-        first_step=int(state.step),
+        prepared.source(sides.train.records), rows, batch_size, config.seed, first_step=step
     )
-    with contextlib.closing(SummaryWriter(str(folder / "events"))) as events:
-        for epoch in range(len(history) + 1, config.fit.epochs + 1):
-            began = time.monotonic()
-            in_flight: collections.deque[jax.Array] = collections.deque()
-            compiled = began
-            for index in range(steps_per_epoch):
+
+    def ids_of(step: int) -> str:
+        chosen = loader.training_order(rows, batch_size, config.seed)[step - 1]
+        return " ".join(prepared.tables[sides.train.records]["id"].iloc[chosen])
+
+    def save(validation_loss: float | None) -> None:
+        data = {"step": step, "fingerprint": start.data["fingerprint"]}
+        checkpoints.save(Checkpoint(state, early_stopping, data, history), validation_loss)
+        workdirs.update_status(folder, step=step)
+
+    def leave() -> NoReturn:
+        save(None)
+        checkpoints.wait()
+        raise preemption.Preempted(f"preempted; saved at step {step}, the same command goes on")
+
+    with (
+        contextlib.closing(SummaryWriter(str(folder / "events"))) as events,
+        preemption.deferred(),
+    ):
+        saved = time.monotonic()
+        while not _is_done(config, early_stopping, history):
+            epoch, began = len(history) + 1, time.monotonic()
+            in_flight, images, timed_from = _InFlight(ids_of), 0, began
+            while step < epoch * steps_per_epoch:
                 batch = jax.device_put(dict(next(batches)), batched)
-                state, loss = train_step(state, batch)
-                in_flight.append(loss)
-                if index == 0:
+                state, metrics = train_step(state, batch)
+                step += 1
+                in_flight.add(step, metrics)
+                if timed_from == began:
                     # The first step of a process compiles, so the rate is measured from its end.
-                    loss.block_until_ready()
-                    compiled = time.monotonic()
-                if len(in_flight) > _IN_FLIGHT:
-                    in_flight.popleft().block_until_ready()
-            step = int(state.step)
-            trained = time.monotonic()
+                    metrics.loss.block_until_ready()
+                    timed_from = time.monotonic()
+                else:
+                    images += batch_size
+                due = time.monotonic() - saved > 60 * config.checkpoint.every_minutes
+                if due or preemption.requested():
+                    in_flight.drain()
+                    if preemption.requested():
+                        leave()
+                    save(None)
+                    saved = time.monotonic()
+            in_flight.drain()
+            rate = images / (time.monotonic() - timed_from) if images else None
 
             validation = loader.ordered_batches(
                 prepared.source(sides.validation.records),
                 sides.validation.rows,
                 sharding.round_up(batch_size),
             )
-            scores = binary_scores(
-                *steps.collect_logits(eval_step, state.weights, validation, batched)
-            )
+            try:
+                outputs = steps.collect_logits(
+                    eval_step, state.weights, preemption.stopping(validation), batched
+                )
+            except preemption.Preempted:
+                leave()
+            scores = binary_scores(*outputs)
             early_stopping = update(early_stopping, scores["nll"])
             row = {
                 "epoch": epoch,
@@ -188,28 +247,26 @@ def _train(
             }
             history.append(row)
             state = state.replace(loss_sum=jnp.zeros_like(state.loss_sum))
-            data = {"step": step, "fingerprint": start.data["fingerprint"]}
-            checkpoints.save(Checkpoint(state, early_stopping, data, history), scores["nll"])
-
+            save(scores["nll"])
+            saved = time.monotonic()
             files.write_text(folder / "history.csv", _table(history).to_csv(index=False))
-            rate = (steps_per_epoch - 1) * batch_size / (trained - compiled)
-            workdirs.update_status(folder, step=step, images_per_second=round(rate, 1))
+            if rate:
+                workdirs.update_status(folder, images_per_second=round(rate, 1))
             for name in HISTORY_COLUMNS[2:]:
                 events.add_scalar(name, row[name], step)
-            events.add_scalar("images_per_second", rate, step)
             events.flush()
             log.info(
-                "epoch %d/%d  loss %.4f  validation loss %.4f  validation AUC %.4f  %.0f img/s  "
+                "epoch %d/%d  loss %.4f  validation loss %.4f  validation AUC %.4f  %s img/s  "
                 "at most %s left",
-                epoch, config.fit.epochs, row["train_loss"], scores["nll"], scores["auc"], rate,
+                epoch, config.fit.epochs, row["train_loss"], scores["nll"], scores["auc"],
+                round(rate) if rate else "-",
                 _duration((config.fit.epochs - epoch) * (time.monotonic() - began)),
             )  # fmt: skip
-            if early_stopping.should_stop:
-                log.info(
-                    "stopped early: no better validation loss for %d epochs",
-                    early_stopping.epochs_without_improvement,
-                )
-                break
+    if early_stopping.should_stop:
+        log.info(
+            "stopped early: no better validation loss for %d epochs",
+            early_stopping.epochs_without_improvement,
+        )
     return history
 
 

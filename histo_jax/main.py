@@ -10,6 +10,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from histo_jax import preemption
 from histo_jax.config import Config, describe, validate
 from histo_jax.errors import ExpectedError
 
@@ -179,7 +180,11 @@ def main(_: list[str]) -> None:
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     try:
         validate(config)
-        _VERBS[flags.FLAGS.mode](config, workdir)
+        with preemption.watch():
+            _VERBS[flags.FLAGS.mode](config, workdir)
+    except preemption.Preempted as error:
+        print(f"histo_jax: {error}", file=sys.stderr)
+        raise
     except ExpectedError as error:
         _fail(str(error))
     except OSError as error:

@@ -47,17 +47,17 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     validate(config)
     folder = Path(workdir)
     workdirs.check(folder, config)
-    devices = jax.local_devices()
-    with Checkpoints.of(folder) as checkpoints:
-        best = checkpoints.restore_best(config, SingleDeviceSharding(devices[0]))
-    prepared = prepare(config)
-    if "test" not in prepared.tables:
-        raise NoTestPatchesError(
-            f"{config.data.raw_dir or prepared.directory} has no test patches to predict: "
-            f"add them, and remove {prepared.directory} to prepare again"
-        )
-    ids = prepared.tables["test"]["id"]
     with workdirs.tracked(folder, "predict"):
+        devices = jax.local_devices()
+        with Checkpoints.of(folder) as checkpoints:
+            best = checkpoints.restore_best(config, SingleDeviceSharding(devices[0]))
+        prepared = prepare(config)
+        if "test" not in prepared.tables:
+            raise NoTestPatchesError(
+                f"{config.data.raw_dir or prepared.directory} has no test patches to predict: "
+                f"add them, and remove {prepared.directory} to prepare again"
+            )
+        ids = prepared.tables["test"]["id"]
         per_device = -(-min(config.predict.batch_size, len(ids)) // len(devices))
         # The weights are handed over as they are; replicated ones would be copied at every call.
         forward = jax.pmap(

@@ -1,15 +1,21 @@
 """The folder of one run: whose it is, and what state it is in."""
 
 import contextlib
+import fcntl
 import json
+import logging
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from histo_jax.config import Config, flat
 from histo_jax.errors import ExpectedError
 from histo_jax.files import write_json
+from histo_jax.preemption import Preempted
+
+log = logging.getLogger("histo_jax")
 
 # A difference in one of these makes another run, which needs another folder. The rest (lengths,
 # folders, what to evaluate) may change between two starts.
@@ -17,6 +23,7 @@ _IDENTITY_PREFIXES = ("seed", "data.", "model.", "optimizer.", "fit.batch_size",
 _FOLDERS = ("data.raw_dir", "data.tfds_dir")
 
 _tracked: set[Path] = set()
+_locks: dict[Path, IO[str]] = {}
 
 
 def _plain(config: Config) -> dict[str, Any]:
@@ -55,10 +62,35 @@ def check(workdir: Path, config: Config) -> None:
             )
 
 
-def save_config(workdir: Path, config: Config) -> None:
-    """Makes the folder this run's own: writes `config.json`."""
+def claim(workdir: Path, config: Config) -> None:
+    """Makes the folder this run's own: takes its lock and writes `config.json`.
+
+    Raises:
+        ExpectedError: another process works there.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
+    _lock(workdir)
     write_json(workdir / "config.json", _plain(config))
+
+
+def _lock(workdir: Path) -> None:
+    """Takes the folder for this process; the system lets go of it however the process ends."""
+    if workdir in _locks:
+        return
+    file = (workdir / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise ExpectedError(
+            f"{workdir} is in use by {owner}: wait for it, stop it, or choose another --workdir"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _locks[workdir] = file
 
 
 def status(workdir: Path) -> dict[str, Any]:
@@ -77,11 +109,15 @@ def update_status(workdir: Path, **values: Any) -> None:
 
 @contextlib.contextmanager
 def tracked(workdir: Path, mode: str) -> Iterator[None]:
-    """Keeps `status.json` true while `mode` works: running, then complete or failed.
+    """Holds the folder's lock and keeps `status.json` true while `mode` works.
 
-    Of nested modes the outermost counts, so that `run` is not complete before its last part. A
-    folder that is not yet a run's own (no `config.json`) is left alone, so that a mistake in the
-    first command leaves nothing behind.
+    Its `state` is running, then complete, preempted or failed. Of nested modes the outermost
+    counts, so that `run` is not complete before its last part. A folder that is not yet a run's
+    own (no `config.json`) is left alone until `claim`, so that a mistake in the first command
+    leaves nothing behind.
+
+    Raises:
+        ExpectedError: another process works there.
     """
     if workdir in _tracked:
         yield
@@ -91,18 +127,26 @@ def tracked(workdir: Path, mode: str) -> Iterator[None]:
         if (workdir / "config.json").exists():
             update_status(workdir, **values)
 
+    if (workdir / "config.json").exists():
+        _lock(workdir)
+        if status(workdir).get("state") == "running":
+            log.info("the last process in %s ended without a word", workdir)
     _tracked.add(workdir)
     try:
         note(state="running", reason=None)
         yield
         note(state="complete", finished=sorted({*status(workdir).get("finished", []), mode}))
     except BaseException as error:
+        state = "preempted" if isinstance(error, Preempted) else "failed"
         # The error itself matters more than a status that cannot be written any more.
         with contextlib.suppress(OSError):
-            note(state="failed", reason=str(error) or type(error).__name__)
+            note(state=state, reason=str(error) or type(error).__name__)
         raise
     finally:
         _tracked.discard(workdir)
+        lock = _locks.pop(workdir, None)
+        if lock:
+            lock.close()
 
 
 def is_finished(workdir: Path, config: Config, mode: str) -> bool:

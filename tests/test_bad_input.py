@@ -36,7 +36,8 @@ def get_config():
     return config
 """
 PROGRESS = re.compile(
-    r"preparing |.* has changed since it was prepared|the validation score is optimistic|class [01] has |\d+ patches to train|resumed from step "
+    r"preparing |class [01] has |\d+ patches to train|resumed from step "
+    r"|.* has changed since it was prepared|the validation score is optimistic"
 )
 CSVS = {"train": "train_labels.csv", "test": "sample_submission.csv"}
 HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
@@ -72,7 +73,8 @@ class Place:
 
     def begin(self) -> "Place":
         """Puts there what an earlier run would have left."""
-        workdirs.save_config(self.workdir, self.config())
+        with workdirs.tracked(self.workdir, "fit"):
+            workdirs.claim(self.workdir, self.config())
         (self.workdir / "submission.csv").write_text("id,label\nold,0.5\n")
         (self.workdir / "evaluation.json").write_text('{"auc": 0.5}\n')
         return self

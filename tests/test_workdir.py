@@ -6,25 +6,30 @@ from histo_jax import files, workdir
 from histo_jax.config import Config
 
 
+def claim(folder):
+    with workdir.tracked(folder, "fit"):
+        workdir.claim(folder, Config())
+
+
 def test_status_follows_the_outermost_mode(tmp_path):
-    workdir.save_config(tmp_path, Config())
+    claim(tmp_path)
     with workdir.tracked(tmp_path, "run"):
         with workdir.tracked(tmp_path, "fit"):
             assert workdir.status(tmp_path)["state"] == "running"
         assert workdir.status(tmp_path)["state"] == "running"
         workdir.update_status(tmp_path, step=7)
     assert workdir.status(tmp_path) == {
-        "state": "complete", "reason": None, "step": 7, "finished": ["run"],
+        "state": "complete", "reason": None, "step": 7, "finished": ["fit", "run"],
     }  # fmt: skip
     assert workdir.is_finished(tmp_path, Config(), "run")
-    assert not workdir.is_finished(tmp_path, Config(), "fit")
+    assert not workdir.is_finished(tmp_path, Config(), "predict")
     changed = Config()
     changed.fit.epochs = 20
     assert not workdir.is_finished(tmp_path, changed, "run")
 
 
 def test_status_names_the_failure(tmp_path):
-    workdir.save_config(tmp_path, Config())
+    claim(tmp_path)
     with pytest.raises(OSError, match="disk"), workdir.tracked(tmp_path, "fit"):
         raise OSError("disk full")
     status = workdir.status(tmp_path)

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,7 +104,7 @@ class _PatchCamelyon(_ReaderConfig):
         return pcam.raw_files(self._raw_dir)
 
     def readers(self, scratch: Path, downloads: Any) -> dict[str, _Reader]:
-        found = pcam.find(self._raw_dir) if self._raw_dir else pcam.download(downloads)
+        found = pcam.find(self._raw_dir) if self._raw_dir else self._download(downloads)
         # Plain files are all checked before the first record; packed ones as they are unpacked.
         return {
             split: _Reader(
@@ -112,6 +113,14 @@ class _PatchCamelyon(_ReaderConfig):
             )
             for split, its in found.items()
         }  # fmt: skip
+
+    def _download(self, downloads: Any) -> dict[str, pcam.Files]:
+        if sys.stderr.isatty():
+            tfds.enable_progress_bar()
+        try:
+            return pcam.download(downloads)
+        finally:
+            tfds.disable_progress_bar()
 
     def _read(self, packed: pcam.Files, scratch: Path) -> Iterator[Example]:
         with pcam.unpacked(packed, scratch) as plain:
@@ -245,7 +254,9 @@ def _write(make: Callable[[], Histopathology], directory: Path, reader: _ReaderC
         tfds.disable_progress_bar()
         stack.callback(tfds.enable_progress_bar)
         make().download_and_prepare(
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+            download_config=tfds.download.DownloadConfig(
+                try_download_gcs=False, force_checksums_validation=True
+            )
         )
     for path, reason in reader.damaged.items():
         log.warning("left out: %s %s", path, reason)

@@ -17,7 +17,7 @@ import pandas as pd
 from PIL import Image
 
 from histo_jax.data.example import IMAGE_SIZE, UNLABELLED, Example
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import ExpectedError, one_line
 
 _FORM = ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
 # Images in memory at once: 14 MB.
@@ -39,7 +39,7 @@ def list_files(raw_dir: Path, split: str) -> list[tuple[Path, int]]:
     try:
         table = pd.read_csv(csv_name, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:
-        raise ExpectedError(f"{csv_name} is no readable CSV ({_line(error)})") from None
+        raise ExpectedError(f"{csv_name} is no readable CSV ({one_line(error)})") from None
     if list(table.columns) != ["id", "label"]:
         raise ExpectedError(f"{csv_name}: the header must be id,label; download it again")
     if table.empty:
@@ -131,13 +131,9 @@ def _read_image(path: Path) -> np.ndarray | str:
             mode, size = image.mode, image.size
             pixels = np.asarray(image) if (mode, size) == _FORM else None
     except Exception as error:  # Pillow's decoders raise many types on damaged files
-        return f"is no readable TIFF ({_line(error)})"
+        return f"is no readable TIFF ({one_line(error)})"
     if pixels is None:
         return f"is {size[0]}x{size[1]} {mode}, not {IMAGE_SIZE}x{IMAGE_SIZE} RGB"
     if hashlib.sha1(pixels.tobytes()).hexdigest() != path.stem:
         return "is damaged: its pixels' SHA-1 is not its name"
     return pixels
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

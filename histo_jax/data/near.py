@@ -77,8 +77,6 @@ def nearest(
         ends = np.cumsum(count[rows])
         cuts = np.searchsorted(ends, np.arange(_CHUNK, count.sum(), _CHUNK))
         for part in np.split(rows, cuts):
-            if len(part) == 0:
-                continue
             counts = count[part]
             begin = np.cumsum(counts) - counts
             candidates = order[np.repeat(start[part] - begin, counts) + np.arange(counts.sum())]

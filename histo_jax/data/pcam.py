@@ -27,7 +27,7 @@ from tensorflow_datasets.core.download import downloader, resource
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from histo_jax.data.example import IMAGE_SHAPE, Example
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import ExpectedError, one_line
 
 log = logging.getLogger("histo_jax")
 
@@ -188,7 +188,7 @@ def _open(path: Path, key: str, shape: tuple[int, ...]) -> Iterator[h5py.Dataset
             data = file.get(key)
         if not isinstance(data, h5py.Dataset):
             raise ExpectedError(f"{path} holds no dataset {key!r}; download it again")
-        found = data.shape or ()  # None where HDF5 holds its "null"
+        found: tuple[int, ...] = data.shape or ()  # None where HDF5 holds its "null"
         if data.dtype != np.uint8 or found[1:] != shape or not found[0]:
             raise ExpectedError(
                 f"{path}: {key} is {data.dtype}{list(found)}, and must be uint8 of some "
@@ -227,7 +227,7 @@ def _unpack(path: Path, target: Path) -> None:
 
 
 def _download(manager: tfds.download.DownloadManager, url: str) -> Path:
-    log.info("downloading %s", url)
+    log.info("downloading %s, unless it is there", url)
     try:
         return Path(os.fspath(manager.download(url)))
     except NonMatchingChecksumError:
@@ -236,7 +236,7 @@ def _download(manager: tfds.download.DownloadManager, url: str) -> Path:
         cause: BaseException = error
         while cause.__context__:  # the first one says it in plain words
             cause = cause.__context__
-        reason = _line(cause)
+        reason = one_line(cause)
     except KeyboardInterrupt:
         # The thread that downloads would go on, and the process wait for it: hours for 6 GB. It
         # counts every MiB here, and dies of that.
@@ -254,9 +254,5 @@ def _download(manager: tfds.download.DownloadManager, url: str) -> Path:
 
 def _damaged(path: Path, form: str, error: Exception) -> ExpectedError:
     return ExpectedError(
-        f"{path} is no readable {form} ({_line(error)}); remove it and download it again"
+        f"{path} is no readable {form} ({one_line(error)}); remove it and download it again"
     )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -8,7 +8,7 @@ import pandas as pd
 from histo_jax import files
 from histo_jax.config import DataConfig
 from histo_jax.data import pcam
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import ExpectedError, one_line
 
 log = logging.getLogger("histo_jax")
 
@@ -49,9 +49,8 @@ def _from_csv(path: Path) -> pd.Series:
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ExpectedError(
-            f"{path} is no readable CSV ({reason}); set --config.data.slide_map"
+            f"{path} is no readable CSV ({one_line(error)}); set --config.data.slide_map"
         ) from None
     if list(table.columns) != ["id", "wsi"]:
         raise ExpectedError(f"{path}: the header must be id,wsi")

@@ -1,7 +1,13 @@
 """Checkpoints, by Orbax; no other room knows it."""
 
+import contextlib
 import dataclasses
+import errno
+import json
 import logging
+import os
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +17,7 @@ from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers
 
 from histo_jax.config import Config
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import ExpectedError, one_line
 from histo_jax.models import create_model
 from histo_jax.training.optimizer import create_optimizer
 from histo_jax.training.state import EarlyStopping, TrainState, abstract_state
@@ -46,6 +52,12 @@ class Checkpoints:
 
     def __init__(self, workdir: Path) -> None:
         self._directory = (workdir / "checkpoints").absolute()
+        # Orbax reads all metrics when it opens the folder, and fails on one that is damaged.
+        for path in self._directory.glob("*/metrics/metrics"):
+            try:
+                json.loads(path.read_bytes())
+            except ValueError as error:
+                _put_aside(path.parents[1], error)
         self._manager = ocp.CheckpointManager(
             self._directory,
             # Named here, or the metadata of a folder that this process did not write is empty.
@@ -85,32 +97,91 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        with self._disk_errors():
+            self._manager.close()
 
-    def save(self, checkpoint: Checkpoint, validation_loss: float) -> None:
-        """Starts to save under the state's step.
+    def save(self, checkpoint: Checkpoint, validation_loss: float | None) -> None:
+        """Starts to save under the state's step; waits only for the save before.
+
+        Args:
+            checkpoint: what is saved.
+            validation_loss: decides which is the best, nats; None in the middle of an epoch.
 
         Raises:
-            OSError: the folder cannot be written or the disk is full, here or at a later save.
+            OSError: the folder cannot be written or the disk is full, here or at the last save.
         """
-        self._manager.save(
-            int(checkpoint.state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(checkpoint.state),
-                early_stopping=ocp.args.StandardSave(checkpoint.early_stopping),
-                data=ocp.args.JsonSave(checkpoint.data),
-                history=ocp.args.JsonSave({"epochs": checkpoint.history}),
-            ),
-            metrics={_METRIC: validation_loss},
-        )
+        step = int(checkpoint.state.step)
+        if step in self._manager.all_steps():
+            # Saved on leaving before this epoch's validation, which is now known.
+            self._manager.delete(step)
+        with self._disk_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(checkpoint.state),
+                    early_stopping=ocp.args.StandardSave(checkpoint.early_stopping),
+                    data=ocp.args.JsonSave(checkpoint.data),
+                    history=ocp.args.JsonSave({"epochs": checkpoint.history}),
+                ),
+                metrics=None if validation_loss is None else {_METRIC: validation_loss},
+            )
 
-    def latest_step(self) -> int | None:
-        """Returns the step of the newest checkpoint, or None where there is none."""
-        return self._manager.latest_step()
+    def wait(self) -> None:
+        """Returns when all is on disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            # TensorStore's errors are ValueErrors or RuntimeErrors with the system's words in them.
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                if os.strerror(number) in str(error):
+                    raise OSError(number, os.strerror(number), str(self._directory)) from error
+            raise
 
     def best_step(self) -> int | None:
         """Returns the step of the lowest validation loss, or None where there is none."""
         return self._manager.best_step()
+
+    def restore_latest(self, like: TrainState, early_stopping: EarlyStopping) -> Checkpoint | None:
+        """Reads the newest checkpoint that is whole; damaged ones are put aside into `damaged/`.
+
+        Args:
+            like: see `restore`.
+            early_stopping: see `restore`.
+
+        Returns:
+            None where no checkpoint is left.
+
+        Raises:
+            ExpectedError: the checkpoint holds the state of another model.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                checkpoint = self.restore(step, like, early_stopping)
+                self._manager.reload()
+                return checkpoint
+            except ExpectedError:
+                raise
+            except Exception as error:  # whatever Orbax and TensorStore find wrong
+                place = self._directory.parent / "damaged" / f"{step}-{uuid.uuid4().hex[:8]}"
+                place.parent.mkdir(exist_ok=True)
+                (self._directory / str(step)).rename(place)
+                log.warning(
+                    "checkpoint %d is damaged and was put aside as %s (%s)",
+                    step, place, " ".join(str(error).split())[:200],
+                )  # fmt: skip
+        self._manager.reload()
+        return None
 
     def restore(self, step: int, like: TrainState, early_stopping: EarlyStopping) -> Checkpoint:
         """Reads one checkpoint.
@@ -124,7 +195,9 @@ class Checkpoints:
             ExpectedError: the checkpoint holds the state of another model.
         """
         saved = self._manager.item_metadata(step)["state"]
-        self._check_shapes(step, getattr(saved, "tree", saved), like)
+        if saved is None:
+            raise ValueError("the metadata of its state is missing")
+        self._check_shapes(step, saved.tree, like)
         parts = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -176,3 +249,12 @@ class Checkpoints:
                     f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} in "
                     "config.model; give the config of that run or another --workdir"
                 )
+
+
+def _put_aside(path: Path, error: Exception) -> None:
+    place = path.parents[1] / "damaged" / f"{path.name}-{uuid.uuid4().hex[:8]}"
+    place.parent.mkdir(exist_ok=True)
+    path.rename(place)
+    log.warning(
+        "checkpoint %s is damaged and was put aside as %s (%s)", path.name, place, one_line(error)
+    )

@@ -1,7 +1,7 @@
 """The jit-compiled steps: augmentation, forward, loss, gradient, update."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Float32, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray, UInt8
 
 from histo_jax.data.loader import Batch
 from histo_jax.training.sharding import replicated
@@ -53,19 +53,29 @@ def make_eval_step(model: nn.Module, batched: NamedSharding) -> Forward:
     return jax.jit(make_forward(model), out_shardings=replicated(batched))
 
 
-def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, batched: NamedSharding
-) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Float32[Array, ""]]]:
-    """Returns the compiled step `(state, batch) -> (state, loss)`.
+class Metrics(NamedTuple):
+    """What is seen of a step.
 
-    The batch holds `image`, uint8[batch, 96, 96, 3], and `label`, float32[batch] of 0 and 1, both
-    divided over the mesh; BatchNorm and loss see the whole of it. The loss is the mean binary
-    cross-entropy in nats, before the update. The given state is donated: do not use it again.
+    Attributes:
+        loss: mean binary cross-entropy of the batch before the update, nats.
+        finite: whether loss and gradient were finite; if not, nothing was updated.
     """
 
-    def train_step(
-        state: TrainState, batch: Mapping[str, Any]
-    ) -> tuple[TrainState, Float32[Array, ""]]:
+    loss: Float32[Array, ""]
+    finite: Bool[Array, ""]
+
+
+def make_train_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, batched: NamedSharding
+) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
+    """Returns the compiled step `(state, batch) -> (state, metrics)`.
+
+    The batch holds `image`, uint8[batch, 96, 96, 3], and `label`, float32[batch] of 0 and 1, both
+    divided over the mesh; BatchNorm and loss see the whole of it. The given state is donated: do
+    not use it again.
+    """
+
+    def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         augment_key, dropout_key = jax.random.split(step_key)
         images = normalise(state.weights, augment(augment_key, batch["image"]))
@@ -88,13 +98,12 @@ def make_train_step(
         weights = state.weights.replace(
             params=optax.apply_updates(state.weights.params, updates), batch_stats=batch_stats
         )
-        state = state.replace(
-            step=state.step + 1,
-            weights=weights,
-            opt_state=opt_state,
-            loss_sum=state.loss_sum + loss,
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
+        updated = state.replace(
+            weights=weights, opt_state=opt_state, loss_sum=state.loss_sum + loss
         )
-        return state, loss
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        return state.replace(step=state.step + 1), Metrics(loss, finite)
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(batched))
 

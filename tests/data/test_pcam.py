@@ -352,7 +352,7 @@ def test_space_is_asked_for(
     files = pcam.find(raw)["train"]
     with pytest.raises(ExpectedError) as error, pcam.unpacked(files, scratch):
         pass
-    one_line(error, str(path), f" {needs} GB", str(scratch), "--config.data.tfds_dir")
+    one_line(error, str(path), f"needs {needs} GB", str(scratch), "--config.data.tfds_dir")
 
 
 # --- downloads ---------------------------------------------------------------------------------

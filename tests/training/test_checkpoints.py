@@ -1,3 +1,6 @@
+import logging
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +33,19 @@ def make(config, step, losses):
     return Checkpoint(state, early_stopping, {"step": step, "fingerprint": "f"}, history)
 
 
+def restore_latest(checkpoints, config):
+    model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
+    place = sharding.replicated(sharding.batch_sharding())
+    like = abstract_state(model, optimizer, place)
+    return checkpoints.restore_latest(like, EarlyStopping.create(config.early_stopping))
+
+
+def assert_equal(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, found.state, wanted.state)
+    jax.tree.map(np.testing.assert_array_equal, found.early_stopping, wanted.early_stopping)
+    assert (found.data, found.history) == (wanted.data, wanted.history)
+
+
 def test_latest_two_and_best_are_kept_and_come_back_whole(config, tmp_path):
     losses = [0.5, 0.3, 0.4, 0.6, 0.7]
     with Checkpoints(tmp_path) as checkpoints:
@@ -38,12 +54,89 @@ def test_latest_two_and_best_are_kept_and_come_back_whole(config, tmp_path):
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "5"}
     place = sharding.replicated(sharding.batch_sharding())
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest_step() == 5
-        best = checkpoints.restore_best(config, place)
-    wanted = make(config, 2, losses[:2])
-    jax.tree.map(np.testing.assert_array_equal, best.state, wanted.state)
-    jax.tree.map(np.testing.assert_array_equal, best.early_stopping, wanted.early_stopping)
-    assert (best.data, best.history) == (wanted.data, wanted.history)
+        assert_equal(restore_latest(checkpoints, config), make(config, 5, losses))
+        assert_equal(checkpoints.restore_best(config, place), make(config, 2, losses[:2]))
+
+
+def test_a_save_inside_an_epoch_is_never_the_best(config, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(config, 2, [0.5]), 0.5)
+        checkpoints.save(make(config, 3, [0.5]), None)
+    place = sharding.replicated(sharding.batch_sharding())
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(restore_latest(checkpoints, config), make(config, 3, [0.5]))
+        assert_equal(checkpoints.restore_best(config, place), make(config, 2, [0.5]))
+
+
+def test_a_step_saved_before_its_validation_is_saved_again_with_it(config, tmp_path):
+    place = sharding.replicated(sharding.batch_sharding())
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(config, 2, [0.5]), 0.5)
+        checkpoints.save(make(config, 4, [0.5]), None)
+        checkpoints.save(make(config, 4, [0.5, 0.4]), 0.4)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(restore_latest(checkpoints, config), make(config, 4, [0.5, 0.4]))
+        assert_equal(checkpoints.restore_best(config, place), make(config, 4, [0.5, 0.4]))
+
+
+def parts_of(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("harm", ["truncated", "removed"])
+def test_any_damaged_file_is_noticed_or_does_no_harm(config, tmp_path, harm):
+    """Each file of the newest checkpoint in turn: it comes back whole, or the one before does."""
+    whole = tmp_path / "whole"
+    with Checkpoints(whole) as checkpoints:
+        checkpoints.save(make(config, 1, [0.5]), 0.5)
+        checkpoints.save(make(config, 2, [0.5, 0.4]), 0.4)
+    put_aside = 0
+    names = parts_of(whole / "checkpoints" / "2")
+    assert len(names) > 10
+    for number, name in enumerate(names):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole, folder)
+        victim = folder / "checkpoints" / "2" / name
+        if harm == "removed":
+            victim.unlink()
+        else:
+            victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+        with Checkpoints(folder) as checkpoints:
+            found = restore_latest(checkpoints, config)
+        if (folder / "damaged").exists():
+            put_aside += 1
+            assert_equal(found, make(config, 1, [0.5]))
+            # Training goes on from there, over the same step.
+            with Checkpoints(folder) as checkpoints:
+                checkpoints.save(make(config, 2, [0.5, 0.3]), 0.3)
+            with Checkpoints(folder) as checkpoints:
+                assert_equal(restore_latest(checkpoints, config), make(config, 2, [0.5, 0.3]))
+        else:
+            assert_equal(found, make(config, 2, [0.5, 0.4]))
+    # The rest is of no consequence, such as marks of success that repeat the folder's name.
+    assert put_aside >= 6
+
+
+@pytest.mark.parametrize("part", ["state", "early_stopping", "data", "history"])
+def test_a_missing_part_is_put_aside(config, tmp_path, part, caplog):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(config, 1, [0.5]), 0.5)
+        checkpoints.save(make(config, 2, [0.5, 0.4]), 0.4)
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / part)
+    logging.getLogger("histo_jax").addHandler(caplog.handler)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(restore_latest(checkpoints, config), make(config, 1, [0.5]))
+    logging.getLogger("histo_jax").removeHandler(caplog.handler)
+    assert "checkpoint 2 is damaged and was put aside" in caplog.text
+
+
+def test_half_a_directory_is_no_checkpoint(config, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(config, 1, [0.5]), 0.5)
+    (tmp_path / "checkpoints" / "2").mkdir()
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp-1").mkdir()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(restore_latest(checkpoints, config), make(config, 1, [0.5]))
 
 
 @pytest.mark.parametrize("change", ["dense", "features", "fewer"])

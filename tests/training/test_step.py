@@ -59,8 +59,8 @@ def test_three_steps_on_four_devices_equal_one():
         train_step = step.make_train_step(MODEL, OPTIMIZER, batched)
         state, losses = start(batched), []
         for batch in batches:
-            state, loss = train_step(state, jax.device_put(batch, batched))
-            losses.append(float(loss))
+            state, metrics = train_step(state, jax.device_put(batch, batched))
+            losses.append(float(metrics.loss))
         results.append((losses, jax.device_get(state.weights)))
     assert len(jax.devices()) == 4
     np.testing.assert_allclose(results[0][0], results[1][0], atol=1e-5)
@@ -78,8 +78,8 @@ def test_a_step_is_repeatable_and_counts():
         state = start(batched)
         losses = []
         for _ in range(2):
-            state, loss = train_step(state, jax.device_put(batch, batched))
-            losses.append(loss)
+            state, metrics = train_step(state, jax.device_put(batch, batched))
+            losses.append(metrics.loss)
         assert state.step == 2
         assert state.loss_sum == losses[0] + losses[1]
         runs.append(jax.device_get(state))
@@ -102,8 +102,23 @@ def test_the_first_loss_is_the_cross_entropy_of_the_batch():
     )
     p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
     wanted = -np.mean(np.where(batch["label"] == 1, np.log(p), np.log(1 - p)))
-    _, loss = step.make_train_step(model, OPTIMIZER, batched)(state, batch)
-    assert float(loss) == pytest.approx(wanted, rel=1e-4)
+    _, metrics = step.make_train_step(model, OPTIMIZER, batched)(state, batch)
+    assert float(metrics.loss) == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison):
+    batched, batch = sharding.batch_sharding(), make_batch()
+    train_step = step.make_train_step(MODEL, OPTIMIZER, batched)
+    state, metrics = train_step(start(batched), jax.device_put(batch, batched))
+    assert metrics.finite
+    before = jax.device_get(state)
+    batch["label"][3] = poison
+    state, metrics = train_step(state, jax.device_put(batch, batched))
+    assert not metrics.finite
+    assert state.step == before.step + 1
+    after = jax.device_get(state).replace(step=before.step)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
 def test_padded_evaluation_equals_a_plain_loop():
