@@ -76,6 +76,7 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
             if _is_done(config, start.early_stopping, start.history):
                 log.info("already complete at step %d", start.state.step)
                 return _table(start.history)
+            workdirs.save_config(folder, config)
             workdirs.update_status(
                 folder, state="running", reason=None, finished=[], step=int(start.state.step)
             )

@@ -63,13 +63,19 @@ def check(workdir: Path, config: Config) -> None:
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Makes the folder this run's own: takes its lock and writes `config.json`.
+    """Makes the folder this run's own, if it is not yet: takes its lock and saves the config.
 
     Raises:
         ExpectedError: another process works there.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     _lock(workdir)
+    if not (workdir / "config.json").exists():
+        save_config(workdir, config)
+
+
+def save_config(workdir: Path, config: Config) -> None:
+    """Writes `config.json`; to be called in a folder that is claimed."""
     write_json(workdir / "config.json", _plain(config))
 
 
