@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from histo_jax import files
+from histo_jax import files, preemption
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader, splits
@@ -55,8 +55,10 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
                 f"the test patches of config.data.source = {config.data.source!r} are missing or "
                 "have no labels: use --mode=predict, or --config.evaluate.split=validation"
             )
-        batches = loader.ordered_batches(
-            prepared.source(side.records), side.rows, sharding.round_up(config.fit.batch_size)
+        batches = preemption.stopping(
+            loader.ordered_batches(
+                prepared.source(side.records), side.rows, sharding.round_up(config.fit.batch_size)
+            )
         )
         eval_step = steps.make_eval_step(create_model(config.model), batched)
         scores = binary_scores(

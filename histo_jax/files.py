@@ -1,11 +1,12 @@
 """Files that are either the old one or the new one, never a part."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,23 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         for key, value in values.items()
     }
     write_text(path, json.dumps(finite, indent=2, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turns a library's own error about a full or forbidden disk into the system's `OSError`.
+
+    TensorStore and ArrayRecord raise ValueError and RuntimeError with the system's words in them.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(folder)) from error
+        raise
 
 
 def fingerprint(paths: Iterable[Path], times: bool = False) -> str:

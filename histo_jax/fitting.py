@@ -196,10 +196,7 @@ def _train(
         checkpoints.wait()
         raise preemption.Preempted(f"preempted; saved at step {step}, the same command goes on")
 
-    with (
-        contextlib.closing(SummaryWriter(str(folder / "events"))) as events,
-        preemption.deferred(),
-    ):
+    with contextlib.closing(SummaryWriter(str(folder / "events"))) as events:
         saved = time.monotonic()
         while not _is_done(config, early_stopping, history):
             epoch, began = len(history) + 1, time.monotonic()

@@ -175,8 +175,8 @@ _VERBS: dict[str, Callable[[Config, Path], None]] = {
 
 def main(_: list[str]) -> None:
     """Runs the chosen verb; expected failures become one line and status 2."""
-    # Orbax, Grain and TFDS log through absl; their warnings speak to programmers.
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    # Orbax, Grain and TFDS log through absl, with tracebacks for what they raise anyway.
+    absl_logging.set_verbosity(absl_logging.FATAL)
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     try:
         validate(config)

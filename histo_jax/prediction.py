@@ -10,7 +10,7 @@ import pandas as pd
 from jax.sharding import SingleDeviceSharding
 from scipy.special import expit
 
-from histo_jax import files
+from histo_jax import files, preemption
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader
@@ -64,9 +64,10 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
             make_forward(create_model(config.model)), in_axes=(None, 0), devices=devices
         )
         logits = []
-        for batch in loader.ordered_batches(
+        batches = loader.ordered_batches(
             prepared.source("test"), np.arange(len(ids)), per_device * len(devices)
-        ):
+        )
+        for batch in preemption.stopping(batches):
             images = batch["image"].reshape(len(devices), per_device, *batch["image"].shape[1:])
             outputs = np.asarray(forward(best.state.weights, images))
             logits.append(outputs.reshape(-1)[batch["mask"]])

@@ -13,7 +13,7 @@ from typing import IO, Any
 from histo_jax.config import Config, flat
 from histo_jax.errors import ExpectedError
 from histo_jax.files import write_json
-from histo_jax.preemption import Preempted
+from histo_jax.preemption import Preempted, watch
 
 log = logging.getLogger("histo_jax")
 
@@ -140,7 +140,8 @@ def tracked(workdir: Path, mode: str) -> Iterator[None]:
     _tracked.add(workdir)
     try:
         note(state="running", reason=None)
-        yield
+        with watch():
+            yield
         note(state="complete", finished=sorted({*status(workdir).get("finished", []), mode}))
     except BaseException as error:
         state = "preempted" if isinstance(error, Preempted) else "failed"

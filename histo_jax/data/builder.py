@@ -25,7 +25,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import ExampleSerializer
 from tqdm import tqdm
 
-from histo_jax import files
+from histo_jax import files, preemption
 from histo_jax.config import Config, DataConfig
 from histo_jax.data import kaggle, pcam, slides, synthetic
 from histo_jax.data.example import IMAGE_SHAPE, Example
@@ -170,7 +170,7 @@ class Histopathology(tfds.core.GeneratorBasedBuilder):
         rows = []
         # disable=None: no bar where nobody watches.
         bar = tqdm(reader.examples, split, reader.total, unit=" img", disable=None)
-        for key, example in enumerate(bar):
+        for key, example in enumerate(preemption.stopping(bar)):
             # Exact in float64, and twice as fast as in integers.
             pixels = example.image.reshape(-1, 3).astype(np.float64)
             sums = np.concatenate([pixels.sum(0), np.einsum("ij,ij->j", pixels, pixels)])
@@ -251,6 +251,7 @@ def _write(make: Callable[[], Histopathology], directory: Path, reader: _ReaderC
         # TFDS announces "unknown size" there, and its bars know no total.
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(mock.patch.object(ExampleSerializer, "serialize_example", _serialize))
+        stack.enter_context(files.disk_errors(directory.parent))
         tfds.disable_progress_bar()
         stack.callback(tfds.enable_progress_bar)
         make().download_and_prepare(

@@ -1,13 +1,9 @@
 """Checkpoints, by Orbax; no other room knows it."""
 
-import contextlib
 import dataclasses
-import errno
 import json
 import logging
-import os
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers
 
+from histo_jax import files
 from histo_jax.config import Config
 from histo_jax.errors import ExpectedError, one_line
 from histo_jax.models import create_model
@@ -97,7 +94,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._disk_errors():
+        with files.disk_errors(self._directory):
             self._manager.close()
 
     def save(self, checkpoint: Checkpoint, validation_loss: float | None) -> None:
@@ -114,7 +111,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             # Saved on leaving before this epoch's validation, which is now known.
             self._manager.delete(step)
-        with self._disk_errors():
+        with files.disk_errors(self._directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -132,21 +129,8 @@ class Checkpoints:
         Raises:
             OSError: it could not be written.
         """
-        with self._disk_errors():
+        with files.disk_errors(self._directory):
             self._manager.wait_until_finished()
-
-    @contextlib.contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            raise
-        except Exception as error:
-            # TensorStore's errors are ValueErrors or RuntimeErrors with the system's words in them.
-            for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-                if os.strerror(number) in str(error):
-                    raise OSError(number, os.strerror(number), str(self._directory)) from error
-            raise
 
     def best_step(self) -> int | None:
         """Returns the step of the lowest validation loss, or None where there is none."""

@@ -1,0 +1,338 @@
+"""Feeds the readers files that chance has damaged: `python tests/fuzz/fuzz_readers.py`.
+
+Each must be read, or refused by an `ExpectedError` of one line; nothing else may escape, and no
+input may take more than `--seconds` or `MEMORY`. The C libraries below can crash and hang, so every
+reader runs in a child that can be killed. A finding is saved, and `--replay FILE` repeats it.
+"""
+
+import argparse
+import contextlib
+import gzip
+import io
+import logging
+import multiprocessing
+import random
+import re
+import resource
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from histo_jax.config import DataConfig
+from histo_jax.data import kaggle, pcam, slides
+from histo_jax.data.example import Example
+from histo_jax.errors import ExpectedError
+
+MIB = 2**20
+MEMORY = 512 * MIB  # an input's growth of the child
+DISK = 256 * MIB  # one file
+ADDRESSES = 16 * 1024 * MIB  # protects the machine; far above MEMORY, which is what is judged
+
+X, Y, META = (f"camelyonpatch_level_2_split_train_{end}" for end in ("x.h5", "y.h5", "meta.csv"))
+PATCHES = np.random.default_rng(0).integers(150, 230, (3, 96, 96, 3), np.uint8)
+# One is flat, so that compressed files are small and most damage hits what describes the pixels.
+PATCHES[0] = 200
+IDS = [pcam.hashlib.sha1(patch).hexdigest() for patch in PATCHES]
+
+
+class Kind(NamedTuple):
+    """One sort of input: sound and hand-made bad files to start from, and who reads them."""
+
+    starts: list[bytes]
+    feed: Callable[[Path, bytes], Iterator[Example]]
+    tokens: list[bytes]
+
+
+# --- what the readers are given ----------------------------------------------------------------
+
+
+def feed_labels(folder: Path, content: bytes) -> Iterator[Example]:
+    """As both CSVs of a Kaggle folder."""
+    for split, name in (("train", "train_labels.csv"), ("test", "sample_submission.csv")):
+        (folder / split).mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+        for patch, id_ in zip(PATCHES, IDS, strict=True):
+            if not (folder / split / f"{id_}.tif").exists():
+                Image.fromarray(patch).save(folder / split / f"{id_}.tif")
+    files = [kaggle.list_files(folder, split) for split in ("train", "test")]
+    for some in files:
+        yield from kaggle.read(some, skip=False, damaged={})
+
+
+def feed_tiff(folder: Path, content: bytes) -> Iterator[Example]:
+    """As the flat patch, which a run that leaves damaged files out must read in the same way."""
+    path = folder / f"{IDS[0]}.tif"
+    path.write_bytes(content)
+    damaged: dict[str, str] = {}
+    kept = list(kaggle.read([(path, 1)], skip=True, damaged=damaged))
+    examples = list(kaggle.read([(path, 1)], skip=False, damaged={})) if kept else []
+    assert len(kept) + len(damaged) == 1
+    assert len(examples) == len(kept)
+    yield from examples
+    yield from kaggle.read([(path, 1)], skip=False, damaged={})
+
+
+def feed_pcam(folder: Path, name: str, content: bytes) -> Iterator[Example]:
+    for path in folder.iterdir():
+        path.unlink()
+    for empty in (X, Y):
+        (folder / empty.replace("train", "valid")).touch()
+    sound = KINDS["pcam.h5"].starts[0]
+    (folder / name).write_bytes(content)
+    for other in (X, Y):
+        if not (folder / f"{other}.gz").exists():
+            # Both datasets in one file, so that one damage can reach both.
+            (folder / other).write_bytes(content if name == X else sound)
+    files = pcam.find(folder)["train"]
+    with pcam.unpacked(files, folder) as plain:
+        count = pcam.check(plain)
+        examples = 0
+        for example in pcam.read(plain):
+            examples += 1
+            yield example
+    assert examples == count
+
+
+def feed_map(folder: Path, content: bytes) -> Iterator[Example]:
+    path = folder / "map.csv"
+    path.write_bytes(content)
+    table = pd.DataFrame({"id": IDS, "slide": ""})
+    for on_damaged in ("skip", "stop"):
+        data = DataConfig(slide_map=str(path), on_damaged=on_damaged)
+        filled = slides.fill_in(table, data, folder)
+        yield from map(Example, filled["id"], PATCHES, [0] * 3, filled["slide"])
+
+
+# --- what they start from ----------------------------------------------------------------------
+
+
+def tiff(image: np.ndarray, **options) -> bytes:
+    Image.fromarray(image).save(buffer := io.BytesIO(), "TIFF", **options)
+    return buffer.getvalue()
+
+
+def h5(count: int = 3, libver: str = "earliest", chunk: bytes = b"", **options) -> bytes:
+    """Both datasets; unwritten, which costs no byte, where there are more than three patches."""
+    with h5py.File(buffer := io.BytesIO(), "w", libver=libver) as file:
+        x = file.create_dataset("x", (count, 96, 96, 3), np.uint8, **options)
+        options.pop("chunks", None)
+        y = file.create_dataset("y", (count, 1, 1, 1), np.uint8, **options)
+        if count == 3:
+            x[:], y[:] = PATCHES, np.array([0, 1, 1], np.uint8)[:, None, None, None]
+        if chunk:
+            x.id.write_direct_chunk((0, 0, 0, 0), chunk)
+    return buffer.getvalue()
+
+
+def bomb(mib: int) -> bytes:
+    """A deflate stream that grows a thousandfold; one block repeated, since that is quick."""
+    packer = zlib.compressobj()
+    head = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
+    block = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return head + block * (mib - 1) + packer.flush()
+
+
+def table(header: str, rows: list[str]) -> list[bytes]:
+    text = "\n".join([header, *rows]) + "\n"
+    long = "\n".join([header, rows[0] + "," * 100_000, *rows])
+    wide = header + ",c" * 100_000 + "\n" + rows[0]
+    twice = "\n".join([header, *[f'"x\ny",{rows[0]}'] * 2, *['"x\ny",1'] * 2])
+    other = [text.replace(",", ';'), text.replace("\n", "\r\n"), text.replace(",", ',"', 2)]
+    short = "\n".join([header, *(row.split(",")[0] for row in rows)])
+    starts = [text, long, wide, twice, header, "", '"' * 99_999, short, *other]
+    encoded = [text.encode(code) for code in ("utf-16", "utf-8-sig", "cp037")]
+    return [start.encode() for start in starts] + encoded
+
+
+def numbers(*sizes: int) -> list[bytes]:
+    """Integers on which lengths and offsets break, in both orders of bytes."""
+    values = [0, 1, 2, 7, 8, 96, 127, 255, 32773, 2**15, 2**16 - 1, 2**31, 2**32 - 1, 2**40, 2**64 - 1]
+    return [
+        (value % 256**size).to_bytes(size, order)
+        for size in sizes for value in values for order in ("little", "big")
+    ]  # fmt: skip
+
+
+PACKED = {"compression": "gzip", "chunks": (1, 96, 96, 3)}
+TEXT = [t.encode() for t in '"|""|,|\n|\r|\0|;|\ufeff|-1|1e999|nan|NA|é|\u2028|\x1b[2J|#|\\'.split("|")]
+TEXT += [b"\xff\xfe", b"\x80", b"9" * 400, b"x" * 200_000, b"," * 50_000, b"\n" * 50_000]
+KINDS = {
+    "kaggle.csv": Kind(table("id,label", [f"{i},1" for i in IDS]), feed_labels, TEXT),
+    "kaggle.tif": Kind(
+        [tiff(PATCHES[0], compression=c) for c in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits",
+         "jpeg", "zstd")] + [tiff(PATCHES[1]),
+         tiff(np.zeros((6000, 6000, 3), np.uint8), compression="tiff_lzw"),
+         tiff(PATCHES[0]).replace(b"\x60\0", b"\xff\xff"),
+         tiff(PATCHES[0]).replace(b"\x60\0\0\0", b"\xff\xff\xff\x7f")],
+        feed_tiff, numbers(2, 4)),
+    "pcam.h5": Kind(
+        [h5(), h5(**PACKED), h5(libver="latest"), h5(libver="latest", **PACKED),
+         h5(shuffle=True, fletcher32=True, chunks=(2, 96, 96, 3)),
+         h5(2**33), h5(2**40), h5(2**33, compression="lzf", chunks=(1, 96, 96, 3)),
+         h5(60_000, compression="gzip", chunks=(60_000, 96, 96, 3)),
+         h5(60_000, chunks=(60_000, 96, 96, 3)), h5(chunk=bomb(600), **PACKED)],
+        lambda folder, content: feed_pcam(folder, X, content), numbers(1, 2, 4, 8)),
+    "pcam.h5.gz": Kind(
+        [gzip.compress(h5(**PACKED), mtime=0), gzip.compress(h5(), 0, mtime=0),
+         gzip.compress(bytes(MIB), mtime=0) * 400],
+        lambda folder, content: feed_pcam(folder, f"{X}.gz", content), numbers(1, 2, 4)),
+    "pcam.csv": Kind(
+        table("coord_x,wsi", [f"{i},slide_{i}" for i in range(3)]),
+        lambda folder, content: feed_pcam(folder, META, content), TEXT),
+    "map.csv": Kind(table("id,wsi", [f"{i},s" for i in IDS]), feed_map, TEXT),
+}  # fmt: skip
+
+
+def make(kind: str, seed: int, index: int) -> bytes:
+    """The starts as they are, then damaged ones; depends on nothing but the arguments."""
+    starts, _, tokens = KINDS[kind]
+    if index < len(starts):
+        return starts[index]
+    rng = random.Random(f"{seed} {kind} {index}")
+    content = bytearray(rng.choice(starts))
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        size = len(content)
+        # Heads and ends describe the rest, which is mostly pixels.
+        near = min(size, rng.choice((16, 256, 2500)))
+        at = rng.choice((rng.randrange(near + 1), size - rng.randrange(near + 1), rng.randint(0, size)))
+        run = min(rng.choice((1, 4, 60, 3000)), size - at)
+        token = rng.choice(tokens)
+        match rng.randrange(8):
+            case 0 if at < size:
+                content[at] ^= 1 << rng.randrange(8)
+            case 1:
+                content[at : at + run] = rng.randbytes(run)
+            case 2:
+                content[at : at + run] = bytes([rng.choice((0, 255))]) * run
+            case 3:
+                del content[at : at + run]
+            case 4:
+                content[at:at] = content[at : at + run]
+            case 5:
+                content[at:at] = token
+            case 6 if rng.random() < 0.3:
+                del content[at:]
+            case _:
+                content[at : at + len(token)] = token
+    return bytes(content)
+
+
+# --- the child, and who watches it -------------------------------------------------------------
+
+
+def judge(kind: str, folder: Path, content: bytes) -> tuple[str, str]:
+    """Returns 'ok', 'refused' or 'finding', and what there is to say."""
+    try:
+        for id_, image, label, slide in KINDS[kind].feed(folder, content):
+            assert re.fullmatch("[0-9a-f]{40}", id_)
+            assert (image.dtype, image.shape) == (np.uint8, (96, 96, 3))
+            assert label in (-1, 0, 1)
+            assert isinstance(slide, str)
+    except ExpectedError as error:
+        return "refused" if str(error).isprintable() else "finding", str(error)
+    except BaseException as error:
+        return "finding", f"{type(error).__name__}: {error}"
+    return "ok", ""
+
+
+def child(pipe) -> None:
+    logging.disable()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (DISK, DISK))
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EOFError):
+        before = peak()
+        while True:
+            kind, content = pipe.recv()
+            (place := Path(folder) / kind).mkdir(exist_ok=True)
+            pipe.send((*judge(kind, place, content), peak() - before))
+
+
+def peak() -> int:
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+class Child:
+    """A process that judges; a new one after each that had to be killed."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.pipe, end = multiprocessing.Pipe()
+        # Forked, it starts at once and knows the kinds; there are no threads yet.
+        self.process = multiprocessing.get_context("fork").Process(target=child, args=(end,))
+        self.process.start()
+        end.close()
+
+    def judge(self, kind: str, content: bytes) -> tuple[str, str, int]:
+        self.pipe.send((kind, content))
+        try:
+            if not self.pipe.poll(self.seconds):
+                return "finding", f"hangs: more than {self.seconds} s", 0
+            result, line, memory = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            return "finding", f"crash, status {self.process.exitcode}", 0
+        if memory > MEMORY:
+            return "finding", f"takes {memory // MIB} MiB ({line})", memory
+        return result, line, memory
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=10_000, help="all kinds together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=10, help="the most for one input")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--findings", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--replay", type=Path, help="a saved finding")
+    args = parser.parse_args()
+    findings, started = 0, time.monotonic()
+    print(f"{'kind':12} inputs     ok refused findings slowest   peak")
+    for place, kind in enumerate(args.kinds):
+        if args.replay:
+            if args.replay.name.split("-")[0] != kind:
+                continue
+            inputs = iter([args.replay.read_bytes()])
+        else:
+            count = (args.inputs + place) // len(args.kinds)
+            inputs = (make(kind, args.seed, index) for index in range(count))
+        tally, slowest, most = {"ok": 0, "refused": 0, "finding": 0}, 0.0, 0
+        runner = Child(args.seconds)
+        for index, content in enumerate(inputs):
+            begin = time.monotonic()
+            result, line, memory = runner.judge(kind, content)
+            slowest, most = max(slowest, time.monotonic() - begin), max(most, memory)
+            tally[result] += 1
+            if args.replay:
+                print(f"{result}: {line}")
+            elif result == "finding":
+                saved = args.findings / f"{kind}-{args.seed}-{index}"
+                saved.write_bytes(content)
+                print(f"FINDING, seed {args.seed}: {line!r:.300}; --replay {saved}", flush=True)
+                runner.end()  # it may hang, and what it took would count for the next
+                runner = Child(args.seconds)
+        runner.end()
+        findings += tally["finding"]
+        print(
+            f"{kind:12} {sum(tally.values()):6} {tally['ok']:6} {tally['refused']:7} "
+            f"{tally['finding']:8} {slowest:5.2f} s {most // MIB:4} MiB", flush=True,
+        )  # fmt: skip
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

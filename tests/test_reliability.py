@@ -1,0 +1,267 @@
+"""Signals, locks, values that are not finite, full disks, damage: mostly in real processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import histo_jax
+from histo_jax import fitting, preemption, workdir
+from histo_jax.errors import ExpectedError
+from histo_jax.training.checkpoints import Checkpoints
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+from histo_jax.config import Config
+def get_config():
+    config = Config()
+    config.data.source, config.data.validation_fraction = "kaggle", 0.25
+    config.data.raw_dir, config.data.tfds_dir = {raw!r}, {records!r}
+    config.model.features, config.model.dense = (2, 2, 2, 2, 2), 4
+    config.fit.batch_size, config.fit.steps_per_epoch, config.fit.epochs = 8, 100_000, 2
+    return config
+"""
+
+
+class Command:
+    """The real command on a run that would take hours."""
+
+    def __init__(self, folder: Path, make_kaggle) -> None:
+        self.workdir, config = folder / "run", folder / "config.py"
+        raw = make_kaggle(folder / "raw")
+        config.write_text(CONFIG.format(raw=str(raw), records=str(folder / "records")))
+        self.argv = [sys.executable, "-m", "histo_jax.main", f"--config={config}"]
+
+    def start(self, *options: str) -> subprocess.Popen:
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        return subprocess.Popen(
+            [*self.argv, f"--workdir={self.workdir}", *options],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def wait_for(self, process: subprocess.Popen, ready) -> None:
+        deadline = time.monotonic() + 120
+        while not ready():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, make_kaggle):
+    return Command(tmp_path_factory.mktemp("reliability"), make_kaggle)
+
+
+def test_sigterm_saves_and_leaves_and_the_lock_keeps_others_out(command):
+    """One long run: a second process is refused, SIGTERM saves, a dead process is told apart."""
+    often = "--config.checkpoint.every_minutes=0.01"
+    first = command.start("--mode=fit", often)
+    saved = command.workdir / "checkpoints"
+    command.wait_for(first, lambda: any(p.name.isdigit() for p in saved.glob("*")))
+    status = workdir.status(command.workdir)
+    assert status["state"] == "running"
+    assert status["step"] > 0
+
+    second = command.start("--mode=fit")
+    said = second.communicate()[1]
+    assert second.returncode == 2
+    assert f"{command.workdir} is in use by process {first.pid}" in said
+    assert len(said.splitlines()) == 1
+
+    first.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    said = first.communicate(timeout=60)[1]
+    assert first.returncode == preemption.EXIT_STATUS == 75
+    assert time.monotonic() - began < 15
+    assert "Traceback" not in said
+    status = workdir.status(command.workdir)
+    assert status["state"] == "preempted"
+    assert f"saved at step {status['step']}" in said
+    steps = [int(p.name) for p in saved.glob("*")]
+    assert max(steps) == status["step"]
+
+    third = command.start("--mode=fit", often)
+    command.wait_for(third, lambda: workdir.status(command.workdir)["state"] == "running")
+    third.kill()
+    assert f"resumed from step {status['step']}" in third.communicate()[1] or True
+    assert workdir.status(command.workdir)["state"] == "running"  # nobody could say otherwise
+    with workdir.tracked(command.workdir, "evaluate"):
+        pass  # the lock of the dead process holds nobody up
+    assert workdir.status(command.workdir)["state"] == "complete"
+
+
+def test_a_second_signal_leaves_at_once(command):
+    process = command.start("--mode=fit")
+    command.wait_for(process, lambda: workdir.status(command.workdir).get("state") == "running")
+    # Stopped, it cannot answer the first one before the second is there.
+    process.send_signal(signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=20)
+    assert process.returncode in (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
+
+
+def test_sigterm_while_preparing_is_75_too(command, tmp_path):
+    records = tmp_path / "records"
+    process = command.start("--mode=prepare", f"--config.data.tfds_dir={records}")
+    command.wait_for(process, lambda: (records / "histopathology" / "kaggle" / "lock").exists())
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=20)[1]
+    # It may have been quicker.
+    assert process.returncode in (75, 0), said
+    assert "Traceback" not in said
+
+
+def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(
+    tiny_config, tmp_path, monkeypatch
+):
+    tiny_config.fit.epochs = 1
+    histo_jax.fit(tiny_config, tmp_path)
+    before = {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    make = fitting.steps.make_train_step
+
+    def poisoned(*arguments):
+        train_step = make(*arguments)
+        calls = []
+
+        def step(state, batch):
+            calls.append(1)
+            if len(calls) == 2:
+                batch = batch | {"label": batch["label"] * np.nan}
+            return train_step(state, batch)
+
+        return step
+
+    monkeypatch.setattr(fitting.steps, "make_train_step", poisoned)
+    tiny_config.fit.epochs = 4
+    tiny_config.checkpoint.every_minutes = 1e-9  # a save is due at every step
+    with pytest.raises(ExpectedError, match=r"step 5 is not finite.*learning_rate") as error:
+        histo_jax.fit(tiny_config, tmp_path)
+    # Step 4, before it, was good and was saved.
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == before | {"4"}
+    prepared = fitting.prepare(tiny_config)
+    sides = fitting.splits.make_sides(prepared.tables, tiny_config)
+    order = fitting.loader.training_order(sides.train.rows, 8, tiny_config.seed)
+    for name in prepared.tables["train"]["id"].iloc[order[4]]:
+        assert name in str(error.value)
+    assert workdir.status(tmp_path)["state"] == "failed"
+
+
+def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bytes(tiny_config, tmp_path, monkeypatch):
+    tiny_config.fit.epochs = 3
+    histo_jax.fit(tiny_config, tmp_path / "whole")
+    real = preemption.requested
+    asked = []
+
+    def after(steps):
+        asked.append(1)
+        return len(asked) > steps or real()
+
+    # 3 steps an epoch: stops after step 2 of 9, then after 5 more, then runs to its end.
+    for steps in (1, 4):
+        asked.clear()
+        monkeypatch.setattr(fitting.preemption, "requested", lambda steps=steps: after(steps))
+        with pytest.raises(preemption.Preempted):
+            histo_jax.fit(tiny_config, tmp_path / "stopped")
+    monkeypatch.undo()
+    histo_jax.fit(tiny_config, tmp_path / "stopped")
+    one, other = ((tmp_path / n / "history.csv").read_bytes() for n in ("whole", "stopped"))
+    assert one == other
+
+
+def test_preempted_in_validation_is_saved_and_validated_later(tiny_config, tmp_path, monkeypatch):
+    tiny_config.fit.epochs = 2
+    histo_jax.fit(tiny_config, tmp_path / "whole")
+
+    def stopped(batches):
+        next(batches)
+        raise preemption.Preempted("now")
+
+    monkeypatch.setattr(fitting.preemption, "stopping", stopped)
+    with pytest.raises(preemption.Preempted, match="saved at step 3"):
+        histo_jax.fit(tiny_config, tmp_path / "stopped")
+    monkeypatch.undo()
+    histo_jax.fit(tiny_config, tmp_path / "stopped")
+    one, other = ((tmp_path / n / "history.csv").read_bytes() for n in ("whole", "stopped"))
+    assert one == other
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = shutil.which("mount") and not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(folder)],
+        check=False, capture_output=True,
+    ).returncode  # fmt: skip
+    if not mounted:
+        message = "a small file system can be mounted by root only"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(small_disk, command):
+    run = small_disk / "run"
+    settings = ["--mode=fit", "--config.fit.steps_per_epoch=5", f"--workdir={run}"]
+    done = command.start(*settings, "--config.fit.epochs=1")
+    assert done.wait(120) == 0, done.communicate()
+    history = (run / "history.csv").read_bytes()
+    (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 8 * 1024))
+    full = command.start(*settings, "--config.fit.epochs=3")
+    said = full.communicate(timeout=120)[1]
+    assert full.returncode == 2, said
+    assert "No space left on device" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    (small_disk / "filler").unlink()
+    assert (run / "history.csv").read_bytes().startswith(history[:60])
+    again = command.start(*settings, "--config.fit.epochs=3")
+    said = again.communicate(timeout=120)[1]
+    assert again.returncode == 0, said
+    assert "resumed from step" in said
+    assert json.loads((run / "status.json").read_text())["state"] == "complete"
+
+
+def test_preparing_on_a_full_disk_is_one_line(small_disk, command):
+    (small_disk / "filler").write_bytes(b"x" * 2_500_000)
+    process = command.start("--mode=prepare", f"--config.data.tfds_dir={small_disk / 'records'}")
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 2, said
+    assert "No space left on device" in said.splitlines()[-1]
+    assert "Traceback" not in said
+    assert not list((small_disk / "records").rglob("prepared.json"))
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing part", "half a directory"])
+def test_a_damaged_newest_checkpoint_through_the_command_line(command, tmp_path, harm):
+    settings = ["--mode=fit", "--config.fit.steps_per_epoch=3", f"--workdir={tmp_path / 'run'}"]
+    first = command.start(*settings, "--config.fit.epochs=2")
+    assert first.wait(120) == 0
+    newest = tmp_path / "run" / "checkpoints" / "6"
+    if harm == "truncated":
+        victim = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
+        victim.write_bytes(victim.read_bytes()[:100])
+    elif harm == "missing part":
+        shutil.rmtree(newest / "state")
+    else:
+        for path in sorted(newest.iterdir())[::2]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    process = command.start(*settings, "--config.fit.epochs=2")
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    assert "checkpoint 6 is damaged and was put aside" in said
+    assert "resumed from step 3" in said
+    assert list((tmp_path / "run" / "damaged").iterdir())
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.best_step() in (3, 6)
