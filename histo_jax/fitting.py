@@ -2,10 +2,11 @@
 
 import collections
 import contextlib
+import io
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -196,7 +197,7 @@ def _train(
         checkpoints.wait()
         raise preemption.Preempted(f"preempted; saved at step {step}, the same command goes on")
 
-    with contextlib.closing(SummaryWriter(str(folder / "events"))) as events:
+    with _events(folder) as events:
         saved = time.monotonic()
         while not _is_done(config, early_stopping, history):
             epoch, began = len(history) + 1, time.monotonic()
@@ -266,6 +267,19 @@ def _train(
             early_stopping.epochs_without_improvement,
         )
     return history
+
+
+@contextlib.contextmanager
+def _events(folder: Path) -> Iterator[SummaryWriter]:
+    """Opens TensorBoard's event files."""
+    events = SummaryWriter(str(folder / "events"))
+    try:
+        yield events
+        events.close()
+    except OSError:
+        # On a full disk its own clean-up, at the process's end, would fail once more, aloud.
+        events.file_writer.event_writer = io.BytesIO()
+        raise
 
 
 def _table(history: list[dict[str, Any]]) -> pd.DataFrame:

@@ -173,10 +173,17 @@ _VERBS: dict[str, Callable[[Config, Path], None]] = {
 }
 
 
+def _quiet_threads(unraisable: Any) -> None:
+    """Drops what TensorStore's threads report to Orbax's loop after a save has failed."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
 def main(_: list[str]) -> None:
     """Runs the chosen verb; expected failures become one line and status 2."""
     # Orbax, Grain and TFDS log through absl, with tracebacks for what they raise anyway.
     absl_logging.set_verbosity(absl_logging.FATAL)
+    sys.unraisablehook = _quiet_threads
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     try:
         validate(config)
@@ -189,8 +196,7 @@ def main(_: list[str]) -> None:
         _fail(str(error))
     except OSError as error:
         # A full disk or a folder without permission; a bug has another type.
-        name = f"{error.filename}: " if error.filename else ""
-        _fail(f"{name}{error.strerror or error}")
+        _fail(f"{error.filename or workdir}: {error.strerror or error}; mend that and start again")
     except KeyboardInterrupt:
         print("histo_jax: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
