@@ -168,12 +168,13 @@ class Histopathology(tfds.core.GeneratorBasedBuilder):
         self, split: str, reader: _Reader
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = []
+        ones = np.ones(IMAGE_SHAPE[0] * IMAGE_SHAPE[1])
         # disable=None: no bar where nobody watches.
         bar = tqdm(reader.examples, split, reader.total, unit=" img", disable=None)
         for key, example in enumerate(preemption.stopping(bar)):
-            # Exact in float64, and twice as fast as in integers.
+            # Exact in float64, and by a matrix product several times as fast as `sum`.
             pixels = example.image.reshape(-1, 3).astype(np.float64)
-            sums = np.concatenate([pixels.sum(0), np.einsum("ij,ij->j", pixels, pixels)])
+            sums = np.concatenate([ones @ pixels, np.einsum("ij,ij->j", pixels, pixels)])
             rows.append((example.id, example.label, example.slide, *sums.astype(np.int64)))
             yield key, example._asdict()
         table = pd.DataFrame(rows, columns=["id", "label", "slide", *SUMS, *SQUARES])

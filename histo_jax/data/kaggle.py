@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 
 from histo_jax.data.example import IMAGE_SIZE, UNLABELLED, Example
+from histo_jax.data.tables import read_csv
 from histo_jax.errors import ExpectedError, one_line
 
 _FORM = ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
@@ -37,7 +37,7 @@ def list_files(raw_dir: Path, split: str) -> list[tuple[Path, int]]:
     """
     folder, csv_name = _places(raw_dir, split)
     try:
-        table = pd.read_csv(csv_name, dtype=str, keep_default_na=False)
+        table = read_csv(csv_name)
     except (ValueError, OSError) as error:
         raise ExpectedError(f"{csv_name} is no readable CSV ({one_line(error)})") from None
     if list(table.columns) != ["id", "label"]:

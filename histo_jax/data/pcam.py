@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import hashlib
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -20,13 +21,13 @@ from typing import NamedTuple
 
 import h5py
 import numpy as np
-import pandas as pd
 import requests
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import downloader, resource
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
 from histo_jax.data.example import IMAGE_SHAPE, Example
+from histo_jax.data.tables import read_csv
 from histo_jax.errors import ExpectedError, one_line
 
 log = logging.getLogger("histo_jax")
@@ -36,6 +37,7 @@ BASE_URL = "https://zenodo.org/record/2546921/files/"
 
 _STEM = "camelyonpatch_level_2_split_"
 _CHUNK = 512  # patches in memory at once: 14 MB
+_LARGEST_CHUNK = 2**27  # bytes
 _RETRIES = 4  # 6 seconds; TFDS's ten take 3.5 minutes to say that there is no network
 
 
@@ -143,13 +145,14 @@ def read(files: Files) -> Iterator[Example]:
 
 def _labels_and_slides(files: Files, count: int) -> tuple[np.ndarray, list[str]]:
     """Returns uint8[count] labels and as many slides; '' = not known."""
-    with _open(files.y, "y", (1, 1, 1)) as data, _readable(files.y):
-        labels = data[:].reshape(-1)
-    if len(labels) != count:
-        raise ExpectedError(
-            f"{files.y} holds {len(labels)} labels for the {count} patches of {files.x.name}; "
-            "download both again"
-        )
+    with _open(files.y, "y", (1, 1, 1)) as data:
+        if len(data) != count:  # before they are read: a damaged number may be huge
+            raise ExpectedError(
+                f"{files.y} holds {len(data)} labels for the {count} patches of {files.x.name}; "
+                "download both again"
+            )
+        with _readable(files.y):
+            labels = data[:].reshape(-1)
     wrong = np.flatnonzero(labels > 1)
     if wrong.size:
         raise ExpectedError(
@@ -159,12 +162,12 @@ def _labels_and_slides(files: Files, count: int) -> tuple[np.ndarray, list[str]]
     if files.meta is None:
         return labels, [""] * count
     try:
-        table = pd.read_csv(files.meta, dtype=str, keep_default_na=False)
+        table = read_csv(files.meta)
     except (ValueError, OSError) as error:
         raise _damaged(files.meta, "CSV", error) from None
     if "wsi" not in table:
         raise ExpectedError(f"{files.meta} has no column wsi; download it again or remove it")
-    slides = table["wsi"].fillna("")  # a cut row lacks it
+    slides = table["wsi"]
     named = int((slides != "").sum())
     if not named == len(slides) == count:
         raise ExpectedError(
@@ -186,15 +189,36 @@ def _open(path: Path, key: str, shape: tuple[int, ...]) -> Iterator[h5py.Dataset
         with _readable(path):
             file = stack.enter_context(h5py.File(path, "r"))
             data = file.get(key)
+            dtype = getattr(data, "dtype", None)
+            found: tuple[int, ...] = getattr(data, "shape", None) or ()
         if not isinstance(data, h5py.Dataset):
             raise ExpectedError(f"{path} holds no dataset {key!r}; download it again")
-        found: tuple[int, ...] = data.shape or ()  # None where HDF5 holds its "null"
-        if data.dtype != np.uint8 or found[1:] != shape or not found[0]:
+        if dtype != np.uint8 or found[1:] != shape or not found[0]:  # () is HDF5's "null", too
             raise ExpectedError(
-                f"{path}: {key} is {data.dtype}{list(found)}, and must be uint8 of some "
+                f"{path}: {key} is {dtype}{list(found)}, and must be uint8 of some "
                 f"{list(shape)}; download it again"
             )
+        with _readable(path):
+            _check_sizes(data, path.stat().st_size)
         yield data
+
+
+def _check_sizes(data: h5py.Dataset, size: int) -> None:
+    """Raises ValueError where reading would take far more memory or time than a file of `size`."""
+    # Deflate packs a thousand bytes into one. What was never written is read as zeros, for ever.
+    if math.prod(data.shape) > size * 2**15:
+        raise ValueError(f"{data.shape[0]} patches cannot lie in {size} bytes")
+    if not data.chunks or not data.id.get_create_plist().get_nfilters():
+        return
+    chunk = math.prod(data.chunks)
+    if chunk > _LARGEST_CHUNK:
+        raise ValueError(f"chunks of {chunk} bytes are unpacked in memory")
+    # Unpacking ends where the packed bytes do, not where the chunk is full; packed chunks are no
+    # larger than plain ones, but for checksums.
+    stored: list[int] = []
+    data.id.chunk_iter(lambda info: stored.append(info.size))
+    if max(stored, default=0) > chunk + 1024:
+        raise ValueError("a packed chunk is larger than it should be unpacked")
 
 
 @contextlib.contextmanager
@@ -221,7 +245,13 @@ def _unpack(path: Path, target: Path) -> None:
         )
     try:
         with gzip.open(path) as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
+            while some := source.read(1 << 20):
+                if sink.tell() + len(some) > size:  # it would fill the disk
+                    raise ExpectedError(
+                        f"{path} holds more than the {size} bytes that its end announces; "
+                        "download it again, or unpack it by hand"
+                    )
+                sink.write(some)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _damaged(path, "gzip", error) from None
 

@@ -8,6 +8,7 @@ import pandas as pd
 from histo_jax import files
 from histo_jax.config import DataConfig
 from histo_jax.data import pcam
+from histo_jax.data.tables import read_csv
 from histo_jax.errors import ExpectedError, one_line
 
 log = logging.getLogger("histo_jax")
@@ -47,7 +48,7 @@ def fill_in(table: pd.DataFrame, data: DataConfig, cache: Path) -> pd.DataFrame:
 
 def _from_csv(path: Path) -> pd.Series:
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = read_csv(path)
     except (ValueError, OSError) as error:
         raise ExpectedError(
             f"{path} is no readable CSV ({one_line(error)}); set --config.data.slide_map"
@@ -56,7 +57,7 @@ def _from_csv(path: Path) -> pd.Series:
         raise ExpectedError(f"{path}: the header must be id,wsi")
     twice = table["id"][table["id"].duplicated()]
     if not twice.empty:
-        raise ExpectedError(f"{path}: id {twice.iloc[0][:60]} stands there twice; remove one row")
+        raise ExpectedError(f"{path}: id {twice.iloc[0][:60]!r} stands there twice; remove one row")
     return table.set_index("id")["wsi"]
 
 
