@@ -74,6 +74,8 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         workdirs.claim(folder, config)
         with Checkpoints(folder) as checkpoints:
             start = _start(config, checkpoints, prepared.tables, sides)
+            if start.history:  # the last process may have ended between the save and this file
+                _write_history(folder, start.history)
             if _is_done(config, start.early_stopping, start.history):
                 log.info("already complete at step %d", start.state.step)
                 return _table(start.history)
@@ -248,7 +250,7 @@ def _train(
             state = state.replace(loss_sum=jnp.zeros_like(state.loss_sum))
             save(scores["nll"])
             saved = time.monotonic()
-            files.write_text(folder / "history.csv", _table(history).to_csv(index=False))
+            _write_history(folder, history)
             if rate:
                 workdirs.update_status(folder, images_per_second=round(rate, 1))
             for name in HISTORY_COLUMNS[2:]:
@@ -280,6 +282,10 @@ def _events(folder: Path) -> Iterator[SummaryWriter]:
         # On a full disk its own clean-up, at the process's end, would fail once more, aloud.
         events.file_writer.event_writer = io.BytesIO()
         raise
+
+
+def _write_history(folder: Path, history: list[dict[str, Any]]) -> None:
+    files.write_text(folder / "history.csv", _table(history).to_csv(index=False))
 
 
 def _table(history: list[dict[str, Any]]) -> pd.DataFrame:

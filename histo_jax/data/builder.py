@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import functools
 import io
+import itertools
 import json
 import logging
 import os
@@ -37,6 +38,8 @@ log = logging.getLogger("histo_jax")
 SUMS = ("sum_red", "sum_green", "sum_blue")
 SQUARES = ("squares_red", "squares_green", "squares_blue")
 _RECORD = "prepared.json"
+_SHARD = 8192  # records in one file: 230 MB
+_AT_ONCE = 512  # examples in memory: 14 MB
 
 
 class _Reader(NamedTuple):
@@ -160,23 +163,35 @@ class Histopathology(tfds.core.GeneratorBasedBuilder):
         # Unshuffled, record i is row i of the CSV; Grain shuffles where it matters.
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
+        # The usual writer keeps up to 1 GB of a split in memory and then asks for TensorFlow; the
+        # sequential one needs an info of its own, made while `data_dir` is the temporary folder.
+        info = self._info()
+        writer = tfds.core.SequentialWriter(info, _SHARD, file_format="array_record")
+        generators = self._split_generators(dl_manager)
+        writer.initialize_splits(list(generators))
+        for split, examples in generators.items():
+            # It rewrites the info at each call.
+            while chunk := list(itertools.islice(examples, _AT_ONCE)):
+                writer.add_examples({split: chunk})
+        writer.close_all()
+        self.info.set_splits(info.splits)
+
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         readers = self.builder_config.readers(Path(self.data_dir), dl_manager)
         return {split: self._generate_examples(split, reader) for split, reader in readers.items()}
 
-    def _generate_examples(
-        self, split: str, reader: _Reader
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, split: str, reader: _Reader) -> Iterator[dict[str, Any]]:
         rows = []
         ones = np.ones(IMAGE_SHAPE[0] * IMAGE_SHAPE[1])
         # disable=None: no bar where nobody watches.
         bar = tqdm(reader.examples, split, reader.total, unit=" img", disable=None)
-        for key, example in enumerate(preemption.stopping(bar)):
+        for example in preemption.stopping(bar):
             # Exact in float64, and by a matrix product several times as fast as `sum`.
             pixels = example.image.reshape(-1, 3).astype(np.float64)
             sums = np.concatenate([ones @ pixels, np.einsum("ij,ij->j", pixels, pixels)])
             rows.append((example.id, example.label, example.slide, *sums.astype(np.int64)))
-            yield key, example._asdict()
+            yield example._asdict()
         table = pd.DataFrame(rows, columns=["id", "label", "slide", *SUMS, *SQUARES])
         table.to_csv(Path(self.data_dir) / f"{split}.csv", index=False)
 

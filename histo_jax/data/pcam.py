@@ -212,7 +212,7 @@ def _check_sizes(data: h5py.Dataset, size: int) -> None:
         return
     chunk = math.prod(data.chunks)
     if chunk > _LARGEST_CHUNK:
-        raise ValueError(f"chunks of {chunk} bytes are unpacked in memory")
+        raise ValueError(f"chunks of {chunk} bytes are too large to unpack")
     # Unpacking ends where the packed bytes do, not where the chunk is full; packed chunks are no
     # larger than plain ones, but for checksums.
     stored: list[int] = []

@@ -54,6 +54,10 @@ class Checkpoints:
 
     def __init__(self, workdir: Path) -> None:
         self._directory = (workdir / "checkpoints").absolute()
+        self._replaced = self._directory.with_name("replaced")
+        for path in self._replaced.glob("*"):
+            if not (self._directory / path.name).exists():
+                path.rename(self._directory / path.name)  # the one in its place was never whole
         # Orbax reads all metrics when it opens the folder, and fails on one that is damaged.
         for path in self._directory.glob("*/metrics/metrics"):
             try:
@@ -76,7 +80,10 @@ class Checkpoints:
                     [
                         checkpoint_managers.LatestN(2),
                         checkpoint_managers.BestN(
-                            get_metric_fn=lambda metrics: metrics[_METRIC], reverse=True, n=1
+                            get_metric_fn=lambda metrics: metrics[_METRIC],
+                            reverse=True,
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
                         ),
                     ]
                 ),
@@ -113,13 +120,20 @@ class Checkpoints:
             OSError: the folder cannot be written or the disk is full, here or at the last save.
         """
         step = int(checkpoint.state.step)
-        if step in self._manager.all_steps():
-            # Saved on leaving before this epoch's validation, which is now known.
-            self._manager.delete(step)
+        self.wait()
+        shutil.rmtree(self._replaced, ignore_errors=True)
         # Orbax notices a full disk late and says so at length.
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoint.state)) + _OVERHEAD
         if shutil.disk_usage(self._directory).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
+        if step in self._manager.all_steps():
+            if validation_loss is None:
+                return  # nothing is new
+            # Saved before this epoch's validation, which is now known. Kept until the new one is
+            # whole: until then it is the newest.
+            self._replaced.mkdir()
+            (self._directory / str(step)).rename(self._replaced / str(step))
+            self._manager.reload()
         with files.disk_errors(self._directory):
             self._manager.save(
                 step,

@@ -27,6 +27,16 @@ def test_records_follow_the_csv_and_the_tables(tiny_config, kaggle_dir):
     np.testing.assert_array_equal(table[list(builder.SQUARES)], (pixels**2).sum(1))
 
 
+def test_records_of_several_files_keep_their_order(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "_SHARD", 8)
+    monkeypatch.setattr(builder, "_AT_ONCE", 3)
+    tiny_config.data.tfds_dir = str(tmp_path)
+    prepared = builder.prepare(tiny_config)
+    assert len(list(prepared.directory.glob("*train.array_record*"))) == 5
+    records = prepared.source("train").__getitems__(list(range(40)))
+    assert [r["id"].decode() for r in records] == prepared.tables["train"]["id"].tolist()
+
+
 def test_test_records_keep_the_submission_order_and_hide_labels(tiny_config, kaggle_dir):
     table = builder.prepare(tiny_config).tables["test"]
     wanted = pd.read_csv(kaggle_dir / "sample_submission.csv")["id"]
