@@ -88,13 +88,19 @@ def test_sigterm_saves_and_leaves_and_the_lock_keeps_others_out(command):
     assert max(steps) == status["step"]
 
     third = command.start("--mode=fit", often)
-    command.wait_for(third, lambda: workdir.status(command.workdir)["state"] == "running")
+    command.wait_for(
+        third, lambda: any(p.name.isdigit() and int(p.name) > max(steps) for p in saved.glob("*"))
+    )
     third.kill()
-    assert f"resumed from step {status['step']}" in third.communicate()[1] or True
+    assert f"resumed from step {status['step']}" in third.communicate()[1]
     assert workdir.status(command.workdir)["state"] == "running"  # nobody could say otherwise
-    with workdir.tracked(command.workdir, "evaluate"):
-        pass  # the lock of the dead process holds nobody up
-    assert workdir.status(command.workdir)["state"] == "complete"
+    fourth = command.start("--mode=evaluate")
+    said = fourth.communicate(timeout=60)[1]
+    # The dead process holds nobody up, and is told from a live one.
+    assert f"the last process in {command.workdir} ended without a word" in said
+    assert fourth.returncode == 2
+    assert "no finished epoch" in said
+    assert workdir.status(command.workdir)["state"] == "failed"
 
 
 def test_a_second_signal_leaves_at_once(command):

@@ -20,6 +20,8 @@ def make_table(count: int = 400, slides: int = 0, positive: float = 0.4) -> pd.D
             "id": [f"{i:040x}" for i in range(count)],
             "label": (rng.random(count) < positive).astype(int),
             "slide": [f"s{i}" for i in rng.integers(0, slides, count)] if slides else "",
+            **dict.fromkeys(SUMS, 9216 * 200),
+            **dict.fromkeys(SQUARES, 9216 * 200**2 + 1),
         }
     )
 
@@ -176,3 +178,6 @@ def test_training_on_test_patches_is_refused(caplog):
     splits.refuse_leak(tables, sides, allow=True)
     logging.getLogger("histo_jax").removeHandler(caplog.handler)
     assert "LEAK" in caplog.text
+    # The same patch, but of one colour, proves nothing.
+    tables["train"][list(SQUARES)] -= 1
+    splits.refuse_leak(tables, sides, allow=False)
