@@ -61,10 +61,12 @@ def test_latest_two_and_best_are_kept_and_come_back_whole(config, tmp_path):
 def test_a_save_inside_an_epoch_is_never_the_best(config, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make(config, 2, [0.5]), 0.5)
-        checkpoints.save(make(config, 3, [0.5]), None)
+        for step in (3, 4, 5):
+            checkpoints.save(make(config, step, [0.5]), None)
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "5"}
     place = sharding.replicated(sharding.batch_sharding())
     with Checkpoints(tmp_path) as checkpoints:
-        assert_equal(restore_latest(checkpoints, config), make(config, 3, [0.5]))
+        assert_equal(restore_latest(checkpoints, config), make(config, 5, [0.5]))
         assert_equal(checkpoints.restore_best(config, place), make(config, 2, [0.5]))
 
 
@@ -77,6 +79,16 @@ def test_a_step_saved_before_its_validation_is_saved_again_with_it(config, tmp_p
     with Checkpoints(tmp_path) as checkpoints:
         assert_equal(restore_latest(checkpoints, config), make(config, 4, [0.5, 0.4]))
         assert_equal(checkpoints.restore_best(config, place), make(config, 4, [0.5, 0.4]))
+
+
+def test_a_save_that_is_killed_while_it_replaces_one_leaves_the_old(config, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(config, 2, [0.5]), 0.5)
+        checkpoints.save(make(config, 4, [0.5]), None)
+    (tmp_path / "replaced").mkdir()
+    (tmp_path / "checkpoints" / "4").rename(tmp_path / "replaced" / "4")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(restore_latest(checkpoints, config), make(config, 4, [0.5]))
 
 
 def parts_of(folder):
