@@ -1,5 +1,6 @@
 """The command line: `python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE]`."""
 
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -207,4 +208,13 @@ if __name__ == "__main__":
         _define_flags()
     except flags.Error as error:  # a --flagfile that cannot be read
         _fail(str(error))
-    app.run(main, flags_parser=_parse_flags)
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except SystemExit as ending:
+        # What had to be closed is closed. Threads that still read or compile would meet an
+        # interpreter that is being taken down, and turn the status into a segmentation fault.
+        if isinstance(ending.code, int) and ending.code:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ending.code)
+        raise

@@ -115,6 +115,24 @@ def test_a_second_signal_leaves_at_once(command):
     assert process.returncode in (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 
 
+def test_ctrl_c_is_one_line_and_goes_on(command, tmp_path):
+    settings = ["--mode=fit", f"--workdir={tmp_path / 'run'}"]
+    first = command.start(*settings, "--config.checkpoint.every_minutes=0.01")
+    saved = tmp_path / "run" / "checkpoints"
+    command.wait_for(first, lambda: any(p.name.isdigit() for p in saved.glob("*")))
+    first.send_signal(signal.SIGINT)
+    said = first.communicate(timeout=60)[1]
+    assert first.returncode == 130, said
+    assert said.splitlines()[-1].startswith("histo_jax: interrupted")
+    assert "Traceback" not in said
+    assert workdir.status(tmp_path / "run")["state"] == "failed"
+    again = command.start(*settings, "--config.fit.epochs=1", "--config.checkpoint.every_minutes=9")
+    command.wait_for(again, lambda: workdir.status(tmp_path / "run")["state"] == "running")
+    again.send_signal(signal.SIGTERM)
+    assert "resumed from step" in again.communicate(timeout=60)[1]
+    assert again.returncode == 75
+
+
 def test_sigterm_while_preparing_is_75_too(command, tmp_path):
     records = tmp_path / "records"
     process = command.start("--mode=prepare", f"--config.data.tfds_dir={records}")
