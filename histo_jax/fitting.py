@@ -197,7 +197,7 @@ def _train(
     def leave() -> NoReturn:
         save(None)
         checkpoints.wait()
-        raise preemption.Preempted(f"preempted; saved at step {step}, the same command goes on")
+        raise preemption.Preempted(f", saved at step {step}")
 
     with _events(folder) as events:
         saved = time.monotonic()

@@ -188,7 +188,7 @@ def main(_: list[str]) -> None:
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     try:
         validate(config)
-        with preemption.watch():
+        with preemption.watch(ctrl_c=True):
             _VERBS[flags.FLAGS.mode](config, workdir)
     except preemption.Preempted as error:
         print(f"histo_jax: {error}", file=sys.stderr)
@@ -198,9 +198,6 @@ def main(_: list[str]) -> None:
     except OSError as error:
         # A full disk or a folder without permission; a bug has another type.
         _fail(f"{error.filename or workdir}: {error.strerror or error}; mend that and start again")
-    except KeyboardInterrupt:
-        print("histo_jax: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Notices that the machine is about to be taken away.
 
 SIGTERM is what spot machines, Kubernetes and SLURM send; SIGUSR1 what `sbatch --signal=USR1@120`
-sends beforehand. The first is remembered until the work comes to a point where it can stop; the
-second leaves at once.
+sends beforehand; on the command line Ctrl-C (SIGINT) counts, too. The first is remembered until the
+work comes to a point where it can stop; the second leaves at once.
 """
 
 import contextlib
@@ -13,43 +13,53 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start me again
+_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 Item = TypeVar("Item")
 
-_received = False
+_received = 0  # the signal's number
 
 
 class Preempted(SystemExit):
-    """Leaves the process with status 75; whatever was begun goes on at the next start."""
+    """Leaves the process with status 75, or 130 after Ctrl-C; the next start goes on from here."""
 
-    def __init__(self, message: str = "preempted; the same command goes on from here") -> None:
-        super().__init__(EXIT_STATUS)
-        self.message = message
+    def __init__(self, where: str = "") -> None:
+        interrupted = _received == signal.SIGINT
+        super().__init__(_INTERRUPTED if interrupted else EXIT_STATUS)
+        word = "interrupted" if interrupted else "preempted"
+        self.message = f"{word}{where}; the same command goes on from here"
 
     def __str__(self) -> str:
         return self.message
 
 
 def _handle(number: int, frame: Any) -> None:
-    # An exception from here could come up, and be lost, anywhere: in a callback of the garbage
+    # An exception from here could come up, and be lost, anywhere: in JAX's callback of the garbage
     # collector, in the middle of a save.
     global _received
     if _received:
         os._exit(128 + number)
-    _received = True
+    _received = number
+    if number == signal.SIGINT:
+        os.write(2, b"\nhisto_jax: stopping as soon as possible; Ctrl-C again leaves at once\n")
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[None]:
-    """Remembers the signals until the end; inside itself, or in another thread, does nothing."""
+def watch(ctrl_c: bool = False) -> Iterator[None]:
+    """Remembers the signals until the end; inside itself, or in another thread, does nothing.
+
+    Args:
+        ctrl_c: count SIGINT, too; otherwise it stays Python's KeyboardInterrupt.
+    """
     global _received
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(_SIGNALS[0]) is _handle:
         yield
         return
-    _received = False
-    before = {number: signal.signal(number, _handle) for number in _SIGNALS}
+    _received = 0
+    numbers = (*_SIGNALS, signal.SIGINT) if ctrl_c else _SIGNALS
+    before = {number: signal.signal(number, _handle) for number in numbers}
     try:
         yield
     finally:
@@ -59,7 +69,7 @@ def watch() -> Iterator[None]:
 
 def requested() -> bool:
     """Tells whether a signal has come."""
-    return _received
+    return bool(_received)
 
 
 def stopping(items: Iterable[Item]) -> Iterator[Item]:

@@ -13,7 +13,7 @@ from typing import IO, Any
 from histo_jax.config import Config, flat
 from histo_jax.errors import ExpectedError
 from histo_jax.files import write_json
-from histo_jax.preemption import Preempted, watch
+from histo_jax.preemption import EXIT_STATUS, Preempted, watch
 
 log = logging.getLogger("histo_jax")
 
@@ -144,7 +144,8 @@ def tracked(workdir: Path, mode: str) -> Iterator[None]:
             yield
         note(state="complete", finished=sorted({*status(workdir).get("finished", []), mode}))
     except BaseException as error:
-        state = "preempted" if isinstance(error, Preempted) else "failed"
+        preempted = isinstance(error, Preempted) and error.code == EXIT_STATUS
+        state = "preempted" if preempted else "failed"
         # The error itself matters more than a status that cannot be written any more.
         with contextlib.suppress(OSError):
             note(state=state, reason=str(error) or type(error).__name__)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -83,7 +84,7 @@ def test_sigterm_saves_and_leaves_and_the_lock_keeps_others_out(command):
     assert "Traceback" not in said
     status = workdir.status(command.workdir)
     assert status["state"] == "preempted"
-    assert f"saved at step {status['step']}" in said
+    assert f"preempted, saved at step {status['step']}" in said
     steps = [int(p.name) for p in saved.glob("*")]
     assert max(steps) == status["step"]
 
@@ -123,7 +124,8 @@ def test_ctrl_c_is_one_line_and_goes_on(command, tmp_path):
     first.send_signal(signal.SIGINT)
     said = first.communicate(timeout=60)[1]
     assert first.returncode == 130, said
-    assert said.splitlines()[-1].startswith("histo_jax: interrupted")
+    assert "Ctrl-C again leaves at once" in said
+    assert re.search(r"histo_jax: interrupted, saved at step \d+;", said.splitlines()[-1])
     assert "Traceback" not in said
     assert workdir.status(tmp_path / "run")["state"] == "failed"
     again = command.start(*settings, "--config.fit.epochs=1", "--config.checkpoint.every_minutes=9")

@@ -499,7 +499,7 @@ def test_interrupt_ends_the_download(server: Server, manage: Callable) -> None:
         try:
             for block in range(500):
                 handler.wfile.write(bytes(1 << 20))
-                if block == 3:
+                if block in (3, 100, 200):  # JAX's callback of the collector may swallow one
                     os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.02)
         except OSError:  # the other side has hung up
