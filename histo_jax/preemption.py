@@ -38,11 +38,20 @@ def _handle(number: int, frame: Any) -> None:
     # An exception from here could come up, and be lost, anywhere: in JAX's callback of the garbage
     # collector, in the middle of a save.
     global _received
-    if _received:
-        os._exit(128 + number)
     _received = number
     if number == signal.SIGINT:
         os.write(2, b"\nhisto_jax: stopping as soon as possible; Ctrl-C again leaves at once\n")
+
+
+def _leave_at_the_second(pipe: int, numbers: Iterable[int]) -> None:
+    # In a thread: Python calls `_handle` between two of its own instructions, and a compilation
+    # or a device that hangs keeps the main thread from its next one.
+    count = 0
+    while number := os.read(pipe, 1):
+        count += number[0] in numbers
+        if count == 2:
+            os._exit(128 + number[0])
+    os.close(pipe)
 
 
 @contextlib.contextmanager
@@ -59,12 +68,18 @@ def watch(ctrl_c: bool = False) -> Iterator[None]:
         return
     _received = 0
     numbers = (*_SIGNALS, signal.SIGINT) if ctrl_c else _SIGNALS
+    pipe, signalled = os.pipe()
+    os.set_blocking(signalled, False)
+    wakeup = signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
+    threading.Thread(target=_leave_at_the_second, args=(pipe, numbers), daemon=True).start()
     before = {number: signal.signal(number, _handle) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(signalled)
 
 
 def requested() -> bool:
