@@ -4,9 +4,7 @@ import gzip
 import hashlib
 import http.server
 import io
-import os
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -488,29 +486,6 @@ def test_nobody_answers(server: Server, manage: Callable) -> None:
         pcam.download(manager)
     one_line(error, server.url, "Connection refused", "--config.data.raw_dir")
     assert time.monotonic() - start < 5
-
-
-def test_interrupt_ends_the_download(server: Server, manage: Callable) -> None:
-    """The thread that downloads must not keep the process alive."""
-    ended = threading.Event()
-
-    def endless(handler: http.server.BaseHTTPRequestHandler, _: bytes) -> None:
-        handler.answer(10**9, b"")
-        try:
-            for block in range(500):
-                handler.wfile.write(bytes(1 << 20))
-                if block in (3, 100, 200):  # JAX's callback of the collector may swallow one
-                    os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.02)
-        except OSError:  # the other side has hung up
-            ended.set()
-
-    server.spoil = endless
-    manager = manage()
-    with pytest.raises(KeyboardInterrupt):
-        pcam.download(manager)
-    assert not list(Path(manager.download_dir).rglob("*.tmp.*"))
-    assert ended.wait(5)
 
 
 def test_published_checksums() -> None:
