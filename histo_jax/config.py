@@ -14,6 +14,7 @@ from histo_jax.errors import ExpectedError
 
 SOURCES = ("synthetic", "kaggle", "pcam")
 ON_DAMAGED = ("stop", "skip")
+PLACEMENTS = ("auto", "device", "host", "disk")
 SPLIT_RULES = ("auto", "slide", "image")
 EVALUATION_SPLITS = ("validation", "test")
 MODELS = ("five_block",)
@@ -56,6 +57,12 @@ class DataConfig:
         "out and list them",
     )
     allow_leak: bool = _option(False, "train even on patches that are in the test set")
+    placement: str = _option(
+        "auto",
+        "where fit keeps the pixels of both sides: device = in the memory of each device, "
+        "host = in memory, disk = in the records, read ahead; auto = the first of them that fits "
+        "into three quarters of what is free. evaluate and predict make one pass, from the records",
+    )
     synthetic_slides: int = _option(
         40, "slides that the synthetic source draws for training; a quarter as many for the test"
     )
@@ -143,6 +150,7 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     ("data.validation_fraction", lambda v: 0 < v < 1, "between 0 and 1"),
     ("data.split_by", lambda v: v in SPLIT_RULES, f"one of {', '.join(SPLIT_RULES)}"),
     ("data.on_damaged", lambda v: v in ON_DAMAGED, f"one of {', '.join(ON_DAMAGED)}"),
+    ("data.placement", lambda v: v in PLACEMENTS, f"one of {', '.join(PLACEMENTS)}"),
     ("data.synthetic_slides", lambda v: v >= 2, "at least 2"),
     ("model.name", lambda v: v in MODELS, f"one of {', '.join(MODELS)}"),
     (

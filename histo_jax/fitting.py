@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pandas as pd
 from tensorboardX import SummaryWriter
 
@@ -23,11 +23,18 @@ from histo_jax.data.builder import Prepared, prepare
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import binary_scores
 from histo_jax.models import create_model
-from histo_jax.training import sharding
+from histo_jax.training import placement, sharding
 from histo_jax.training import step as steps
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.optimizer import create_optimizer
-from histo_jax.training.state import EarlyStopping, abstract_state, create_state, update
+from histo_jax.training.placement import TrainingBatch
+from histo_jax.training.state import (
+    EarlyStopping,
+    TrainState,
+    abstract_state,
+    create_state,
+    update,
+)
 
 log = logging.getLogger("histo_jax")
 
@@ -42,6 +49,8 @@ HISTORY_COLUMNS = (
 # Steps that may run while the next is prepared. Unbounded, the dispatch runs minutes ahead of a
 # slow device, and the waiting batches fill the memory.
 _IN_FLIGHT = 2
+
+TrainStep = Callable[[TrainState, TrainingBatch], tuple[TrainState, steps.Metrics]]
 
 
 def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
@@ -136,8 +145,13 @@ def _start(
     return checkpoint
 
 
+def _read(values: Any) -> Any:
+    """Waits for values that lie on the devices; the loop's only reads of them."""
+    return jax.device_get(values)
+
+
 class _InFlight:
-    """Steps that are started and not yet looked at; the loop's only reads of device values."""
+    """Steps that are started and not yet looked at."""
 
     def __init__(self, describe: Callable[[int], str]) -> None:
         self._describe = describe
@@ -156,12 +170,115 @@ class _InFlight:
 
     def _look(self) -> None:
         step, metrics = self._waiting.popleft()
-        if not metrics.finite:
+        loss, finite = _read(metrics)
+        if not finite:
             raise ExpectedError(
-                f"loss or gradient of step {step} is not finite (loss {float(metrics.loss)}), so "
+                f"loss or gradient of step {step} is not finite (loss {loss}), so "
                 "nothing was updated or saved since: lower config.optimizer.learning_rate, or "
                 f"look at its patches: {self._describe(step)}"
             )
+
+
+class _Run:
+    """What moves while a run trains, and how it is saved.
+
+    Attributes:
+        state: of the network, on the devices.
+        early_stopping: its state.
+        history: one row a finished epoch.
+        step: how many are started.
+        epoch: the one under way, counted from 1.
+    """
+
+    def __init__(
+        self, config: Config, folder: Path, checkpoints: Checkpoints, start: Checkpoint
+    ) -> None:
+        self._config, self._folder, self._checkpoints = config, folder, checkpoints
+        self._fingerprint = start.data["fingerprint"]
+        self.state, self.early_stopping = start.state, start.early_stopping
+        self.history = list(start.history)
+        self.step = int(start.state.step)
+        self._saved = time.monotonic()
+        self._compiled = False
+
+    @property
+    def epoch(self) -> int:
+        return len(self.history) + 1
+
+    @property
+    def is_done(self) -> bool:
+        return _is_done(self._config, self.early_stopping, self.history)
+
+    def train_epoch(
+        self,
+        train_step: TrainStep,
+        batches: Iterator[TrainingBatch],
+        steps_per_epoch: int,
+        describe: Callable[[int], str],
+    ) -> float | None:
+        """Takes the epoch's remaining steps, saving when it is time to.
+
+        Returns:
+            Images per second, compilation left out; None where only the compiling step was left.
+
+        Raises:
+            ExpectedError: a step's loss or gradient is not finite; names its patches.
+            Preempted: a signal came; all is saved.
+        """
+        in_flight, images, timed_from = _InFlight(describe), 0, time.monotonic()
+        while self.step < self.epoch * steps_per_epoch:
+            batch = next(batches)
+            self.state, metrics = train_step(self.state, batch)
+            self.step += 1
+            in_flight.add(self.step, metrics)
+            if self._compiled:
+                images += len(batch["label"])
+            else:
+                # The first step of a process compiles, so the rate is measured from its end.
+                metrics.loss.block_until_ready()
+                self._compiled, timed_from = True, time.monotonic()
+            if self._is_save_due() or preemption.requested():
+                in_flight.drain()
+                if preemption.requested():
+                    self.leave()
+                self.save()
+        in_flight.drain()
+        return images / (time.monotonic() - timed_from) if images else None
+
+    def end_epoch(self, scores: dict[str, Any], steps_per_epoch: int) -> dict[str, Any]:
+        """Takes in the validation's scores, saves all, and returns the epoch's row of history."""
+        self.early_stopping = update(self.early_stopping, scores["nll"])
+        row = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_loss": float(_read(self.state.loss_sum)) / steps_per_epoch,
+            "validation_loss": scores["nll"],
+            "validation_auc": scores["auc"],
+            "learning_rate": self._config.optimizer.learning_rate,
+        }
+        self.history.append(row)
+        zero = jax.device_put(np.float32(0), self.state.loss_sum.sharding)
+        self.state = self.state.replace(loss_sum=zero)
+        self.save(scores["nll"])
+        _write_history(self._folder, self.history)
+        return row
+
+    def _is_save_due(self) -> bool:
+        return time.monotonic() - self._saved > 60 * self._config.checkpoint.every_minutes
+
+    def save(self, validation_loss: float | None = None) -> None:
+        """Begins to save all of it; the loss is known at an epoch's end only."""
+        data = {"step": self.step, "fingerprint": self._fingerprint}
+        checkpoint = Checkpoint(self.state, self.early_stopping, data, self.history)
+        self._checkpoints.save(checkpoint, validation_loss)
+        workdirs.update_status(self._folder, step=self.step)
+        self._saved = time.monotonic()
+
+    def leave(self) -> NoReturn:
+        """Saves, waits until that is done, and leaves the process."""
+        self.save()
+        self._checkpoints.wait()
+        raise preemption.Preempted(f", saved at step {self.step}")
 
 
 def _train(
@@ -176,99 +293,48 @@ def _train(
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     train_step = steps.make_train_step(model, optimizer, batched)
     eval_step = steps.make_eval_step(model, batched)
-    rows, batch_size = sides.train.rows, config.fit.batch_size
-    steps_per_epoch = config.fit.steps_per_epoch or len(rows) // batch_size
-
-    state, early_stopping, history = start.state, start.early_stopping, list(start.history)
-    step = int(state.step)
-    batches = loader.training_batches(
-        prepared.source(sides.train.records), rows, batch_size, config.seed, first_step=step
+    train, validation = placement.place(
+        config.data.placement,
+        [prepared.records(*side) for side in (sides.train, sides.validation)],
+        batched,
     )
+    count, batch_size = len(sides.train.rows), config.fit.batch_size
+    steps_per_epoch = config.fit.steps_per_epoch or count // batch_size
+    run = _Run(config, folder, checkpoints, start)
+    batches = train.training(batch_size, config.seed, first_step=run.step)
 
     def ids_of(step: int) -> str:
-        chosen = loader.training_order(rows, batch_size, config.seed)[step - 1]
+        chosen = sides.train.rows[loader.training_order(count, batch_size, config.seed)[step - 1]]
         return " ".join(prepared.tables[sides.train.records]["id"].iloc[chosen])
 
-    def save(validation_loss: float | None) -> None:
-        data = {"step": step, "fingerprint": start.data["fingerprint"]}
-        checkpoints.save(Checkpoint(state, early_stopping, data, history), validation_loss)
-        workdirs.update_status(folder, step=step)
-
-    def leave() -> NoReturn:
-        save(None)
-        checkpoints.wait()
-        raise preemption.Preempted(f", saved at step {step}")
-
     with _events(folder) as events:
-        saved = time.monotonic()
-        while not _is_done(config, early_stopping, history):
-            epoch, began = len(history) + 1, time.monotonic()
-            in_flight, images, timed_from = _InFlight(ids_of), 0, began
-            while step < epoch * steps_per_epoch:
-                batch = jax.device_put(dict(next(batches)), batched)
-                state, metrics = train_step(state, batch)
-                step += 1
-                in_flight.add(step, metrics)
-                if timed_from == began:
-                    # The first step of a process compiles, so the rate is measured from its end.
-                    metrics.loss.block_until_ready()
-                    timed_from = time.monotonic()
-                else:
-                    images += batch_size
-                due = time.monotonic() - saved > 60 * config.checkpoint.every_minutes
-                if due or preemption.requested():
-                    in_flight.drain()
-                    if preemption.requested():
-                        leave()
-                    save(None)
-                    saved = time.monotonic()
-            in_flight.drain()
-            rate = images / (time.monotonic() - timed_from) if images else None
-
-            validation = loader.ordered_batches(
-                prepared.source(sides.validation.records),
-                sides.validation.rows,
-                sharding.round_up(batch_size),
-            )
+        while not run.is_done:
+            began = time.monotonic()
+            rate = run.train_epoch(train_step, batches, steps_per_epoch, ids_of)
+            validating = preemption.stopping(validation.one_pass(batch_size))
             try:
-                outputs = steps.collect_logits(
-                    eval_step, state.weights, preemption.stopping(validation), batched
-                )
+                outputs = steps.collect_logits(eval_step, run.state.weights, validating, batched)
             except preemption.Preempted:
-                leave()
-            scores = binary_scores(*outputs)
-            early_stopping = update(early_stopping, scores["nll"])
-            row = {
-                "epoch": epoch,
-                "step": step,
-                "train_loss": float(state.loss_sum) / steps_per_epoch,
-                "validation_loss": scores["nll"],
-                "validation_auc": scores["auc"],
-                "learning_rate": config.optimizer.learning_rate,
-            }
-            history.append(row)
-            state = state.replace(loss_sum=jnp.zeros_like(state.loss_sum))
-            save(scores["nll"])
-            saved = time.monotonic()
-            _write_history(folder, history)
+                run.leave()
+            row = run.end_epoch(binary_scores(*outputs), steps_per_epoch)
             if rate:
                 workdirs.update_status(folder, images_per_second=round(rate, 1))
             for name in HISTORY_COLUMNS[2:]:
-                events.add_scalar(name, row[name], step)
+                events.add_scalar(name, row[name], row["step"])
             events.flush()
             log.info(
                 "epoch %d/%d  loss %.4f  validation loss %.4f  validation AUC %.4f  %s img/s  "
                 "at most %s left",
-                epoch, config.fit.epochs, row["train_loss"], scores["nll"], scores["auc"],
-                round(rate) if rate else "-",
-                _duration((config.fit.epochs - epoch) * (time.monotonic() - began)),
+                row["epoch"], config.fit.epochs, row["train_loss"], row["validation_loss"],
+                row["validation_auc"], round(rate) if rate else "-",
+                _duration((config.fit.epochs - row["epoch"]) * (time.monotonic() - began)),
             )  # fmt: skip
-    if early_stopping.should_stop:
+    if run.early_stopping.should_stop:
         log.info(
             "stopped early: no better validation loss for %d epochs",
-            early_stopping.epochs_without_improvement,
+            run.early_stopping.epochs_without_improvement,
         )
-    return history
+    return run.history
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ from histo_jax.preemption import EXIT_STATUS, Preempted, watch
 log = logging.getLogger("histo_jax")
 
 # A difference in one of these makes another run, which needs another folder. The rest (lengths,
-# folders, what to evaluate) may change between two starts.
+# where things lie, what to evaluate) may change between two starts.
 _IDENTITY_PREFIXES = ("seed", "data.", "model.", "optimizer.", "fit.batch_size", "fit.steps_per_")
-_FOLDERS = ("data.raw_dir", "data.tfds_dir")
+_WHERE = ("data.raw_dir", "data.tfds_dir", "data.placement")
 
 _tracked: set[Path] = set()
 _locks: dict[Path, IO[str]] = {}
@@ -54,7 +54,7 @@ def check(workdir: Path, config: Config) -> None:
     except ValueError:
         raise ExpectedError(f"{path} is damaged: choose another --workdir") from None
     for name, value in _plain(config).items():
-        counts = name.startswith(_IDENTITY_PREFIXES) and name not in _FOLDERS
+        counts = name.startswith(_IDENTITY_PREFIXES) and name not in _WHERE
         if counts and (name not in old or old[name] != value):
             raise ExpectedError(
                 f"{workdir} belongs to another run: {name} was {old.get(name)!r} there and is "
@@ -163,4 +163,4 @@ def is_finished(workdir: Path, config: Config, mode: str) -> bool:
         return False
     old = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     new = _plain(config)
-    return all(old.get(name) == new[name] for name in new if name not in _FOLDERS)
+    return all(old.get(name) == new[name] for name in new if name not in _WHERE)

@@ -73,12 +73,21 @@ def kaggle_dir(tmp_path_factory: pytest.TempPathFactory, make_kaggle) -> Path:
 
 
 @pytest.fixture
-def tiny_config(kaggle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+def tiny_config(make_tiny_config: Callable[[], Config]) -> Config:
+    return make_tiny_config()
+
+
+@pytest.fixture(scope="session")
+def make_tiny_config(kaggle_dir: Path, tmp_path_factory: pytest.TempPathFactory):
     """A network of a few thousand parameters on the made folder; records are shared."""
+    return lambda: _tiny_config(kaggle_dir, tmp_path_factory.getbasetemp() / "records")
+
+
+def _tiny_config(kaggle_dir: Path, records: Path) -> Config:
     config = Config()
     config.data.source = "kaggle"
     config.data.raw_dir = str(kaggle_dir)
-    config.data.tfds_dir = str(tmp_path_factory.getbasetemp() / "records")
+    config.data.tfds_dir = str(records)
     config.data.validation_fraction = 0.25
     config.model.features = (4, 4, 4, 4, 4)
     config.model.dense = 8

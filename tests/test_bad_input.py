@@ -187,8 +187,9 @@ fit                                      | 'fit' --help
 --workdir=                               | --workdir
 """
 OUT_OF_RANGE = """seed=-1 data.source=pictures data.samples_per_class=0 data.validation_fraction=1
-data.split_by=patient data.synthetic_slides=1 model.name=resnet model.features=8,8 model.dense=0
-model.dropout=1 optimizer.learning_rate=nan fit.batch_size=0 fit.epochs=0 fit.steps_per_epoch=0
+data.split_by=patient data.placement=gpu data.synthetic_slides=1 model.name=resnet
+model.features=8,8 model.dense=0 model.dropout=1 optimizer.learning_rate=nan fit.batch_size=0
+fit.epochs=0 fit.steps_per_epoch=0
 early_stopping.patience=0 early_stopping.min_delta=-1 evaluate.split=train predict.batch_size=0"""
 LEFT_OUT = """
                                          | --config --help
@@ -271,6 +272,7 @@ def test_workdir_of_another_run(place: Place, setting: str) -> None:
 def test_lengths_and_folders_may_change(place: Place) -> None:
     config = place.begin().config()
     config.data.raw_dir, config.data.tfds_dir, config.fit.epochs = None, "elsewhere", 9
+    config.data.placement = "disk"
     config.early_stopping.patience, config.evaluate.split = 9, "test"
     config.predict.batch_size = 9
     workdirs.check(place.workdir, config)

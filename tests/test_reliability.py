@@ -175,8 +175,8 @@ def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == before | {"4"}
     prepared = fitting.prepare(tiny_config)
     sides = fitting.splits.make_sides(prepared.tables, tiny_config)
-    order = fitting.loader.training_order(sides.train.rows, 8, tiny_config.seed)
-    for name in prepared.tables["train"]["id"].iloc[order[4]]:
+    chosen = fitting.loader.training_order(len(sides.train.rows), 8, tiny_config.seed)[4]
+    for name in prepared.tables["train"]["id"].iloc[sides.train.rows[chosen]]:
         assert name in str(error.value)
     assert workdir.status(tmp_path)["state"] == "failed"
 
@@ -191,13 +191,16 @@ def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bytes(tiny_config, tmp
         asked.append(1)
         return len(asked) > steps or real()
 
-    # 3 steps an epoch: stops after step 2 of 9, then after 5 more, then runs to its end.
-    for steps in (1, 4):
+    # 3 steps an epoch: stops after step 2 of 9, then after 5 more, then runs to its end. Where the
+    # pixels lie is no part of a run.
+    for steps, placement in ((1, "device"), (4, "disk")):
+        tiny_config.data.placement = placement
         asked.clear()
         monkeypatch.setattr(fitting.preemption, "requested", lambda steps=steps: after(steps))
         with pytest.raises(preemption.Preempted):
             histo_jax.fit(tiny_config, tmp_path / "stopped")
     monkeypatch.undo()
+    tiny_config.data.placement = "host"
     histo_jax.fit(tiny_config, tmp_path / "stopped")
     one, other = ((tmp_path / n / "history.csv").read_bytes() for n in ("whole", "stopped"))
     assert one == other
@@ -205,6 +208,7 @@ def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bytes(tiny_config, tmp
 
 def test_preempted_in_validation_is_saved_and_validated_later(tiny_config, tmp_path, monkeypatch):
     tiny_config.fit.epochs = 2
+    tiny_config.data.placement = "disk"  # the others also ask while they load
     histo_jax.fit(tiny_config, tmp_path / "whole")
 
     def stopped(batches):

@@ -31,7 +31,7 @@ from histo_jax import files, preemption
 from histo_jax.config import Config, DataConfig
 from histo_jax.data import kaggle, pcam, slides, synthetic
 from histo_jax.data.example import IMAGE_SHAPE, Example
-from histo_jax.data.loader import Source
+from histo_jax.data.loader import Records, Source
 from histo_jax.errors import ExpectedError
 
 log = logging.getLogger("histo_jax")
@@ -242,6 +242,11 @@ class Prepared:
         """Returns random access to a split's records."""
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         return _Parsed(self._builder.as_data_source(split=split, deserialize_method=raw))
+
+    def records(self, split: str, rows: np.ndarray) -> Records:
+        """Returns some labelled records of a split, by row."""
+        labels = self.tables[split]["label"].to_numpy(np.float32)[rows]
+        return Records(self.source(split), rows, labels)
 
 
 def prepare(config: Config) -> Prepared:

@@ -1,5 +1,6 @@
 import itertools
 
+import grain
 import numpy as np
 import pytest
 
@@ -19,8 +20,8 @@ class Records:
 
 
 def test_each_pass_takes_every_row_at_most_once_and_shuffles_anew():
-    rows = np.arange(100, 150)
-    order = loader.training_order(rows, 8, seed=3)
+    rows = np.arange(50)
+    order = loader.training_order(50, 8, seed=3)
     passes = [np.concatenate([order[p * 6 + k] for k in range(6)]) for p in range(3)]
     for one in passes:
         assert len(set(one.tolist())) == 48
@@ -31,21 +32,35 @@ def test_each_pass_takes_every_row_at_most_once_and_shuffles_anew():
 
 
 def test_order_is_a_function_of_seed_and_step():
-    rows = np.arange(50)
-    one, same, other = (loader.training_order(rows, 8, seed) for seed in (3, 3, 4))
+    one, same, other = (loader.training_order(50, 8, seed) for seed in (3, 3, 4))
     assert all((one[k] == same[k]).all() for k in (0, 5, 6, 1000))
     assert any((one[k] != other[k]).any() for k in range(6))
 
 
-@pytest.mark.parametrize("first_step", [0, 5, 13])
-def test_batches_start_at_any_step(first_step):
-    source, rows = Records(50), np.arange(50)
-    order = loader.training_order(rows, 8, seed=3)
-    batches = loader.training_batches(source, rows, 8, 3, first_step)
-    for step, batch in zip(range(first_step, first_step + 9), batches, strict=False):
-        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], order[step])
-        np.testing.assert_array_equal(batch["label"], order[step] % 2)
-        assert batch["mask"].all()
+def test_order_is_the_one_that_saved_runs_go_on_with():
+    order = loader.training_order(50, 8, seed=3)
+    assert order[0].tolist() == [29, 30, 31, 7, 26, 3, 47, 19]
+    assert order[6].tolist() == [36, 24, 41, 49, 26, 10, 40, 4]  # the second pass
+
+
+@pytest.mark.parametrize(("count", "size", "seed"), [(50, 8, 0), (64, 8, 2**31 - 1), (9, 9, 3)])
+def test_order_is_that_of_grains_own_shuffle(count, size, seed):
+    order = loader.training_order(count, size, seed)
+    plain = grain.MapDataset.range(count).seed(seed).shuffle()
+    plain = plain.batch(size, drop_remainder=True).repeat()
+    for step in (0, 1, 5, 6, 7, 1000, 10**9):
+        assert order[step].tolist() == plain[step].tolist()
+
+
+@pytest.mark.parametrize("first", [0, 5, 13])
+def test_reading_ahead_starts_anywhere_and_is_bounded(first):
+    source = Records(50)
+    records = loader.Records(source, np.arange(50), np.zeros(50, np.float32))
+    order = loader.training_order(50, 8, seed=3)
+    made = loader.ahead(order, records.images, first)
+    for step in range(first, first + 9):
+        np.testing.assert_array_equal(next(made)[:, 0, 0, 0], order[step])
+    assert len(source.read) <= (9 + loader._READ_AHEAD.prefetch_buffer_size) * 8
 
 
 def test_ordered_batches_give_each_row_once_and_mask_the_filling():

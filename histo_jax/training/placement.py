@@ -1,0 +1,208 @@
+"""Where the pixels lie while a network trains, and the batches made from there.
+
+`device`: in the memory of every device, a whole copy each, so that each gathers its own rows of a
+batch and none waits for another. `host`: in memory; batches are gathered and sent ahead of need.
+`disk`: in the records; batches are read and sent ahead of need. The batches are the same.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Int32, UInt8
+from tqdm import tqdm
+
+from histo_jax import preemption
+from histo_jax.data import loader
+from histo_jax.data.example import IMAGE_SHAPE
+from histo_jax.data.loader import Batch, Records
+from histo_jax.errors import ExpectedError
+from histo_jax.training import memory
+from histo_jax.training.sharding import replicated
+
+log = logging.getLogger("histo_jax")
+
+_IMAGE_BYTES = int(np.prod(IMAGE_SHAPE))
+# What `auto` fills of the free memory; the rest is for the network, its activations and the
+# batches under way. An explicit placement may take all of it.
+_SHARE = 0.75
+_READ_AT_ONCE = 256  # patches: 7 MB
+
+Images = UInt8[Array, "batch 96 96 3"]
+Pixels = UInt8[Array, "examples pixels"]
+
+
+class TrainingBatch(TypedDict):
+    """What a training step takes, divided over the devices.
+
+    Attributes:
+        image: uint8[batch, 96, 96, 3].
+        label: float32[batch], 0 or 1.
+    """
+
+    image: jax.Array
+    label: jax.Array
+
+
+class Examples:
+    """The examples of one side, wherever their pixels lie."""
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        batched: NamedSharding,
+        prepare: Callable[[np.ndarray], np.ndarray],
+        finish: Callable[[jax.Array], jax.Array] = lambda images: images,
+    ) -> None:
+        """Batches are made in two parts.
+
+        Args:
+            labels: float32[n] of the side.
+            batched: divides a batch over the devices.
+            prepare: from int64[batch] positions what is sent to the devices; ahead, in threads.
+            finish: from that, on the devices, uint8[batch, 96, 96, 3]; when the batch is due.
+        """
+        self._labels, self._batched = labels, batched
+        self._prepare, self._finish = prepare, finish
+
+    def training(self, batch_size: int, seed: int, first_step: int) -> Iterator[TrainingBatch]:
+        """Yields the batches of `first_step` and all later steps, a function of seed and step."""
+        order = loader.training_order(len(self._labels), batch_size, seed)
+        for sent, label in loader.ahead(order, self._send, first_step):
+            yield TrainingBatch(image=self._finish(sent), label=label)
+
+    def one_pass(self, batch_size: int) -> Iterator[Batch]:
+        """Yields every example once, in order; the images lie on the devices, the rest does not."""
+        count = len(self._labels)
+        order = loader.one_pass(count, batch_size)
+        starts = range(0, count, batch_size)
+        for start, (sent, _) in zip(starts, loader.ahead(order, self._send), strict=True):
+            positions = np.arange(start, start + batch_size)
+            yield Batch(
+                image=self._finish(sent),
+                label=self._labels[np.minimum(positions, count - 1)],
+                mask=positions < count,
+            )
+
+    def _send(self, positions: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        return jax.device_put((self._prepare(positions), self._labels[positions]), self._batched)
+
+
+def place(wanted: str, sides: Sequence[Records], batched: NamedSharding) -> list[Examples]:
+    """Puts the pixels of all sides where `data.placement` wants them, and logs where and why.
+
+    Loading them shows a progress bar, and stops where a signal asks for it.
+
+    Args:
+        wanted: 'auto', 'device', 'host' or 'disk'.
+        sides: their records.
+        batched: divides a batch over the devices.
+
+    Raises:
+        ExpectedError: an explicit placement has too little memory; names the field and the sizes.
+    """
+    count = sum(len(side.rows) for side in sides)
+    placement = _choose(wanted, count * _IMAGE_BYTES, batched.mesh.local_devices)
+    if placement == "disk":
+        return [Examples(side.labels, batched, side.images) for side in sides]
+    load = _on_devices if placement == "device" else _in_memory
+    # disable=None: no bar where nobody watches.
+    with tqdm(total=count, desc="loading", unit=" img", disable=None) as bar:
+        return [load(side, batched, bar) for side in sides]
+
+
+def _choose(wanted: str, needed: int, devices: Sequence[jax.Device]) -> str:
+    where = {
+        "device": f"on each of {len(devices)} devices" if len(devices) > 1 else "on the device",
+        "host": "in memory",
+    }
+    free = {"device": memory.free_on_devices(devices), "host": memory.free_on_host()}
+    said = {name: "unknown" if size is None else _gb(size) for name, size in free.items()}
+    if wanted == "auto":
+        fits = (name for name, size in free.items() if size and needed <= _SHARE * size)
+        chosen = next(fits, "disk")
+        passed = list(free)[: [*free, "disk"].index(chosen)]
+        reason = " and ".join(f"{where[name]} ({said[name]} free)" for name in passed)
+        reason = reason and f"; more than {_SHARE:.0%} of what is free {reason}"
+    else:
+        chosen, reason = wanted, " as set"
+        size = free.get(wanted)
+        if size is not None and needed > size:
+            raise ExpectedError(
+                f"config.data.placement = {wanted!r} needs {_gb(needed)} {where[wanted]}, where "
+                f"{said[wanted]} are free: set 'auto' or 'disk', or take fewer patches by "
+                "--config.data.samples_per_class"
+            )
+    if chosen == "disk":
+        log.info("data.placement: disk%s; %s are read in every pass", reason, _gb(needed))
+    else:
+        log.info(
+            "data.placement: %s%s; pixels take %s %s, %s free",
+            chosen, reason, _gb(needed), where[chosen], said[chosen],
+        )  # fmt: skip
+    return chosen
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def _parts(side: Records, bar: tqdm) -> Iterator[tuple[int, np.ndarray]]:
+    """Reads all pixels of a side, as `(first position, uint8[k, 96, 96, 3])`."""
+    batches = loader.ordered_batches(side.source, side.rows, _READ_AT_ONCE)
+    start = 0
+    for batch in preemption.stopping(batches):
+        images = batch["image"][: batch["mask"].sum()]
+        yield start, images
+        start += len(images)
+        bar.update(len(images))
+
+
+def _in_memory(side: Records, batched: NamedSharding, bar: tqdm) -> Examples:
+    pixels = np.empty((len(side.rows), *IMAGE_SHAPE), np.uint8)
+    for start, images in _parts(side, bar):
+        pixels[start : start + len(images)] = images
+    return Examples(side.labels, batched, lambda positions: pixels.take(positions, axis=0))
+
+
+def _on_devices(side: Records, batched: NamedSharding, bar: tqdm) -> Examples:
+    everywhere, gather = replicated(batched), make_gather(batched)
+    # Flat, because a TPU would fill up a last axis of 3 to 128. Written part by part into one
+    # buffer, so that there is never a second copy beside it.
+    pixels = jnp.zeros((len(side.rows), _IMAGE_BYTES), jnp.uint8, device=everywhere)
+    write = jax.jit(_write, donate_argnums=0, out_shardings=everywhere)
+    for start, images in _parts(side, bar):
+        part = images.reshape(len(images), -1)
+        pixels = write(pixels, *jax.device_put((part, np.int32(start)), everywhere))
+    return Examples(
+        side.labels,
+        batched,
+        lambda positions: positions.astype(np.int32),
+        lambda positions: gather(pixels, positions),
+    )
+
+
+def _write(pixels: Pixels, part: UInt8[Array, "part pixels"], start: Int32[Array, ""]) -> Pixels:
+    return jax.lax.dynamic_update_slice(pixels, part, (start, 0))
+
+
+def make_gather(batched: NamedSharding) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns the compiled `(pixels, positions) -> uint8[batch, 96, 96, 3]`.
+
+    The pixels, uint8[n, 27648], lie whole on each device, the positions, int32[batch] below n, and
+    the images are divided over them. Each device gathers its own; nothing goes between devices.
+    """
+
+    def gather(pixels: Pixels, positions: Int32[Array, " batch"]) -> Images:
+        rows = pixels.at[positions].get(mode="promise_in_bounds")
+        return rows.reshape(-1, *IMAGE_SHAPE)
+
+    divided = batched.spec
+    by_device = jax.shard_map(
+        gather, mesh=batched.mesh, in_specs=(PartitionSpec(), divided), out_specs=divided
+    )
+    return jax.jit(by_device, out_shardings=batched)
