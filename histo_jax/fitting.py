@@ -311,8 +311,8 @@ def _train(
         while not run.is_done:
             began = time.monotonic()
             rate = run.train_epoch(train_step, batches, steps_per_epoch, ids_of)
-            validating = preemption.stopping(validation.one_pass(batch_size))
             try:
+                validating = preemption.stopping(validation.one_pass(batch_size))
                 outputs = steps.collect_logits(eval_step, run.state.weights, validating, batched)
             except preemption.Preempted:
                 run.leave()

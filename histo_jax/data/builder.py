@@ -198,7 +198,7 @@ class Histopathology(tfds.core.GeneratorBasedBuilder):
 
 
 class _Parsed:
-    """Random access; TFDS's own parser takes twice as long, and lets no other thread work."""
+    """Random access to records; TFDS's own parser takes twice as long, under Python's lock."""
 
     def __init__(self, serialised: Any) -> None:
         self._serialised = serialised

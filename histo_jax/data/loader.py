@@ -106,11 +106,13 @@ def ordered_batches(source: Source, rows: np.ndarray, batch_size: int) -> Iterat
     """Yields the given rows once, in order; the last batch is filled up and masked."""
 
     def gather(positions: np.ndarray) -> Batch:
-        examples = source.__getitems__(rows[positions].tolist())
+        mask = np.diff(positions, prepend=-1) > 0
+        examples = source.__getitems__(rows[positions[mask]].tolist())
+        examples += examples[-1:] * (batch_size - len(examples))
         return Batch(
             image=np.stack([example["image"] for example in examples]),
             label=np.array([example["label"] for example in examples], np.float32),
-            mask=np.diff(positions, prepend=-1) > 0,
+            mask=mask,
         )
 
     return ahead(one_pass(len(rows), batch_size), gather)
