@@ -5,7 +5,7 @@ import numpy as np
 
 from histo_jax.config import ModelConfig
 from histo_jax.models import create_model
-from histo_jax.models.cnn import max_pool
+from histo_jax.models.cnn import max_pool, norm_pool_relu
 
 SHAPE = (8, 32, 32, 3)  # the smallest square that five halvings leave something of
 
@@ -25,9 +25,11 @@ def test_default_network_is_the_original():
     shapes = jax.tree.map(lambda leaf: leaf.shape, variables["params"])
     channels = [3, 32, 64, 128, 256, 512]
     for block in range(5):
-        kernel = shapes[f"Conv_{block}"]["kernel"]
-        assert kernel == (3, 3, channels[block], channels[block + 1])
-        assert shapes[f"BatchNorm_{block}"]["scale"] == (channels[block + 1],)
+        assert shapes[f"Block_{block}"] == {
+            "kernel": (3, 3, channels[block], channels[block + 1]),
+            "scale": (channels[block + 1],),
+            "bias": (channels[block + 1],),
+        }
     assert shapes["Dense_0"]["kernel"] == (3 * 3 * 512, 1024)
     assert shapes["Dense_1"]["kernel"] == (1024, 1)
 
@@ -44,10 +46,10 @@ def test_equals_the_blocks_written_out_in_the_usual_order():
     def written_out(x):
         for block in range(5):
             x = jax.lax.conv_general_dilated(
-                x, params[f"Conv_{block}"]["kernel"], (1, 1), "SAME",
+                x, params[f"Block_{block}"]["kernel"], (1, 1), "SAME",
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )  # fmt: skip
-            norm, running = params[f"BatchNorm_{block}"], stats[f"BatchNorm_{block}"]
+            norm, running = params[f"Block_{block}"], stats[f"Block_{block}"]
             x = (x - running["mean"]) / jnp.sqrt(running["var"] + 1e-5)
             x = jnp.maximum(x * norm["scale"] + norm["bias"], 0)
             x = nn.max_pool(x, (2, 2), (2, 2))
@@ -68,10 +70,10 @@ def test_running_statistics_move_a_tenth_of_the_way():
         variables, images, train=True, mutable=("batch_stats",)
     )
     x = jax.lax.conv_general_dilated(
-        images, variables["params"]["Conv_0"]["kernel"], (1, 1), "SAME",
+        images, variables["params"]["Block_0"]["kernel"], (1, 1), "SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )  # fmt: skip
-    got = changed["batch_stats"]["BatchNorm_0"]
+    got = changed["batch_stats"]["Block_0"]
     np.testing.assert_allclose(got["mean"], 0.1 * x.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got["var"], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-4)
 
@@ -91,3 +93,23 @@ def test_dropout_acts_in_training_only():
     assert not np.allclose(train(jax.random.key(1)), train(jax.random.key(2)))
     evaluate = jax.jit(model.apply)
     np.testing.assert_array_equal(evaluate(variables, images), evaluate(variables, images))
+
+
+def test_gradient_of_norm_pool_relu_equals_autodiff():
+    y, scale, bias = (
+        jax.random.normal(jax.random.key(key), shape)
+        for key, shape in enumerate([(3, 8, 8, 5), (5,), (5,)])
+    )
+    weights = jax.random.normal(jax.random.key(3), (3, 4, 4, 5))
+
+    def plain(y, scale, bias):
+        y = (y - y.mean((0, 1, 2))) / jnp.sqrt(y.var((0, 1, 2)) + 1e-5) * scale + bias
+        return nn.relu(nn.max_pool(y, (2, 2), (2, 2)))
+
+    def total(block):
+        return lambda *arguments: (block(*arguments) * weights).sum()
+
+    wanted = jax.grad(total(plain), (0, 1, 2))(y, scale, bias)
+    got = jax.grad(total(lambda *a: norm_pool_relu(*a)[0]), (0, 1, 2))(y, scale, bias)
+    for one, other in zip(wanted, got, strict=True):
+        assert jnp.abs(one - other).max() <= 1e-4 * jnp.abs(one).max()

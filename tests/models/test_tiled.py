@@ -1,0 +1,103 @@
+"""The tiled block against the plain formulation, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from histo_jax.models import tiled
+
+EPSILON = 1e-5
+# Height, channels, features: the image's few channels; 4x4 tiles; 2x2 tiles of an even and of an
+# odd count. Few windows: where two values of one differ by rounding alone, the gradient may go to
+# either, and no tolerance says which.
+SHAPES = [(32, 3, 16), (24, 16, 8), (12, 8, 16), (6, 16, 24)]
+
+
+def convolve(x, kernel):
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=lax.Precision.HIGHEST,
+    )  # fmt: skip
+
+
+def plain_train(x, kernel, scale, bias):
+    y = convolve(x, kernel)
+    mean, variance = y.mean((0, 1, 2)), y.var((0, 1, 2))
+    y = (y - mean) / jnp.sqrt(variance + EPSILON) * scale + bias
+    y = lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    return jax.nn.relu(y), mean, variance
+
+
+def draw(shape, dtype):
+    height, channels, features = shape
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, height, height, channels))
+    kernel = rng.normal(size=(3, 3, channels, features)) / np.sqrt(9 * channels)
+    scale, bias = rng.normal(size=(2, features))  # of both signs
+    weights = rng.normal(size=(4, height // 2, height // 2, features))
+    return [jnp.asarray(v, dtype) for v in (x, kernel, scale, bias, weights)]
+
+
+def assert_close(expected, got, tolerance):
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        assert one.shape == other.shape
+        assert jnp.abs(one - other).max() <= tolerance * jnp.abs(one).max()
+
+
+@pytest.fixture(params=[(jnp.float32, 1e-4), (jnp.float64, 1e-10)], ids=["float32", "float64"])
+def precision(request):
+    with jax.enable_x64(request.param[0] == jnp.float64):
+        yield request.param
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("at_once", [tiled._AT_ONCE, 24 * 24 * 8])
+def test_training_equals_the_plain_formulation(shape, at_once, precision, monkeypatch):
+    monkeypatch.setattr(tiled, "_AT_ONCE", at_once)
+    dtype, tolerance = precision
+    *arguments, weights = draw(shape, dtype)
+
+    def outputs_and_gradients(block):
+        def total(*arguments):
+            outputs = block(*arguments)
+            return (outputs[0] * weights).sum(), outputs
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True))(*arguments)
+
+    (_, outputs), gradients = outputs_and_gradients(lambda *a: tiled.train_block(*a, EPSILON))
+    (_, expected), expected_gradients = outputs_and_gradients(plain_train)
+    assert outputs[0].dtype == dtype
+    assert_close(expected, outputs, tolerance)
+    assert_close(expected_gradients, gradients, tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_inference_equals_the_plain_formulation(shape, precision, monkeypatch):
+    monkeypatch.setattr(tiled, "_AT_ONCE", 24 * 24 * 8)
+    dtype, tolerance = precision
+    x, kernel, gain, shift, _ = draw(shape, dtype)
+    y = convolve(x, kernel) * gain + shift
+    expected = jax.nn.relu(
+        lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    )
+    assert_close(expected, jax.jit(tiled.infer_block)(x, kernel, gain, shift), tolerance)
+
+
+def test_of_equal_maxima_one_gets_the_gradient():
+    x = jnp.zeros((2, 4, 4, 3))  # every value of the image is the same
+    kernel, scale = jnp.ones((3, 3, 3, 16)), jnp.ones(16)
+
+    def total(bias):
+        return tiled.train_block(x, kernel, scale, bias, EPSILON)[0].sum()
+
+    np.testing.assert_allclose(jax.grad(total)(jnp.ones(16)), 2 * 2 * 2)
+
+
+@pytest.mark.parametrize("images", [1, 7, 60])
+def test_any_number_of_images_is_split_equally(images):
+    x = jnp.zeros((images, 48, 48, 1))
+    parts = tiled._split(x, 64)
+    assert parts.shape[0] * parts.shape[1] == images
+    assert parts.shape[1] == 1 or parts[0].size * 64 <= tiled._AT_ONCE
