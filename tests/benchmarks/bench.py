@@ -5,21 +5,21 @@
 All train the same network (checked by its parameters) on the same patches of noise at the same
 batch size; nothing here depends on what a patch shows. Each framework has a process of its own and
 the others are idle while it is timed. Every row is warmed up once, then its entries take turns,
-A B C A B C, and each is compared with the row's first entry in the same round: a ratio above 1
-says how many times as long it took. What the rows include:
+A B C A B C, and each is compared with the row's first entry in the same round: the last column says
+how many times as long it took, median and spread of the rounds. What the rows include:
 
     train      steps on one batch that lies on the device, augmentation included, until all are done
     epoch      a pass over the patches with all input; `step alone` is the same number of steps on
-               one batch, so its reciprocal is what the input costs; PyTorch in its faster way
+               one batch; PyTorch in the way that was faster in `train`
     large      (GPU) seconds of a pass over 160,000 patches at several batch sizes
     predict    resident uint8 patches in, logits in the host's memory out
     averaging  the eight symmetries of each patch, beside eight times as many plain patches
     input      batches onto the device without training, from a new iterator on
     prepare    TIFFs, checked by their SHA-1, to records on disk
-    start      processes from nothing: `--help`; `fit` until its first step is done, with records
-               prepared and JAX's compilation cache filled
     memory     most memory of a process of its own that trains one epoch; DataLoader's workers are
                not counted
+    start      processes from nothing: `--help`; `fit` until its first step is done, with records
+               prepared and JAX's compilation cache filled
     growth     (--growth) prepare PatchCamelyon's HDF5 of 1,000 to 100,000 patches, and read 200
                batches from disk: seconds and most memory; needs 6 GB of disk
 """
@@ -27,7 +27,6 @@ says how many times as long it took. What the rows include:
 import argparse
 import dataclasses
 import datetime
-import json
 import os
 import platform
 import statistics
@@ -35,19 +34,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import floors
 import numpy as np
 from patches import write_kaggle, write_pcam
+from report import Entry, Report, ratios
 from worker import PeerError, Task, Worker
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PEERS = ("histo", "pytorch", "keras_jax", "teaching")
-ROWS = ("train", "epoch", "large", "predict", "averaging", "input", "prepare", "start", "memory")
+ROWS = ("train", "epoch", "large", "predict", "averaging", "input", "prepare", "memory", "start")
 FIRST_STEP = """
 import os, runpy, sys
 from histo_jax.training import step
@@ -83,7 +83,7 @@ class Sizes:
 CPU = Sizes()
 GPU = Sizes(
     batches=(64, 512), steps=100, epoch=8192, large=160_000, calls=20, files=8192,
-    large_batches=(64, 256, 512, 1024, 2048), predict_batches=(256, 1024),
+    large_batches=(64, 256, 512, 1024, 2048), predict_batches=(1024,),
 )  # fmt: skip
 SHORT = Sizes(
     features=(4, 4, 4, 4, 4), dense=8, batches=(8,), steps=2, epoch=16, large=32,
@@ -91,22 +91,8 @@ SHORT = Sizes(
 )  # fmt: skip
 
 
-class Entry(NamedTuple):
-    """One thing that takes turns within a row.
-
-    Attributes:
-        who: as in the table.
-        seconds: does it once; returns the seconds that it took.
-        count: patches of one turn; 0 where seconds themselves are the result.
-    """
-
-    who: str
-    seconds: Callable[[], float]
-    count: int
-
-
 class Bench:
-    """The workers, and what was measured."""
+    """The rows."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self._options, self._folder = options, folder
@@ -131,48 +117,54 @@ class Bench:
             self._sizes.epoch,
         )  # fmt: skip
         self._torch = "eager"  # its faster way, as soon as that is known
-        self.report: dict[str, Any] = {
-            "command": " ".join(["tests/benchmarks/bench.py", *sys.argv[1:]]),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-            "rounds": options.rounds, "cores": cores, "machine": platform.machine(),
-            "versions": {"python": platform.python_version()}, "parameters": {}, "skipped": {},
-            "results": [],
-        }  # fmt: skip
+        self._report = Report(
+            options.json, options.rounds,
+            command=" ".join(["tests/benchmarks/bench.py", *sys.argv[1:]]),
+            date=datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+            cores=cores, machine=platform.machine(), parameters={},
+            versions={"python": platform.python_version()},
+        )  # fmt: skip
 
     def run(self) -> None:
-        workers = {peer: Worker(peer, self._task, self._environment) for peer in PEERS}
-        write_kaggle(self._folder, self._sizes.files)
-        for peer, worker in workers.items():
-            try:
-                hello = worker.answer()
-                parameters = worker.call("parameters")["result"]
-            except PeerError as error:
-                if peer == "histo":
-                    raise
-                self._skip(peer, str(error))
-                continue
-            self._workers[peer] = worker
-            self.report["versions"].update(hello.pop("versions"))
-            self.report["parameters"][peer] = parameters
-            if peer == "histo":
-                self.report["device"], self._placements = hello["device"], hello["placements"]
-                self._averages = hello["averaging"]
-        if len(set(self.report["parameters"].values())) > 1:
-            raise AssertionError(f"not the same network: {self.report['parameters']}")
+        self._start_workers()
+        self._report.head()
         for row in self._options.rows:
             if time.monotonic() > self._ends:
-                self._skip(row, f"{self._options.minutes} minutes were over")
+                self._report.skip(row, f"{self._options.minutes} minutes were over")
                 continue
             try:
                 getattr(self, f"_{row}")()
             except PeerError as error:  # of histo_jax; the other rows are still measured
-                self._skip(row, str(error))
-            write_json(self._options.json, self.report)
-        if self._options.growth:
-            self._growth()
-            write_json(self._options.json, self.report)
+                self._report.skip(row, str(error))
+            self._report.save()
         for worker in self._workers.values():
             worker.close()
+        told = self._report.contents
+        versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+        print(f"\n{told['device']}, {told['cores']} cores, {versions}; {told['rounds']} rounds")
+        print(f"{told['date']}, {told['command']}, {self._options.json}")
+
+    def _start_workers(self) -> None:
+        """Starts all peers at once and drops those that cannot be imported."""
+        workers = {peer: Worker(peer, self._task, self._environment) for peer in PEERS}
+        write_kaggle(self._folder, self._sizes.files)
+        told = self._report.contents
+        for peer, worker in workers.items():
+            try:
+                hello = worker.answer()
+                told["parameters"][peer] = worker.call("parameters")["result"]
+            except PeerError as error:
+                if peer == "histo":
+                    raise
+                self._report.skip(peer, str(error))
+                continue
+            self._workers[peer] = worker
+            told["versions"].update(hello["versions"])
+            if peer == "histo":
+                told["device"], self._placements = hello["device"], hello["placements"]
+                self._averages = hello["averaging"]
+        if len(set(told["parameters"].values())) > 1:
+            raise AssertionError(f"not the same network: {told['parameters']}")
 
     def _process(self, *command: str) -> subprocess.CompletedProcess:
         done = subprocess.run(
@@ -183,10 +175,6 @@ class Bench:
             raise PeerError(done.stderr.strip())
         return done
 
-    def _skip(self, what: str, why: str) -> None:
-        self.report["skipped"][what] = why
-        print(f"left out: {what}: {why}", flush=True)
-
     def _ask(self, who: str, count: int, peer: str, method: str, *arguments: Any) -> list[Entry]:
         """The entry of a peer's method; none where the peer is not there."""
         if peer not in self._workers:
@@ -194,51 +182,11 @@ class Bench:
         worker = self._workers[peer]
         return [Entry(who, lambda: worker.call(method, *arguments)["seconds"], count)]
 
-    def _measure(self, row: str, batch: int | None, entries: list[Entry]) -> dict[str, list[float]]:
-        """Warms up, lets all take turns, notes them; returns seconds a patch (or a turn).
-
-        Without rounds the warm-up itself is noted.
-        """
-        times: dict[str, list[float]] = {}
-        for entry in entries:
-            try:
-                first = entry.seconds() / (entry.count or 1)
-                times[entry.who] = [] if self._options.rounds else [first]
-            except PeerError as error:
-                if entry is entries[0]:
-                    raise  # there is nothing to compare with
-                self._skip(f"{row}, {entry.who}", str(error))
-        entries = [entry for entry in entries if entry.who in times]
-        for _ in range(self._options.rounds):
-            for entry in entries:
-                times[entry.who].append(entry.seconds() / (entry.count or 1))
-        reference = times[entries[0].who]
-        for entry in entries:
-            mine = times[entry.who]
-            value, unit = statistics.median(mine), "s"
-            if entry.count:
-                value, unit = 1 / value, "img/s"
-            compared = entry.count and len(entries) > 1
-            ratios = [a / b for a, b in zip(mine, reference, strict=True)] if compared else []
-            self._note(row, batch, entry.who, value, unit, ratios, mine)
-        return times
-
-    def _note(
-        self, row: str, batch: int | None, who: str, value: float, unit: str,
-        ratios: list[float] = (), values: list[float] = (),
-    ) -> None:  # fmt: skip
-        spread = (statistics.median(ratios), min(ratios), max(ratios)) if ratios else None
-        self.report["results"].append(
-            {"row": row, "batch": batch, "who": who, "value": value, "unit": unit,
-             "ratio": spread, "seconds": list(values)}
-        )  # fmt: skip
-        print(line_of(self.report["results"][-1]), flush=True)
-
     def _train(self) -> None:
         sizes, histo = self._sizes, self._workers["histo"]
         rates = {name: histo.call(f"{name}_rate")["result"] for name in ("matrix", "copy")}
-        self._note("floors", None, "matrix product", rates["matrix"] / 1e12, "TFLOP/s")
-        self._note("floors", None, "copy", rates["copy"] / 1e9, "GB/s")
+        self._report.note("floors", None, "matrix product", rates["matrix"] / 1e12, "TFLOP/s")
+        self._report.note("floors", None, "copy", rates["copy"] / 1e9, "GB/s")
         for batch in sizes.batches:
             what = ("train", None, batch, sizes.steps)
             count = batch * sizes.steps
@@ -247,7 +195,7 @@ class Bench:
                 what = ("train", way, batch, sizes.steps)
                 entries += self._ask(f"PyTorch {way}", count, "pytorch", *what)
             entries += self._ask("Keras on JAX", count, "keras_jax", *what)
-            times = self._measure("train", batch, entries)
+            times = self._report.measure("train", batch, entries)
             eager, compiled = (times.get(f"PyTorch {w}") for w in ("eager", "compiled"))
             if compiled and statistics.median(compiled) < statistics.median(eager):
                 self._torch = "compiled"
@@ -257,9 +205,9 @@ class Bench:
             operations = floors.operations(*network) / rates["matrix"]
             bytes_ = floors.transferred(*network, width) / rates["copy"]
             share = max(operations, bytes_) / step
-            self._note("floors", batch, "operations", 1e3 * operations, "ms")
-            self._note("floors", batch, "bytes", 1e3 * bytes_, "ms")
-            self._note("floors", batch, "share that the step reaches", share, "")
+            self._report.note("floors", batch, "operations", 1e3 * operations, "ms")
+            self._report.note("floors", batch, "bytes", 1e3 * bytes_, "ms")
+            self._report.note("floors", batch, "share that the step reaches", share, "")
 
     def _epochs(self, batch: int) -> Iterator[Entry]:
         epoch = self._sizes.epoch
@@ -276,14 +224,18 @@ class Bench:
             epoch = self._sizes.epoch
             what = ("train", None, batch, epoch // batch)
             alone = self._ask("histo_jax step alone", epoch, "histo", *what)
-            self._measure("epoch", batch, [*self._epochs(batch), *alone])
+            times = self._report.measure("epoch", batch, [*self._epochs(batch), *alone])
+            for placement in self._placements:
+                over = ratios(times, f"histo_jax {placement}", alone[0].who)
+                who = f"histo_jax {placement} over step alone"
+                self._report.note("epoch", batch, who, statistics.median(over), "", over)
 
     def _large(self) -> None:
         placement, count = self._placements[0], self._sizes.large
         for batch in self._sizes.large_batches:
             what = ("epoch", placement, batch, count)
             who = f"histo_jax {placement}, {count:,} patches"
-            self._measure("large", batch, self._ask(who, 0, "histo", *what))
+            self._report.measure("large", batch, self._ask(who, 0, "histo", *what))
 
     def _predict(self) -> None:
         for batch in self._sizes.predict_batches:
@@ -292,17 +244,17 @@ class Bench:
             for way in ("eager", "compiled"):
                 entries += self._ask(f"PyTorch {way}", count, "pytorch", "predict", way, *what)
             entries += self._ask("Keras predict", count, "keras_jax", "predict", None, *what)
-            self._measure("predict", batch, entries)
+            self._report.measure("predict", batch, entries)
 
     def _averaging(self) -> None:
         if not self._averages:
-            return self._skip("averaging", "histo_jax has none yet")
+            return self._report.skip("averaging", "histo_jax has none yet")
         for batch in self._sizes.predict_batches:
             count = 8 * batch
             entries = self._ask("histo_jax plain", count, "histo", "predict", "plain", batch, 8)
             what = ("predict", "averaged", batch, 1)
             entries += self._ask("histo_jax averaged, a symmetry", count, "histo", *what)
-            self._measure("averaging", batch, entries)
+            self._report.measure("averaging", batch, entries)
 
     def _input(self) -> None:
         batch, epoch = self._sizes.batches[0], self._sizes.epoch
@@ -311,12 +263,12 @@ class Bench:
             what = ("input", placement, batch, epoch)
             entries += self._ask(f"histo_jax {placement}", epoch, "histo", *what)
         entries += self._ask("DataLoader, TIFFs", epoch, "teaching", "input", None, batch, epoch)
-        self._measure("input", batch, entries)
+        self._report.measure("input", batch, entries)
 
     def _prepare(self) -> None:
         what = ("prepare", "kaggle", "kaggle", "again")
         count = self._sizes.files + 1  # and one to predict
-        self._measure("prepare", None, self._ask("histo_jax", count, "histo", *what))
+        self._report.measure("prepare", None, self._ask("histo_jax", count, "histo", *what))
 
     def _start(self) -> None:
         runs = self._folder / "runs"
@@ -338,7 +290,7 @@ class Bench:
             runs.mkdir(exist_ok=True)
             return seconds("-c", FIRST_STEP, *fit, f"--workdir={tempfile.mkdtemp(dir=runs)}")
 
-        self._measure(
+        self._report.measure(
             "start", None,
             [Entry("--help", lambda: seconds("-m", "histo_jax.main", "--help"), 0),
              Entry("fit to its first step", first_step, 0)],
@@ -359,13 +311,18 @@ class Bench:
             if peer in self._workers
         }
         for who, (worker, way) in workers.items():
-            worker.answer()
-            answer = worker.call("epoch", way, batch, self._sizes.epoch)
-            worker.close()
-            self._note("memory", batch, who, answer["memory"] / 2**20, "MiB")
+            try:
+                worker.answer()
+                answer = worker.call("epoch", way, batch, self._sizes.epoch)
+            except PeerError as error:
+                self._report.skip(f"memory, {who}", str(error))
+                continue
+            finally:
+                worker.close()
+            self._report.note("memory", batch, who, answer["memory"] / 2**20, "MiB")
             if answer["device_memory"]:
                 mebibytes = answer["device_memory"] / 2**20
-                self._note("memory", batch, f"{who}, on the device", mebibytes, "MiB")
+                self._report.note("memory", batch, f"{who}, on the device", mebibytes, "MiB")
 
     def _growth(self) -> None:
         sizes, seconds = self._sizes.growth, []
@@ -380,30 +337,14 @@ class Bench:
                     answer = worker.call(what, "pcam", folder, f"{folder}/records", *reading)
                     worker.close()
                     who = f"{what}, {count:,} patches"
-                    self._note("growth", None, who, answer["seconds"], "s")
-                    self._note("growth", None, f"{who}, memory", answer["memory"] / 2**20, "MiB")
+                    self._report.note("growth", None, who, answer["seconds"], "s")
+                    self._report.note(
+                        "growth", None, f"{who}, memory", answer["memory"] / 2**20, "MiB"
+                    )
                     if what == "prepare":
                         seconds.append(answer["seconds"])
         slope = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
-        self._note("growth", None, "power of the count that preparing takes", slope, "")
-
-
-def line_of(result: dict[str, Any]) -> str:
-    """Returns a result as a row of the table."""
-    value, ratio = result["value"], ""
-    if result["ratio"]:
-        ratio = "{:.2f} ({:.2f} to {:.2f})".format(*result["ratio"])
-    number = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-    batch = result["batch"] or ""
-    return (
-        f"| {result['row']:<9} | {batch:>5} | {result['who']:<40} "
-        f"| {number + ' ' + result['unit']:>15} | {ratio:<20} |"
-    )
-
-
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+        self._report.note("growth", None, "power of the count that preparing takes", slope, "")
 
 
 def main() -> None:
@@ -419,15 +360,10 @@ def main() -> None:
     options.rows = options.rows.split(",")
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
+    if options.growth:
+        options.rows.append("growth")
     with tempfile.TemporaryDirectory(prefix="histo_jax_bench_") as folder:
-        bench = Bench(options, Path(folder))
-        print("| row       | batch | who                                      |           value "
-              "| ratio                |\n|---|---|---|---|---|", flush=True)  # fmt: skip
-        bench.run()
-    report = bench.report
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    print(f"\n{report['device']}, {report['cores']} cores, {versions}")
-    print(f"{report['rounds']} rounds, {report['date']}, {report['command']}; {options.json}")
+        Bench(options, Path(folder)).run()
 
 
 if __name__ == "__main__":

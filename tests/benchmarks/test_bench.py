@@ -39,7 +39,9 @@ def test_every_row_is_there_and_its_numbers_make_sense(run: tuple[dict, str]) ->
     assert {result["row"] for result in report["results"]} == ROWS
     for result in report["results"]:
         numbers = [result["value"], *(result["ratio"] or ())]
-        assert all(math.isfinite(number) and number > 0 for number in numbers), result
+        assert all(map(math.isfinite, numbers)), result
+        if not result["who"].startswith("power"):  # which a slow start can turn around
+            assert min(numbers) > 0, result
         assert result["who"] in table
     assert report["device"]
     assert report["cores"] > 0
