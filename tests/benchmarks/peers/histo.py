@@ -117,11 +117,14 @@ class Peer:
             if make
         }
 
+    @functools.cache  # noqa: B019
+    def _divided(self, batch_size: int) -> jax.Array:
+        """The images of the resident batch, as pmap takes them."""
+        images = self._resident(batch_size)["image"]
+        return images.reshape(jax.local_device_count(), -1, *images.shape[1:])
+
     def predict(self, way: str, batch_size: int, batches: int) -> None:
-        images = self._resident(batch_size)["image"].reshape(
-            jax.local_device_count(), -1, 96, 96, 3
-        )
-        weights = self._training[1].weights
+        images, weights = self._divided(batch_size), self._training[1].weights
         outputs = [self._forwards[way](weights, images) for _ in range(batches)]
         np.concatenate(outputs)
 
