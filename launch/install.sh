@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository and installs histo_jax into it, once per state of pyproject.toml.
-# usage: launch/install.sh [EXTRA]     EXTRA: test, cuda, tpu; PYTHON names the interpreter to use
+# usage: launch/install.sh [EXTRA]     EXTRA: test, cuda, tpu, bench; PYTHON names the interpreter to use
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra=${1:-}
@@ -30,6 +30,12 @@ fi
 stamp=.venv/installed${extra:+-$extra}
 if ! cmp -s pyproject.toml "$stamp"; then
   echo "installing histo_jax${extra:+[$extra]} into .venv"
+  if [ "$extra" = bench ] && [ ! -e /dev/nvidia0 ]; then
+    # PyPI's build for Linux brings gigabytes of CUDA. Of one version pip prefers a `+cpu` build;
+    # where the index does not answer, pip warns and takes what else it knows.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 1 \
+      --extra-index-url https://download.pytorch.org/whl/cpu "$(grep -o 'torch==[0-9.]*' pyproject.toml)"
+  fi
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}"
   cp pyproject.toml "$stamp"
 fi

@@ -1,0 +1,170 @@
+"""histo_jax itself, by the functions that `fit` and `predict` are made of."""
+
+import collections
+import functools
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from worker import Task
+
+from histo_jax.config import Config
+from histo_jax.data import loader
+from histo_jax.data.builder import Prepared, prepare
+from histo_jax.models import create_model
+from histo_jax.training import sharding
+from histo_jax.training.optimizer import create_optimizer
+from histo_jax.training.state import create_state
+from histo_jax.training.step import make_forward, make_train_step
+
+logging.set_verbosity(logging.FATAL)  # as histo_jax.main does
+PLACEMENTS = ("disk",)  # the fastest first
+TEST_TIME_AVERAGING: Callable[..., Any] | None = None  # as make_forward, over the symmetries
+
+
+class Peer:
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._folder = Path(task.folder)
+        self._batched = sharding.batch_sharding()
+        self._config = Config()
+        model = self._config.model
+        model.features, model.dense, model.dropout = task.features, task.dense, task.dropout
+        self._config.optimizer.learning_rate = task.learning_rate
+        self._model = create_model(model)
+
+    def hello(self) -> dict[str, Any]:
+        return {
+            "versions": {"jax": jax.__version__, "flax": flax.__version__},
+            "device": jax.devices()[0].device_kind,
+            "placements": PLACEMENTS,
+            "averaging": TEST_TIME_AVERAGING is not None,
+        }
+
+    def device_memory(self) -> int | None:
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+    def parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self._training[1].weights.params))
+
+    @cached_property
+    def _training(self) -> list[Any]:
+        """The compiled step, and the state, which each step replaces."""
+        optimizer = create_optimizer(self._config.optimizer)
+        state = create_state(self._model, optimizer, 0, np.full(3, 0.5), np.full(3, 0.25))
+        state = jax.device_put(state, sharding.replicated(self._batched))
+        return [make_train_step(self._model, optimizer, self._batched), state]
+
+    @cached_property
+    def _prepared(self) -> Prepared:
+        return self._prepare("kaggle", "kaggle", "records")
+
+    @functools.cache  # noqa: B019 (a peer lives as long as its process)
+    def _resident(self, batch_size: int) -> dict[str, Any]:
+        """One batch that lies on the device; the mask makes it the same program as an epoch's."""
+        images, labels = self._task.images(), self._task.labels()
+        mask = np.ones(batch_size, bool)
+        batch = {"image": images[:batch_size], "label": labels[:batch_size], "mask": mask}
+        return jax.device_put(batch, self._batched)
+
+    def _train(self, batches: Iterator[Any], steps: int) -> None:
+        """As in `fit`: at most two steps in flight, and each one looked at."""
+        train_step, state = self._training
+        in_flight = collections.deque()
+        for _ in range(steps):
+            state, metrics = train_step(state, next(batches))
+            in_flight.append(metrics.finite)
+            if len(in_flight) > 2:
+                assert in_flight.popleft()
+        self._training[1] = jax.block_until_ready(state)
+
+    def _batches(self, placement: str, batch_size: int, epoch: int) -> Iterator[Any]:
+        """The one place that knows how batches come to the device."""
+        assert placement == "disk"
+        rows = np.resize(np.arange(self._task.epoch), epoch)
+        batches = loader.training_batches(
+            self._prepared.source("train"), rows, batch_size, seed=0, first_step=0
+        )
+        return (jax.device_put(dict(batch), self._batched) for batch in batches)
+
+    def train(self, way: str, batch_size: int, steps: int) -> None:
+        batch = self._resident(batch_size)
+        self._train(itertools.repeat(batch), steps)
+
+    def epoch(self, placement: str, batch_size: int, epoch: int) -> None:
+        self._train(self._batches(placement, batch_size, epoch), epoch // batch_size)
+
+    def input(self, placement: str, batch_size: int, epoch: int) -> None:
+        batches = self._batches(placement, batch_size, epoch)
+        for _ in range(epoch // batch_size):
+            jax.block_until_ready(next(batches))
+
+    @cached_property
+    def _forwards(self) -> dict[str, Any]:
+        makers = {"plain": make_forward, "averaged": TEST_TIME_AVERAGING}
+        return {
+            way: jax.pmap(make(self._model), in_axes=(None, 0), devices=jax.local_devices())
+            for way, make in makers.items()
+            if make
+        }
+
+    @functools.cache  # noqa: B019
+    def _divided(self, batch_size: int) -> jax.Array:
+        """The images of the resident batch, as pmap takes them."""
+        images = self._resident(batch_size)["image"]
+        return images.reshape(jax.local_device_count(), -1, *images.shape[1:])
+
+    def predict(self, way: str, batch_size: int, batches: int) -> None:
+        images, weights = self._divided(batch_size), self._training[1].weights
+        outputs = [self._forwards[way](weights, images) for _ in range(batches)]
+        np.concatenate(outputs)
+
+    def _prepare(self, source: str, raw_dir: str, tfds_dir: str) -> Prepared:
+        data = self._config.data
+        data.source, data.raw_dir = source, str(self._folder / raw_dir)
+        data.tfds_dir = str(self._folder / tfds_dir)
+        return prepare(self._config)
+
+    def prepare(self, source: str, raw_dir: str, tfds_dir: str) -> None:
+        """Writes the raw files as records, also where they are there."""
+        shutil.rmtree(self._folder / tfds_dir, ignore_errors=True)
+        self._prepare(source, raw_dir, tfds_dir)
+
+    def read(self, source: str, raw_dir: str, tfds_dir: str, batch_size: int, steps: int) -> None:
+        """Reads batches of prepared records in the order of training, as `disk` does."""
+        prepared = self._prepare(source, raw_dir, tfds_dir)
+        rows = np.arange(len(prepared.tables["train"]))
+        batches = loader.training_batches(prepared.source("train"), rows, batch_size, 0, 0)
+        for _ in range(steps):
+            next(batches)
+
+    def matrix_rate(self) -> float:
+        """Operations a second of a large matrix product in the type that the network uses."""
+        size, times = (8192, 20) if self._task.gpu else (2048, 10)
+        dtype = jnp.bfloat16 if self._task.gpu else jnp.float32
+        matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
+        return 2 * size**3 * times / _seconds(jax.jit(jnp.dot), times, matrix, matrix)
+
+    def copy_rate(self) -> float:
+        """Bytes a second, read and written, of a copy far larger than the caches."""
+        count, times = (2**29, 20) if self._task.gpu else (2**26, 5)
+        source = jnp.ones(count, jnp.float32)
+        return 8 * count * times / _seconds(jax.jit(jnp.negative), times, source)
+
+
+def _seconds(function: Callable[..., jax.Array], times: int, *arguments: jax.Array) -> float:
+    function(*arguments).block_until_ready()
+    began = time.perf_counter()
+    for _ in range(times):
+        result = function(*arguments)
+    result.block_until_ready()
+    return time.perf_counter() - began
