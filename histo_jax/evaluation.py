@@ -14,7 +14,7 @@ from histo_jax.data.example import UNLABELLED
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import binary_scores
 from histo_jax.models import create_model
-from histo_jax.training import sharding
+from histo_jax.training import runtime, sharding
 from histo_jax.training import step as steps
 from histo_jax.training.checkpoints import Checkpoints
 
@@ -40,6 +40,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: a file cannot be written.
     """
     validate(config)
+    runtime.set_up()
     folder = Path(workdir)
     workdirs.check(folder, config)
     with workdirs.tracked(folder, "evaluate"):

@@ -23,7 +23,7 @@ from histo_jax.data.builder import Prepared, prepare
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import binary_scores
 from histo_jax.models import create_model
-from histo_jax.training import placement, sharding
+from histo_jax.training import placement, runtime, sharding
 from histo_jax.training import step as steps
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.optimizer import create_optimizer
@@ -73,6 +73,7 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         OSError: a file cannot be written.
     """
     validate(config)
+    runtime.set_up()
     folder = Path(workdir)
     workdirs.check(folder, config)
     sharding.check_batch_size(config.fit.batch_size)

@@ -17,6 +17,7 @@ from histo_jax.data import loader
 from histo_jax.data.builder import prepare
 from histo_jax.errors import ExpectedError
 from histo_jax.models import create_model
+from histo_jax.training import runtime
 from histo_jax.training.checkpoints import Checkpoints
 from histo_jax.training.step import make_forward
 
@@ -45,6 +46,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         OSError: a file cannot be written.
     """
     validate(config)
+    runtime.set_up()
     folder = Path(workdir)
     workdirs.check(folder, config)
     with workdirs.tracked(folder, "predict"):

@@ -18,16 +18,16 @@ from absl import logging
 from worker import Task
 
 from histo_jax.config import Config
-from histo_jax.data import loader
 from histo_jax.data.builder import Prepared, prepare
 from histo_jax.models import create_model
 from histo_jax.training import sharding
 from histo_jax.training.optimizer import create_optimizer
+from histo_jax.training.placement import Examples, place
 from histo_jax.training.state import create_state
 from histo_jax.training.step import make_forward, make_train_step
 
 logging.set_verbosity(logging.FATAL)  # as histo_jax.main does
-PLACEMENTS = ("disk",)  # the fastest first
+PLACEMENTS = ("device", "host", "disk")  # the fastest first
 TEST_TIME_AVERAGING: Callable[..., Any] | None = None  # as make_forward, over the symmetries
 
 
@@ -70,10 +70,9 @@ class Peer:
 
     @functools.cache  # noqa: B019 (a peer lives as long as its process)
     def _resident(self, batch_size: int) -> dict[str, Any]:
-        """One batch that lies on the device; the mask makes it the same program as an epoch's."""
+        """One batch that lies on the device."""
         images, labels = self._task.images(), self._task.labels()
-        mask = np.ones(batch_size, bool)
-        batch = {"image": images[:batch_size], "label": labels[:batch_size], "mask": mask}
+        batch = {"image": images[:batch_size], "label": labels[:batch_size]}
         return jax.device_put(batch, self._batched)
 
     def _train(self, batches: Iterator[Any], steps: int) -> None:
@@ -87,14 +86,14 @@ class Peer:
                 assert in_flight.popleft()
         self._training[1] = jax.block_until_ready(state)
 
+    @functools.cache  # noqa: B019
+    def _placed(self, placement: str, epoch: int) -> Examples:
+        rows = np.resize(np.arange(self._task.epoch), epoch)
+        return place(placement, [self._prepared.records("train", rows)], self._batched)[0]
+
     def _batches(self, placement: str, batch_size: int, epoch: int) -> Iterator[Any]:
         """The one place that knows how batches come to the device."""
-        assert placement == "disk"
-        rows = np.resize(np.arange(self._task.epoch), epoch)
-        batches = loader.training_batches(
-            self._prepared.source("train"), rows, batch_size, seed=0, first_step=0
-        )
-        return (jax.device_put(dict(batch), self._batched) for batch in batches)
+        return self._placed(placement, epoch).training(batch_size, seed=0, first_step=0)
 
     def train(self, way: str, batch_size: int, steps: int) -> None:
         batch = self._resident(batch_size)
@@ -143,7 +142,8 @@ class Peer:
         """Reads batches of prepared records in the order of training, as `disk` does."""
         prepared = self._prepare(source, raw_dir, tfds_dir)
         rows = np.arange(len(prepared.tables["train"]))
-        batches = loader.training_batches(prepared.source("train"), rows, batch_size, 0, 0)
+        side = prepared.records("train", rows)
+        batches = place("disk", [side], self._batched)[0].training(batch_size, 0, 0)
         for _ in range(steps):
             next(batches)
 
