@@ -17,7 +17,7 @@ ON_DAMAGED = ("stop", "skip")
 PLACEMENTS = ("auto", "device", "host", "disk")
 SPLIT_RULES = ("auto", "slide", "image")
 EVALUATION_SPLITS = ("validation", "test")
-MODELS = ("five_block",)
+MODELS = ("five_block", "five_block_p4m")
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -74,7 +74,9 @@ class ModelConfig:
 
     name: str = _option("five_block", f"architecture: {', '.join(MODELS)}")
     features: tuple[int, ...] = _option(
-        (32, 64, 128, 256, 512), "channels of each block; every block halves height and width"
+        (32, 64, 128, 256, 512),
+        "channels of each block, for five_block_p4m in each of eight orientations; every block "
+        "halves height and width",
     )
     dense: int = _option(1024, "units of the dense layer before the logit")
     dropout: float = _option(0.4, "share of the dense units dropped in training, 0 to 1")
@@ -122,9 +124,16 @@ class EvaluateConfig:
 
 @dataclasses.dataclass
 class PredictConfig:
-    """How `predict` runs."""
+    """How `predict` runs, and `evaluate` alike."""
 
-    batch_size: int = _option(256, "patches in one call, over all local devices together")
+    tta: bool = _option(
+        False,
+        "test-time averaging: the mean of the logits of a patch's eight flips and quarter turns, "
+        "for eight times the time",
+    )
+    batch_size: int = _option(
+        256, "patches in one call of predict, over all local devices together"
+    )
 
 
 @dataclasses.dataclass

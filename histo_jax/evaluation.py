@@ -61,7 +61,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
                 prepared.source(side.records), side.rows, sharding.round_up(config.fit.batch_size)
             )
         )
-        eval_step = steps.make_eval_step(create_model(config.model), batched)
+        eval_step = steps.make_eval_step(create_model(config.model), batched, config.predict.tta)
         scores = binary_scores(
             *steps.collect_logits(eval_step, best.state.weights, batches, batched)
         )

@@ -63,7 +63,9 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         per_device = -(-min(config.predict.batch_size, len(ids)) // len(devices))
         # The weights are handed over as they are; replicated ones would be copied at every call.
         forward = jax.pmap(
-            make_forward(create_model(config.model)), in_axes=(None, 0), devices=devices
+            make_forward(create_model(config.model), config.predict.tta),
+            in_axes=(None, 0),
+            devices=devices,
         )
         logits = []
         batches = loader.ordered_batches(

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 
 from histo_jax.config import ModelConfig
 from histo_jax.models.cnn import FiveBlockCNN
+from histo_jax.models.p4m import FiveBlockP4M
+
+_NETWORKS = {"five_block": FiveBlockCNN, "five_block_p4m": FiveBlockP4M}
 
 
 def create_model(config: ModelConfig) -> nn.Module:
@@ -15,7 +18,7 @@ def create_model(config: ModelConfig) -> nn.Module:
     tiles; over several the plain form is kept, which XLA knows to divide.
     """
     on_cpu = jax.default_backend() == "cpu"
-    return FiveBlockCNN(
+    return _NETWORKS[config.name](
         features=tuple(config.features),
         dense=config.dense,
         dropout=config.dropout,

@@ -25,6 +25,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from histo_jax.models import norm as norms
+
 # Values before pooling that are worked on at once, 10 MB in float32: measured best among 2 to 75 MB
 # with 1 MiB of second-level cache a core.
 _AT_ONCE = 2_500_000
@@ -215,10 +217,6 @@ def _interleave(pieces: Grid) -> Any:
     return jnp.stack(rows, 2).reshape(images, count * m, -1, channels)
 
 
-def _maximum(window: list[Any]) -> Any:
-    return jnp.maximum(jnp.maximum(window[0], window[1]), jnp.maximum(window[2], window[3]))
-
-
 def infer_block(
     x: Float[Array, "images height height channels"],
     kernel: Float[Array, "3 3 channels features"],
@@ -231,7 +229,10 @@ def infer_block(
 
     def part(x: Any) -> Grid:
         windows = _windows(convolution.pieces(x, kernels))
-        return [[jax.nn.relu(_maximum(window) + shift) for window in row] for row in windows]
+        return [
+            [jax.nn.relu(functools.reduce(jnp.maximum, window) + shift) for window in row]
+            for row in windows
+        ]
 
     return _interleave(jax.tree.map(_join, lax.map(part, _split(x, kernel.shape[-1]))))
 
@@ -242,7 +243,7 @@ def train_block(
     kernel: Float[Array, "3 3 channels features"],
     scale: Float[Array, " features"],
     bias: Float[Array, " features"],
-    epsilon: float,
+    copies: int,
 ) -> tuple[
     Float[Array, "images half half features"],
     Float[Array, " features"],
@@ -250,12 +251,13 @@ def train_block(
 ]:
     """Returns the block's output with the batch's own statistics, and these: mean and variance.
 
+    `copies` runs of features share their statistics.
     The gradient goes through the output alone, and of equal maxima to the first.
     """
-    return _train_block(x, kernel, scale, bias, epsilon)[0]
+    return _train_block(x, kernel, scale, bias, copies)[0]
 
 
-def _train_block(x: Any, kernel: Any, scale: Any, bias: Any, epsilon: float) -> Any:
+def _train_block(x: Any, kernel: Any, scale: Any, bias: Any, copies: int) -> Any:
     convolution = _convolution(x, infer=False)
     kernels = convolution.transform(kernel)
     parts = _split(x, kernel.shape[-1])
@@ -268,60 +270,46 @@ def _train_block(x: Any, kernel: Any, scale: Any, bias: Any, epsilon: float) -> 
         return (None if convolution.recomputes else pieces), sums, squares
 
     pieces, sums, squares = lax.map(convolve, parts)
-    count = math.prod(x.shape[:3])
-    mean = sums.sum(0) / count
-    variance = jnp.maximum(squares.sum(0) / count - mean * mean, 0)
-    gain = scale * lax.rsqrt(variance + epsilon)
-    shift = bias - mean * gain
-    # A negative gain turns the order round: what becomes the maximum is the minimum here.
-    sign = jnp.where(scale < 0, -1, 1).astype(x.dtype)
-
-    def select(window: list[Any]) -> tuple[Any, Any]:
-        chosen = _maximum([v * sign for v in window]) * sign
-        first, second, third, _ = (v == chosen for v in window)
-        which = jnp.where(first, 0, jnp.where(second, 1, jnp.where(third, 2, 3)))
-        return chosen, which.astype(jnp.int8)
+    norm = norms.measure(sums.sum(0), squares.sum(0), math.prod(x.shape[:3]), scale, bias, copies)
 
     def select_all(pieces: Grid) -> Grid:
-        return [[select(window) for window in row] for row in _windows(pieces)]
+        return [[norms.select(window, scale) for window in row] for row in _windows(pieces)]
 
     if convolution.recomputes:
         selected = lax.map(lambda x: select_all(convolution.pieces(x, kernels)), parts)
     else:
         selected = select_all(pieces)
     output = _interleave(
-        [[jax.nn.relu(_join(chosen) * gain + shift) for chosen, _ in row] for row in selected]
+        [
+            [jax.nn.relu(_join(chosen) * norm.gain + norm.shift) for chosen, _ in row]
+            for row in selected
+        ]
     )
-    saved = (x, kernels, pieces, selected, mean, lax.rsqrt(variance + epsilon), gain, shift)
-    return (output, mean, variance), saved
+    return (output, norm.mean, norm.variance), (x, kernels, pieces, selected, norm)
 
 
-def _train_block_gradient(epsilon: float, saved: Any, gradients: Any) -> Any:
-    x, kernels, pieces, selected, mean, factor, gain, shift = saved
+def _train_block_gradient(copies: int, saved: Any, gradients: Any) -> Any:
+    x, kernels, pieces, selected, norm = saved
     gradient = gradients[0]
     convolution = _convolution(x, infer=False)
-    parts = _split(x, len(gain))
+    parts = _split(x, len(norm.gain))
     side, half = len(selected), gradient.shape[1] // len(selected)
     cut = gradient.reshape(*parts.shape[:2], half, side, half, side, -1)
     cut = [
         [
-            jnp.where(chosen * gain + shift > 0, cut[:, :, :, i, :, j], 0)
+            jnp.where(chosen * norm.gain + norm.shift > 0, cut[:, :, :, i, :, j], 0)
             for j, (chosen, _) in enumerate(row)
         ]
         for i, row in enumerate(selected)
     ]
     axes = (0, 1, 2, 3)
-    bias_gradient = sum(v.sum(axes) for row in cut for v in row)
-    scale_gradient = factor * sum(
-        (v * (chosen - mean)).sum(axes)
+    total = sum(v.sum(axes) for row in cut for v in row)
+    weighted = sum(
+        (v * (chosen - norm.mean)).sum(axes)
         for values, row in zip(cut, selected, strict=True)
         for v, (chosen, _) in zip(values, row, strict=True)
     )
-    # BatchNorm's gradient: gain * (g - mean(g) - normalised * mean(g * normalised)), where g is
-    # zero but for the maxima; the last two terms are `slope * value + constant`.
-    count = math.prod(x.shape[:3])
-    slope = -gain * factor * scale_gradient / count
-    constant = -gain * bias_gradient / count - slope * mean
+    terms = norms.gradient(norm, total, weighted, math.prod(x.shape[:3]), copies)
 
     def part(total: Any, part: Any) -> Any:
         x, pieces, selected, cut = part
@@ -330,7 +318,8 @@ def _train_block_gradient(epsilon: float, saved: Any, gradients: Any) -> Any:
         windows = [
             [
                 [
-                    jnp.where(which == place, v * gain, 0) + (slope * value + constant)
+                    jnp.where(which == place, v * norm.gain, 0)
+                    + (terms.slope * value + terms.constant)
                     for place, value in enumerate(window)
                 ]
                 for window, v, (_, which) in zip(*rows, strict=True)
@@ -345,8 +334,8 @@ def _train_block_gradient(epsilon: float, saved: Any, gradients: Any) -> Any:
     return (
         _interleave(jax.tree.map(_join, x_gradient)),
         convolution.transform_gradient(kernel_gradient),
-        scale_gradient,
-        bias_gradient,
+        terms.scale,
+        terms.bias,
     )
 
 

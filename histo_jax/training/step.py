@@ -1,5 +1,6 @@
 """The jit-compiled steps: augmentation, forward, loss, gradient, update."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,18 +20,24 @@ Images = UInt8[Array, "batch height width 3"]
 Forward = Callable[[Weights, Images], Float32[Array, " batch"]]
 
 
+# Whether to transpose, to flip rows, to flip columns: together the eight symmetries of the square.
+_SYMMETRIES = np.array(list(itertools.product((False, True), repeat=3)))
+
+
+def transform(images: Any, transpose: Any, flip_rows: Any, flip_columns: Any) -> Any:
+    """Returns images [batch, side, side, ...] transposed and flipped where the conditions hold."""
+    images = jnp.where(transpose, images.swapaxes(1, 2), images)
+    images = jnp.where(flip_rows, images[:, ::-1], images)
+    return jnp.where(flip_columns, images[:, :, ::-1], images)
+
+
 def augment(key: PRNGKeyArray, images: Images) -> Images:
     """Returns each image in one of the eight symmetries of the square, each equally likely.
 
     The label speaks of the centre, which every flip and quarter turn keeps in place. Height and
-    width must be equal. The eight are transposition, or not, times the two flips, or not.
+    width must be equal.
     """
-    transpose, flip_rows, flip_columns = (
-        choice[:, None, None, None] for choice in jax.random.bernoulli(key, 0.5, (3, len(images)))
-    )
-    images = jnp.where(transpose, images.transpose(0, 2, 1, 3), images)
-    images = jnp.where(flip_rows, images[:, ::-1], images)
-    return jnp.where(flip_columns, images[:, :, ::-1], images)
+    return transform(images, *jax.random.bernoulli(key, 0.5, (3, len(images), 1, 1, 1)))
 
 
 def normalise(weights: Weights, images: Images) -> Float32[Array, "batch height width 3"]:
@@ -38,19 +45,29 @@ def normalise(weights: Weights, images: Images) -> Float32[Array, "batch height 
     return (images.astype(jnp.float32) / 255 - weights.mean) / weights.deviation
 
 
-def make_forward(model: nn.Module) -> Forward:
-    """Returns the plain function from weights and uint8 images to logits, without dropout."""
+def make_forward(model: nn.Module, averaged: bool = False) -> Forward:
+    """Returns the function from weights and uint8 images to logits, without dropout.
+
+    Args:
+        model: maps normalised images to logits.
+        averaged: give the mean of the logits of an image's eight symmetries. One after the other
+            in one program: as one batch they would take eight times the memory.
+    """
 
     def forward(weights: Weights, images: Images) -> Float32[Array, " batch"]:
         variables = {"params": weights.params, "batch_stats": weights.batch_stats}
         return model.apply(variables, normalise(weights, images))  # type: ignore[return-value]
 
-    return forward
+    def average(weights: Weights, images: Images) -> Float32[Array, " batch"]:
+        logits = jax.lax.map(lambda how: forward(weights, transform(images, *how)), _SYMMETRIES)
+        return logits.mean(0)
+
+    return average if averaged else forward
 
 
-def make_eval_step(model: nn.Module, batched: NamedSharding) -> Forward:
+def make_eval_step(model: nn.Module, batched: NamedSharding, averaged: bool = False) -> Forward:
     """Returns `make_forward` compiled for batches divided over the mesh; logits lie everywhere."""
-    return jax.jit(make_forward(model), out_shardings=replicated(batched))
+    return jax.jit(make_forward(model, averaged), out_shardings=replicated(batched))
 
 
 class Metrics(NamedTuple):

@@ -10,7 +10,7 @@ how many times as long it took, median and spread of the rounds. What the rows i
 
     train      steps on one batch that lies on the device, augmentation included, until all are done
     epoch      a pass over the patches with all input; `step alone` is the same number of steps on
-               one batch; PyTorch in the way that was faster in `train`
+               one batch; PyTorch in the way that was fastest in `train`
     large      (GPU) seconds of a pass over 160,000 patches at several batch sizes
     predict    resident uint8 patches in, logits in the host's memory out
     averaging  the eight symmetries of each patch, beside eight times as many plain patches
@@ -46,7 +46,18 @@ from worker import PeerError, Task, Worker
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-PEERS = ("histo", "pytorch", "keras_jax", "teaching")
+# PyTorch also in a process whose allocator keeps freed memory, as histo_jax's own does: its tuning
+# guide advises such an allocator on CPU.
+TUNED = "pytorch_tuned"
+TUNED_MALLOC = {
+    "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_ARENA_MAX": "1",
+}  # fmt: skip
+PEERS = ("histo", "pytorch", TUNED, "keras_jax", "teaching")
+PYTORCH = [
+    (f"PyTorch {way}{', tuned malloc' if peer == TUNED else ''}", peer, way)
+    for peer in ("pytorch", TUNED)
+    for way in ("eager", "compiled")
+]
 ROWS = ("train", "epoch", "large", "predict", "averaging", "input", "prepare", "memory", "start")
 FIRST_STEP = """
 import os, runpy, sys
@@ -115,7 +126,7 @@ class Bench:
             self._sizes.features, self._sizes.dense, 0.4, 1.5e-4, cores, gpu, str(folder),
             self._sizes.epoch,
         )  # fmt: skip
-        self._torch = "eager"  # its faster way, as soon as that is known
+        self._torch = PYTORCH[0]  # its fastest way, as soon as that is known
         self._report = Report(
             options.json, options.rounds,
             command=" ".join(["tests/benchmarks/bench.py", *sys.argv[1:]]),
@@ -145,7 +156,9 @@ class Bench:
 
     def _start_workers(self) -> None:
         """Starts all peers at once and drops those that cannot be imported."""
-        workers = {peer: Worker(peer, self._task, self._environment) for peer in PEERS}
+        # On a GPU nothing hangs on the host's allocator.
+        peers = [peer for peer in PEERS if not (self._task.gpu and peer == TUNED)]
+        workers = {peer: self._worker(peer) for peer in peers}
         write_kaggle(self._folder, self._sizes.files)
         told = self._report.contents
         for peer, worker in workers.items():
@@ -161,9 +174,12 @@ class Bench:
             told["versions"].update(hello["versions"])
             if peer == "histo":
                 told["device"], self._placements = hello["device"], hello["placements"]
-                self._averages = hello["averaging"]
         if len(set(told["parameters"].values())) > 1:
             raise AssertionError(f"not the same network: {told['parameters']}")
+
+    def _worker(self, peer: str) -> Worker:
+        tuned = TUNED_MALLOC if peer == TUNED else {}
+        return Worker(peer.removesuffix("_tuned"), self._task, self._environment | tuned)
 
     def _process(self, *command: str) -> subprocess.CompletedProcess:
         done = subprocess.run(
@@ -190,14 +206,13 @@ class Bench:
             what = ("train", None, batch, sizes.steps)
             count = batch * sizes.steps
             entries = self._ask("histo_jax", count, "histo", *what)
-            for way in ("eager", "compiled"):
-                what = ("train", way, batch, sizes.steps)
-                entries += self._ask(f"PyTorch {way}", count, "pytorch", *what)
+            for who, peer, way in PYTORCH:
+                entries += self._ask(who, count, peer, "train", way, batch, sizes.steps)
             entries += self._ask("Keras on JAX", count, "keras_jax", *what)
             times = self._report.measure("train", batch, entries)
-            eager, compiled = (times.get(f"PyTorch {w}") for w in ("eager", "compiled"))
-            if compiled and statistics.median(compiled) < statistics.median(eager):
-                self._torch = "compiled"
+            measured = [way for way in PYTORCH if way[0] in times]
+            if measured:
+                self._torch = min(measured, key=lambda way: statistics.median(times[way[0]]))
             step = statistics.median(times["histo_jax"]) * batch
             width = 2 if self._task.gpu else 4
             network = (sizes.features, sizes.dense, batch)
@@ -213,8 +228,8 @@ class Bench:
         for placement in self._placements:
             who = f"histo_jax {placement}"
             yield from self._ask(who, epoch, "histo", "epoch", placement, batch, epoch)
-        who = f"PyTorch {self._torch}, resident"
-        yield from self._ask(who, epoch, "pytorch", "epoch", self._torch, batch, epoch)
+        who, peer, way = self._torch
+        yield from self._ask(f"{who}, resident", epoch, peer, "epoch", way, batch, epoch)
         yield from self._ask("Keras fit", epoch, "keras_jax", "epoch", None, batch, epoch)
         yield from self._ask("DataLoader, TIFFs", epoch, "teaching", "epoch", None, batch, epoch)
 
@@ -240,14 +255,12 @@ class Bench:
         for batch in self._sizes.predict_batches:
             what, count = (batch, self._sizes.calls), batch * self._sizes.calls
             entries = self._ask("histo_jax", count, "histo", "predict", "plain", *what)
-            for way in ("eager", "compiled"):
-                entries += self._ask(f"PyTorch {way}", count, "pytorch", "predict", way, *what)
+            for who, peer, way in PYTORCH:
+                entries += self._ask(who, count, peer, "predict", way, *what)
             entries += self._ask("Keras predict", count, "keras_jax", "predict", None, *what)
             self._report.measure("predict", batch, entries)
 
     def _averaging(self) -> None:
-        if not self._averages:
-            return self._report.skip("averaging", "histo_jax has none yet")
         for batch in self._sizes.predict_batches:
             count = 8 * batch
             entries = self._ask("histo_jax plain", count, "histo", "predict", "plain", batch, 8)
@@ -300,12 +313,12 @@ class Bench:
         batch = self._sizes.batches[0]
         whats = {
             **{f"histo_jax {p}": ("histo", p) for p in self._placements},
-            f"PyTorch {self._torch}, resident": ("pytorch", self._torch),
+            f"{self._torch[0]}, resident": self._torch[1:],
             "Keras fit": ("keras_jax", None),
             "DataLoader, TIFFs": ("teaching", None),
         }
         workers = {
-            who: (Worker(peer, self._task, self._environment), way)
+            who: (self._worker(peer), way)
             for who, (peer, way) in whats.items()
             if peer in self._workers
         }
@@ -330,7 +343,7 @@ class Bench:
             with tempfile.TemporaryDirectory(dir=self._folder) as folder:
                 write_pcam(Path(folder), count)
                 for what in ("prepare", "read"):
-                    worker = Worker("histo", self._task, self._environment)
+                    worker = self._worker("histo")
                     worker.answer()
                     reading = (batch, 200) if what == "read" else ()
                     answer = worker.call(what, "pcam", folder, f"{folder}/records", *reading)

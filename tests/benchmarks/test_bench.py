@@ -11,9 +11,15 @@ from pathlib import Path
 import pytest
 
 ROWS = {
-    "floors", "train", "epoch", "large", "predict", "input", "prepare", "start", "memory", "growth",
+    "floors", "train", "epoch", "large", "predict", "averaging", "input", "prepare", "start",
+    "memory", "growth",
 }  # fmt: skip
-NEEDS = {"pytorch": ["torch"], "keras_jax": ["keras"], "teaching": ["torch", "cv2"]}
+NEEDS = {
+    "pytorch": ["torch"],
+    "pytorch_tuned": ["torch"],
+    "keras_jax": ["keras"],
+    "teaching": ["torch", "cv2"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,6 @@ def test_peers_train_the_same_network_or_are_named_as_missing(run: tuple[dict, s
     for peer in missing:
         assert "No module named" in report["skipped"][peer]
         assert f"left out: {peer}: No module named" in table
-    allowed = missing | {"averaging"}  # which histo_jax does not have yet
-    assert report["skipped"].keys() <= allowed, report["skipped"]
+    assert report["skipped"].keys() == missing, report["skipped"]
     if os.environ.get("CI"):
         assert not missing

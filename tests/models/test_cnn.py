@@ -5,7 +5,7 @@ import numpy as np
 
 from histo_jax.config import ModelConfig
 from histo_jax.models import create_model
-from histo_jax.models.cnn import max_pool, norm_pool_relu
+from histo_jax.models.block import max_pool, norm_pool_relu
 
 SHAPE = (8, 32, 32, 3)  # the smallest square that five halvings leave something of
 
@@ -110,6 +110,6 @@ def test_gradient_of_norm_pool_relu_equals_autodiff():
         return lambda *arguments: (block(*arguments) * weights).sum()
 
     wanted = jax.grad(total(plain), (0, 1, 2))(y, scale, bias)
-    got = jax.grad(total(lambda *a: norm_pool_relu(*a)[0]), (0, 1, 2))(y, scale, bias)
+    got = jax.grad(total(lambda *a: norm_pool_relu(*a, 1)[0]), (0, 1, 2))(y, scale, bias)
     for one, other in zip(wanted, got, strict=True):
         assert jnp.abs(one - other).max() <= 1e-4 * jnp.abs(one).max()

@@ -44,6 +44,19 @@ def test_augmentation_gives_all_eight_symmetries_equally_often():
     assert all(395 < count < 605 for count in wanted.values())
 
 
+def test_averaging_is_the_mean_logit_of_the_eight_symmetries():
+    images = make_batch(3)["image"]
+    weights = create_state(MODEL, OPTIMIZER, 0, MEAN, DEVIATION).weights
+    plain, averaged = (jax.jit(step.make_forward(MODEL, how)) for how in (False, True))
+    logits = [
+        plain(weights, jnp.asarray(np.rot90(turned, turns, (1, 2))))
+        for turned in (images, images.transpose(0, 2, 1, 3))
+        for turns in range(4)
+    ]
+    assert np.ptp(logits, axis=0).min() > 1e-3
+    np.testing.assert_allclose(averaged(weights, images), np.mean(logits, 0), rtol=1e-5, atol=1e-6)
+
+
 def test_normalise_centres_and_scales():
     state = create_state(MODEL, OPTIMIZER, 0, MEAN, DEVIATION)
     images = make_batch(2)["image"]

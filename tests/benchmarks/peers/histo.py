@@ -28,7 +28,6 @@ from histo_jax.training.step import make_forward, make_train_step
 
 logging.set_verbosity(logging.FATAL)  # as histo_jax.main does
 PLACEMENTS = ("device", "host", "disk")  # the fastest first
-TEST_TIME_AVERAGING: Callable[..., Any] | None = None  # as make_forward, over the symmetries
 
 
 class Peer:
@@ -47,7 +46,6 @@ class Peer:
             "versions": {"jax": jax.__version__, "flax": flax.__version__},
             "device": jax.devices()[0].device_kind,
             "placements": PLACEMENTS,
-            "averaging": TEST_TIME_AVERAGING is not None,
         }
 
     def device_memory(self) -> int | None:
@@ -109,11 +107,13 @@ class Peer:
 
     @cached_property
     def _forwards(self) -> dict[str, Any]:
-        makers = {"plain": make_forward, "averaged": TEST_TIME_AVERAGING}
         return {
-            way: jax.pmap(make(self._model), in_axes=(None, 0), devices=jax.local_devices())
-            for way, make in makers.items()
-            if make
+            way: jax.pmap(
+                make_forward(self._model, way == "averaged"),
+                in_axes=(None, 0),
+                devices=jax.local_devices(),
+            )
+            for way in ("plain", "averaged")
         }
 
     @functools.cache  # noqa: B019
