@@ -15,6 +15,7 @@ from histo_jax.errors import ExpectedError
 SOURCES = ("synthetic", "kaggle", "pcam")
 ON_DAMAGED = ("stop", "skip")
 PLACEMENTS = ("auto", "device", "host", "disk")
+SCHEDULES = ("constant", "one_cycle")
 SPLIT_RULES = ("auto", "slide", "image")
 EVALUATION_SPLITS = ("validation", "test")
 MODELS = ("five_block", "five_block_p4m")
@@ -83,10 +84,38 @@ class ModelConfig:
 
 
 @dataclasses.dataclass
-class OptimizerConfig:
-    """Adam."""
+class AugmentConfig:
+    """What is done to training patches besides flips and quarter turns, anew in every step."""
 
-    learning_rate: float = _option(1.5e-4, "Adam's step size, per step, constant")
+    shift: int = _option(0, "pixels by which a patch is moved at most, 0 to 4")
+    stain: float = _option(
+        0.0, "share by which the amount of each dye is changed at most, 0 to below 1"
+    )
+    brightness: float = _option(0.0, "optical density that is added or taken at most")
+    mixup: float = _option(
+        0.0, "patches are mixed in pairs by shares from Beta(this, this); 0 = they are not"
+    )
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float = _option(1.5e-4, "step size, per step; the peak of a schedule")
+    schedule: str = _option(
+        "constant",
+        "how the step size changes: constant, or one_cycle = up to the peak and down to nothing "
+        "by cosines, over all of fit.epochs",
+    )
+    warmup: float = _option(0.3, "share of the steps in which one_cycle goes up, 0 to 1")
+    weight_decay: float = _option(
+        0.0, "share of each kernel that is taken off per step, times the step size"
+    )
+    ema_decay: float = _option(
+        0.0,
+        "predict with a moving average of the weights, of which each step keeps this share, 0 to "
+        "below 1; 0 = with the weights themselves",
+    )
 
 
 @dataclasses.dataclass
@@ -95,6 +124,9 @@ class FitConfig:
 
     batch_size: int = _option(64, "patches in one step, over all devices together")
     epochs: int = _option(15, "passes over the training patches at most")
+    label_smoothing: float = _option(
+        0.0, "share of each label that is replaced by one half, 0 to below 1"
+    )
     steps_per_epoch: int | None = _option(
         None, "steps between two validations; None = one pass over the training patches"
     )
@@ -143,6 +175,7 @@ class Config:
     seed: int = _option(0, "seed of everything random: sampling, split, order, weights, dropout")
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     fit: FitConfig = dataclasses.field(default_factory=FitConfig)
     early_stopping: EarlyStoppingConfig = dataclasses.field(default_factory=EarlyStoppingConfig)
@@ -169,9 +202,18 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     ),
     ("model.dense", lambda v: v >= 1, "at least 1"),
     ("model.dropout", lambda v: 0 <= v < 1, "from 0 to below 1"),
+    ("augment.shift", lambda v: 0 <= v <= 4, "from 0 to 4"),
+    ("augment.stain", lambda v: 0 <= v < 1, "from 0 to below 1"),
+    ("augment.brightness", lambda v: 0 <= v < 1, "from 0 to below 1"),
+    ("augment.mixup", lambda v: 0 <= v < math.inf, "at least 0"),
     ("optimizer.learning_rate", lambda v: 0 < v < math.inf, "above 0"),
+    ("optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+    ("optimizer.warmup", lambda v: 0 < v < 1, "between 0 and 1"),
+    ("optimizer.weight_decay", lambda v: 0 <= v < math.inf, "at least 0"),
+    ("optimizer.ema_decay", lambda v: 0 <= v < 1, "from 0 to below 1"),
     ("fit.batch_size", lambda v: v >= 1, "at least 1"),
     ("fit.epochs", lambda v: v >= 1, "at least 1"),
+    ("fit.label_smoothing", lambda v: 0 <= v < 1, "from 0 to below 1"),
     ("fit.steps_per_epoch", lambda v: v >= 1, "at least 1, or None for one pass"),
     ("early_stopping.patience", lambda v: v >= 1, "at least 1"),
     ("early_stopping.min_delta", lambda v: 0 <= v < math.inf, "at least 0"),

@@ -63,7 +63,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         )
         eval_step = steps.make_eval_step(create_model(config.model), batched, config.predict.tta)
         scores = binary_scores(
-            *steps.collect_logits(eval_step, best.state.weights, batches, batched)
+            *steps.collect_logits(eval_step, best.state.best_weights, batches, batched)
         )
         # A test side of its own is not the one that chose the checkpoint.
         honest = sides.honest or name == "test"

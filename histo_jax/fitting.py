@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 import pandas as pd
+from optax import Schedule
 from tensorboardX import SummaryWriter
 
 from histo_jax import files, preemption
@@ -26,7 +27,7 @@ from histo_jax.models import create_model
 from histo_jax.training import placement, runtime, sharding
 from histo_jax.training import step as steps
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
-from histo_jax.training.optimizer import create_optimizer
+from histo_jax.training.optimizer import create_optimizer, learning_rate
 from histo_jax.training.placement import TrainingBatch
 from histo_jax.training.state import (
     EarlyStopping,
@@ -123,14 +124,20 @@ def _start(
     sides: splits.Sides,
 ) -> Checkpoint:
     """The newest checkpoint that is whole, or the state before the first step."""
-    model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     place = sharding.replicated(sharding.batch_sharding())
     early_stopping = EarlyStopping.create(config.early_stopping)
     fingerprint = splits.fingerprint(tables, sides, config)
-    checkpoint = checkpoints.restore_latest(abstract_state(model, optimizer, place), early_stopping)
+    checkpoint = checkpoints.restore_latest(abstract_state(config, place), early_stopping)
     if checkpoint is None:
         mean, deviation = splits.normalisation(tables[sides.train.records], sides.train.rows)
-        state = create_state(model, optimizer, config.seed, mean, deviation)
+        state = create_state(
+            create_model(config.model),
+            create_optimizer(config.optimizer),
+            config.seed,
+            mean,
+            deviation,
+            config.optimizer.ema_decay > 0,
+        )
         return Checkpoint(
             state=jax.device_put(state, place),
             early_stopping=early_stopping,
@@ -192,9 +199,15 @@ class _Run:
     """
 
     def __init__(
-        self, config: Config, folder: Path, checkpoints: Checkpoints, start: Checkpoint
+        self,
+        config: Config,
+        folder: Path,
+        checkpoints: Checkpoints,
+        start: Checkpoint,
+        learning_rate: Schedule,
     ) -> None:
         self._config, self._folder, self._checkpoints = config, folder, checkpoints
+        self._learning_rate = learning_rate
         self._fingerprint = start.data["fingerprint"]
         self.state, self.early_stopping = start.state, start.early_stopping
         self.history = list(start.history)
@@ -255,7 +268,7 @@ class _Run:
             "train_loss": float(_read(self.state.loss_sum)) / steps_per_epoch,
             "validation_loss": scores["nll"],
             "validation_auc": scores["auc"],
-            "learning_rate": self._config.optimizer.learning_rate,
+            "learning_rate": float(self._learning_rate(self.step - 1)),
         }
         self.history.append(row)
         zero = jax.device_put(np.float32(0), self.state.loss_sum.sharding)
@@ -291,17 +304,18 @@ def _train(
     sides: splits.Sides,
 ) -> list[dict[str, Any]]:
     batched = sharding.batch_sharding()
-    model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-    train_step = steps.make_train_step(model, optimizer, batched)
+    count, batch_size = len(sides.train.rows), config.fit.batch_size
+    steps_per_epoch = config.fit.steps_per_epoch or count // batch_size
+    total_steps = config.fit.epochs * steps_per_epoch
+    model, optimizer = create_model(config.model), create_optimizer(config.optimizer, total_steps)
+    train_step = steps.make_train_step(config, model, optimizer, batched)
     eval_step = steps.make_eval_step(model, batched)
     train, validation = placement.place(
         config.data.placement,
         [prepared.records(*side) for side in (sides.train, sides.validation)],
         batched,
     )
-    count, batch_size = len(sides.train.rows), config.fit.batch_size
-    steps_per_epoch = config.fit.steps_per_epoch or count // batch_size
-    run = _Run(config, folder, checkpoints, start)
+    run = _Run(config, folder, checkpoints, start, learning_rate(config.optimizer, total_steps))
     batches = train.training(batch_size, config.seed, first_step=run.step)
 
     def ids_of(step: int) -> str:
@@ -314,7 +328,8 @@ def _train(
             rate = run.train_epoch(train_step, batches, steps_per_epoch, ids_of)
             try:
                 validating = preemption.stopping(validation.one_pass(batch_size))
-                outputs = steps.collect_logits(eval_step, run.state.weights, validating, batched)
+                weights = run.state.best_weights
+                outputs = steps.collect_logits(eval_step, weights, validating, batched)
             except preemption.Preempted:
                 run.leave()
             row = run.end_epoch(binary_scores(*outputs), steps_per_epoch)

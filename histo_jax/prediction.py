@@ -73,7 +73,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         )
         for batch in preemption.stopping(batches):
             images = batch["image"].reshape(len(devices), per_device, *batch["image"].shape[1:])
-            outputs = np.asarray(forward(best.state.weights, images))
+            outputs = np.asarray(forward(best.state.best_weights, images))
             logits.append(outputs.reshape(-1)[batch["mask"]])
         probabilities = expit(np.concatenate(logits).astype(np.float64))
         table = pd.DataFrame({"id": ids, "label": probabilities})

@@ -19,7 +19,10 @@ log = logging.getLogger("histo_jax")
 
 # A difference in one of these makes another run, which needs another folder. The rest (lengths,
 # where things lie, what to evaluate) may change between two starts.
-_IDENTITY_PREFIXES = ("seed", "data.", "model.", "optimizer.", "fit.batch_size", "fit.steps_per_")
+_IDENTITY_PREFIXES = (
+    "seed", "data.", "model.", "augment.", "optimizer.", "fit.batch_size", "fit.steps_per_",
+    "fit.label_",
+)  # fmt: skip
 _WHERE = ("data.raw_dir", "data.tfds_dir", "data.placement")
 
 _tracked: set[Path] = set()
@@ -55,6 +58,8 @@ def check(workdir: Path, config: Config) -> None:
         raise ExpectedError(f"{path} is damaged: choose another --workdir") from None
     for name, value in _plain(config).items():
         counts = name.startswith(_IDENTITY_PREFIXES) and name not in _WHERE
+        # A schedule spans all epochs, so another number of them makes another run.
+        counts |= name == "fit.epochs" and config.optimizer.schedule != "constant"
         if counts and (name not in old or old[name] != value):
             raise ExpectedError(
                 f"{workdir} belongs to another run: {name} was {old.get(name)!r} there and is "

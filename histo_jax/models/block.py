@@ -95,9 +95,13 @@ class Block(nn.Module):
     # Runs of `features` channels that share scale, bias and statistics.
     copies = 1
 
-    def make_kernel(self, channels: int) -> Float[Array, "3 3 {channels} outputs"]:
-        """Returns the kernel from input `channels` to `copies * features`; has the parameter."""
-        return self.param("kernel", nn.initializers.lecun_normal(), (3, 3, channels, self.features))
+    def kernel_shape(self, channels: int) -> tuple[int, ...]:
+        """Returns the shape of the parameter that the kernel is made of."""
+        return (3, 3, channels, self.features)
+
+    def make_kernel(self, weights: Any) -> Float[Array, "3 3 channels outputs"]:
+        """Returns the kernel to `copies * features` channels from that parameter."""
+        return weights
 
     @nn.compact
     def __call__(
@@ -105,7 +109,8 @@ class Block(nn.Module):
     ) -> Float[Array, "batch h w outputs"]:
         """Returns the block's output; `train` uses and notes down the batch's own statistics."""
         # Without a bias: BatchNorm's own makes it idle.
-        kernel = self.make_kernel(x.shape[-1])
+        shape = self.kernel_shape(x.shape[-1])
+        kernel = self.make_kernel(self.param("kernel", nn.initializers.lecun_normal(), shape))
         scale = self.param("scale", nn.initializers.ones, self.features)
         bias = self.param("bias", nn.initializers.zeros, self.features)
         mean = self.variable("batch_stats", "mean", jnp.zeros, self.features)

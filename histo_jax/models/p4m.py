@@ -7,8 +7,8 @@ of a smaller one. Channel `orientation * features + feature`.
 """
 
 import itertools
+from typing import Any
 
-import flax.linen as nn
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -43,19 +43,22 @@ class P4MBlock(Block):
 
     copies = ORIENTATIONS
 
-    def make_kernel(self, channels: int) -> Float[Array, "3 3 {channels} outputs"]:
-        """Returns the ordinary kernel; orientation g of the output sees the input turned by g."""
+    def kernel_shape(self, channels: int) -> tuple[int, ...]:
+        """Returns [3, 3, channels, features], or [3, 3, 8, channels / 8, features]."""
         is_image = channels == 3
-        shape = (channels,) if is_image else (ORIENTATIONS, channels // ORIENTATIONS)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, *shape, self.features))
-        kernel = kernel.reshape(9, *shape, self.features)
-        if is_image:
-            turned = kernel[_ACTIONS]
+        inputs = (channels,) if is_image else (ORIENTATIONS, channels // ORIENTATIONS)
+        return (3, 3, *inputs, self.features)
+
+    def make_kernel(self, weights: Any) -> Float[Array, "3 3 channels outputs"]:
+        """Returns the ordinary kernel; orientation g of the output sees the input turned by g."""
+        weights = weights.reshape(9, *weights.shape[2:])
+        if weights.ndim == 3:
+            turned = weights[_ACTIONS]
         else:
-            turned = kernel[_ACTIONS[:, :, None], _RELATIVE[:, None, :]]
+            turned = weights[_ACTIONS[:, :, None], _RELATIVE[:, None, :]]
         # [orientation, 9, ..., features] to [9, ..., orientation, features]
-        turned = turned.reshape(ORIENTATIONS, 9, channels, self.features).transpose(1, 2, 0, 3)
-        return turned.reshape(3, 3, channels, -1)
+        turned = turned.reshape(ORIENTATIONS, 9, -1, self.features).transpose(1, 2, 0, 3)
+        return turned.reshape(3, 3, turned.shape[1], -1)
 
 
 class FiveBlockP4M(FiveBlockCNN):

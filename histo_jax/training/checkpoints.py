@@ -18,8 +18,6 @@ from orbax.checkpoint import checkpoint_managers
 from histo_jax import files
 from histo_jax.config import Config
 from histo_jax.errors import ExpectedError, one_line
-from histo_jax.models import create_model
-from histo_jax.training.optimizer import create_optimizer
 from histo_jax.training.state import EarlyStopping, TrainState, abstract_state
 
 log = logging.getLogger("histo_jax")
@@ -233,12 +231,8 @@ class Checkpoints:
             raise ExpectedError(
                 f"{self._directory} holds no finished epoch: run --mode=fit further"
             )
-        model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-        return self.restore(
-            step,
-            abstract_state(model, optimizer, place),
-            EarlyStopping.create(config.early_stopping),
-        )
+        early_stopping = EarlyStopping.create(config.early_stopping)
+        return self.restore(step, abstract_state(config, place), early_stopping)
 
     def _check_shapes(self, step: int, saved: Any, like: TrainState) -> None:
         def shapes(tree: Any) -> dict[str, tuple[int, ...]]:

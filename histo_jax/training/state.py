@@ -15,8 +15,10 @@ from flax import linen as nn
 from jax.sharding import Sharding
 from jaxtyping import Float
 
-from histo_jax.config import EarlyStoppingConfig
+from histo_jax.config import Config, EarlyStoppingConfig
 from histo_jax.data.example import IMAGE_SHAPE
+from histo_jax.models import create_model
+from histo_jax.training.optimizer import create_optimizer
 
 
 class Weights(flax.struct.PyTreeNode):
@@ -41,6 +43,7 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
         step: int32[], how many steps have been made.
         weights: what is trained, and the normalisation it was trained with.
+        averaged: the moving average of `weights`, or None where none is kept.
         opt_state: the optimizer's moments.
         key: uint32[2], random key of the run; the key of a step is folded from it and `step`.
         loss_sum: float32[], of the batch losses since the epoch began, nats.
@@ -48,9 +51,27 @@ class TrainState(flax.struct.PyTreeNode):
 
     step: Any
     weights: Weights
+    averaged: Weights | None
     opt_state: optax.OptState
     key: Any
     loss_sum: Any
+
+    @property
+    def best_weights(self) -> Weights:
+        """The weights to predict with."""
+        return self.weights if self.averaged is None else self.averaged
+
+
+def average(averaged: Weights | None, weights: Weights, step: Any, decay: float) -> Weights | None:
+    """Returns the moving average after one more step, BatchNorm's statistics included.
+
+    Of the average, `decay` is kept, and less in the first steps, `(1 + step) / (10 + step)`, so
+    that the first weights are soon forgotten.
+    """
+    if averaged is None:
+        return None
+    kept = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: old + (1 - kept) * (new - old), averaged, weights)
 
 
 def create_state(
@@ -59,6 +80,7 @@ def create_state(
     seed: int,
     mean: Float[np.ndarray, "3"],
     deviation: Float[np.ndarray, "3"],
+    is_averaged: bool = False,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -68,18 +90,22 @@ def create_state(
         seed: decides the first weights, and by `key` augmentation and dropout.
         mean: channel means of the training images, 1 = full range.
         deviation: their standard deviations.
+        is_averaged: whether a moving average is kept.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     # Compiled: op by op it would take seconds at every start.
     variables = jax.jit(model.init)(init_key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32))
+    weights = Weights(
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        mean=jnp.asarray(mean, jnp.float32),
+        deviation=jnp.asarray(deviation, jnp.float32),
+    )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        weights=Weights(
-            params=variables["params"],
-            batch_stats=variables["batch_stats"],
-            mean=jnp.asarray(mean, jnp.float32),
-            deviation=jnp.asarray(deviation, jnp.float32),
-        ),
+        weights=weights,
+        # A copy: the step is given both to do with as it likes.
+        averaged=jax.tree.map(jnp.copy, weights) if is_averaged else None,
         opt_state=optimizer.init(variables["params"]),
         # Raw words: a typed key is no plain array and could not be saved as one.
         key=jax.random.key_data(key),
@@ -87,12 +113,12 @@ def create_state(
     )
 
 
-def abstract_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, sharding: Sharding
-) -> TrainState:
+def abstract_state(config: Config, sharding: Sharding) -> TrainState:
     """Returns the state's shapes and dtypes, each with `sharding`, without computing anything."""
+    model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
+    is_averaged = config.optimizer.ema_decay > 0
     shapes = jax.eval_shape(
-        lambda: create_state(model, optimizer, 0, np.zeros(3), np.ones(3)),
+        lambda: create_state(model, optimizer, 0, np.zeros(3), np.ones(3), is_averaged),
     )
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes

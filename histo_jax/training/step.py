@@ -10,13 +10,14 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Float32
 
+from histo_jax.config import Config
 from histo_jax.data.loader import Batch
+from histo_jax.training.augmentation import Images, augment, mix, transform
 from histo_jax.training.sharding import replicated
-from histo_jax.training.state import TrainState, Weights
+from histo_jax.training.state import TrainState, Weights, average
 
-Images = UInt8[Array, "batch height width 3"]
 Forward = Callable[[Weights, Images], Float32[Array, " batch"]]
 
 
@@ -24,24 +25,8 @@ Forward = Callable[[Weights, Images], Float32[Array, " batch"]]
 _SYMMETRIES = np.array(list(itertools.product((False, True), repeat=3)))
 
 
-def transform(images: Any, transpose: Any, flip_rows: Any, flip_columns: Any) -> Any:
-    """Returns images [batch, side, side, ...] transposed and flipped where the conditions hold."""
-    images = jnp.where(transpose, images.swapaxes(1, 2), images)
-    images = jnp.where(flip_rows, images[:, ::-1], images)
-    return jnp.where(flip_columns, images[:, :, ::-1], images)
-
-
-def augment(key: PRNGKeyArray, images: Images) -> Images:
-    """Returns each image in one of the eight symmetries of the square, each equally likely.
-
-    The label speaks of the centre, which every flip and quarter turn keeps in place. Height and
-    width must be equal.
-    """
-    return transform(images, *jax.random.bernoulli(key, 0.5, (3, len(images), 1, 1, 1)))
-
-
-def normalise(weights: Weights, images: Images) -> Float32[Array, "batch height width 3"]:
-    """Returns pixels with the training images' mean 0 and deviation 1 in each channel."""
+def normalise(weights: Weights, images: Any) -> Float32[Array, "batch height width 3"]:
+    """Returns pixels, 0 to 255 before, with the training images' mean 0 and deviation 1."""
     return (images.astype(jnp.float32) / 255 - weights.mean) / weights.deviation
 
 
@@ -83,7 +68,10 @@ class Metrics(NamedTuple):
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, batched: NamedSharding
+    config: Config,
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    batched: NamedSharding,
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
     """Returns the compiled step `(state, batch) -> (state, metrics)`.
 
@@ -94,8 +82,12 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        augment_key, dropout_key = jax.random.split(step_key)
-        images = normalise(state.weights, augment(augment_key, batch["image"]))
+        augment_key, mix_key, dropout_key = jax.random.split(step_key, 3)
+        images = normalise(state.weights, augment(augment_key, batch["image"], config.augment))
+        labels = batch["label"]
+        if config.augment.mixup:
+            images, labels = mix(mix_key, images, labels, config.augment.mixup)
+        labels = labels + config.fit.label_smoothing * (0.5 - labels)
 
         def loss_of(params: Any) -> tuple[Float32[Array, ""], Any]:
             logits, changed = model.apply(
@@ -105,7 +97,7 @@ def make_train_step(
                 mutable=["batch_stats"],
                 rngs={"dropout": dropout_key},
             )
-            losses = optax.sigmoid_binary_cross_entropy(logits, batch["label"])
+            losses = optax.sigmoid_binary_cross_entropy(logits, labels)
             return losses.mean(), changed["batch_stats"]
 
         (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(
@@ -117,7 +109,10 @@ def make_train_step(
         )
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
         updated = state.replace(
-            weights=weights, opt_state=opt_state, loss_sum=state.loss_sum + loss
+            weights=weights,
+            averaged=average(state.averaged, weights, state.step, config.optimizer.ema_decay),
+            opt_state=opt_state,
+            loss_sum=state.loss_sum + loss,
         )
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         return state.replace(step=state.step + 1), Metrics(loss, finite)

@@ -36,7 +36,7 @@ def main(rounds: int) -> None:
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     state = create_state(model, optimizer, 0, np.full(3, 0.5), np.full(3, 0.25))
     state = jax.device_put(state, sharding.replicated(batched))
-    train_step = make_train_step(model, optimizer, batched)
+    train_step = make_train_step(config, model, optimizer, batched)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (config.fit.batch_size, 96, 96, 3), np.uint8),

@@ -237,9 +237,7 @@ def contents(run, config):
     import numpy as np
     from absl import logging
 
-    from histo_jax.models import create_model
     from histo_jax.training.checkpoints import Checkpoints
-    from histo_jax.training.optimizer import create_optimizer
     from histo_jax.training.state import EarlyStopping, abstract_state
 
     logging.set_verbosity(logging.ERROR)
@@ -247,7 +245,7 @@ def contents(run, config):
     paths += run.folder.glob("records/*/*/*/*.csv")
     found = {path.name: path.read_bytes() for path in paths}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = abstract_state(create_model(config.model), create_optimizer(config.optimizer), place)
+    like = abstract_state(config, place)
     early_stopping = EarlyStopping.create(config.early_stopping)
     with Checkpoints(run.workdir) as checkpoints:
         newest = checkpoints.restore_latest(like, early_stopping)

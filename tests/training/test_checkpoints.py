@@ -34,9 +34,7 @@ def make(config, step, losses):
 
 
 def restore_latest(checkpoints, config):
-    model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-    place = sharding.replicated(sharding.batch_sharding())
-    like = abstract_state(model, optimizer, place)
+    like = abstract_state(config, sharding.replicated(sharding.batch_sharding()))
     return checkpoints.restore_latest(like, EarlyStopping.create(config.early_stopping))
 
 
@@ -170,11 +168,13 @@ def test_no_checkpoint_names_the_remedy(tmp_path):
         Checkpoints.of(tmp_path)
 
 
-def test_abstract_state_has_the_real_ones_shapes(config):
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_abstract_state_has_the_real_ones_shapes(config, decay):
+    config.optimizer.ema_decay = decay
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     place = sharding.replicated(sharding.batch_sharding())
-    real = create_state(model, optimizer, 0, np.zeros(3), np.ones(3))
+    real = create_state(model, optimizer, 0, np.zeros(3), np.ones(3), decay > 0)
     jax.tree.map(
         lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"),
-        abstract_state(model, optimizer, place), real,
+        abstract_state(config, place), real,
     )  # fmt: skip

@@ -4,12 +4,12 @@ import numpy as np
 import optax
 import pytest
 
-from histo_jax.config import ModelConfig
+from histo_jax.config import Config, ModelConfig
 from histo_jax.data.loader import ordered_batches
 from histo_jax.errors import ExpectedError
 from histo_jax.models import create_model
 from histo_jax.training import sharding, step
-from histo_jax.training.state import create_state
+from histo_jax.training.state import average, create_state
 
 RNG = np.random.default_rng(0)
 MODEL = create_model(ModelConfig(features=(4, 4, 4, 4, 4), dense=8))
@@ -27,21 +27,6 @@ def make_batch(size=8):
 def start(batched):
     state = create_state(MODEL, OPTIMIZER, 0, MEAN, DEVIATION)
     return jax.device_put(state, sharding.replicated(batched))
-
-
-def test_augmentation_gives_all_eight_symmetries_equally_often():
-    image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
-    wanted = {
-        np.rot90(turned, turns).tobytes(): 0
-        for turned in (image, image.transpose(1, 0, 2))
-        for turns in range(4)
-    }
-    assert len(wanted) == 8
-    images = step.augment(jax.random.key(0), jnp.asarray(np.repeat(image[None], 4000, 0)))
-    for one in np.asarray(images):
-        wanted[one.tobytes()] += 1
-    # 500 expected each; five standard deviations of the binomial are 105.
-    assert all(395 < count < 605 for count in wanted.values())
 
 
 def test_averaging_is_the_mean_logit_of_the_eight_symmetries():
@@ -69,7 +54,7 @@ def test_three_steps_on_four_devices_equal_one():
     results = []
     for devices in (jax.devices()[:1], jax.devices()):
         batched = sharding.batch_sharding(devices)
-        train_step = step.make_train_step(MODEL, OPTIMIZER, batched)
+        train_step = step.make_train_step(Config(), MODEL, OPTIMIZER, batched)
         state, losses = start(batched), []
         for batch in batches:
             state, metrics = train_step(state, jax.device_put(batch, batched))
@@ -85,7 +70,7 @@ def test_three_steps_on_four_devices_equal_one():
 
 def test_a_step_is_repeatable_and_counts():
     batched, batch = sharding.batch_sharding(), make_batch()
-    train_step = step.make_train_step(MODEL, OPTIMIZER, batched)
+    train_step = step.make_train_step(Config(), MODEL, OPTIMIZER, batched)
     runs = []
     for _ in range(2):
         state = start(batched)
@@ -115,14 +100,14 @@ def test_the_first_loss_is_the_cross_entropy_of_the_batch():
     )
     p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
     wanted = -np.mean(np.where(batch["label"] == 1, np.log(p), np.log(1 - p)))
-    _, metrics = step.make_train_step(model, OPTIMIZER, batched)(state, batch)
+    _, metrics = step.make_train_step(Config(), model, OPTIMIZER, batched)(state, batch)
     assert float(metrics.loss) == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison):
     batched, batch = sharding.batch_sharding(), make_batch()
-    train_step = step.make_train_step(MODEL, OPTIMIZER, batched)
+    train_step = step.make_train_step(Config(), MODEL, OPTIMIZER, batched)
     state, metrics = train_step(start(batched), jax.device_put(batch, batched))
     assert metrics.finite
     before = jax.device_get(state)
@@ -162,3 +147,44 @@ def test_batch_sizes_and_devices():
         sharding.check_batch_size(6)
     sharding.check_batch_size(8)
     assert [sharding.round_up(size) for size in (1, 4, 5)] == [4, 4, 8]
+
+
+def test_the_moving_average_follows_its_formula_with_all_statistics():
+    config, batched = Config(), sharding.batch_sharding()
+    config.optimizer.ema_decay = 0.9
+    train_step = step.make_train_step(config, MODEL, OPTIMIZER, batched)
+    state = create_state(MODEL, OPTIMIZER, 0, MEAN, DEVIATION, is_averaged=True)
+    wanted = jax.device_get(state.weights)
+    state = jax.device_put(state, sharding.replicated(batched))
+    for count in range(12):
+        state, _ = train_step(state, make_batch())
+        kept = min(0.9, (1 + count) / (10 + count))
+        wanted = jax.tree.map(
+            lambda old, new, kept=kept: kept * old + (1 - kept) * np.asarray(new),
+            wanted, state.weights,
+        )  # fmt: skip
+    assert state.best_weights is state.averaged
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6),
+        state.averaged, wanted,
+    )  # fmt: skip
+    moved = jax.tree.map(
+        lambda one, other: float(jnp.abs(one - other).max()), state.averaged, state.weights
+    )
+    assert moved.batch_stats["Block_0"]["mean"] > 1e-3
+    assert moved.mean == 0
+    assert average(None, state.weights, 0, 0.9) is None
+
+
+def test_label_smoothing_replaces_a_share_of_the_label_by_one_half():
+    batched, batch = sharding.batch_sharding(), make_batch()
+    losses = {}
+    for label in (0.0, 0.1, 0.9, 1.0):
+        config = Config()
+        smooth = label in (0, 1)
+        config.fit.label_smoothing = 0.2 if smooth else 0.0
+        batch["label"] = np.full(8, label, np.float32)
+        _, metrics = step.make_train_step(config, MODEL, OPTIMIZER, batched)(start(batched), batch)
+        losses[label] = float(metrics.loss)
+    assert losses[0.0] == pytest.approx(losses[0.1], rel=1e-5)
+    assert losses[1.0] == pytest.approx(losses[0.9], rel=1e-5)

@@ -60,7 +60,7 @@ class Peer:
         optimizer = create_optimizer(self._config.optimizer)
         state = create_state(self._model, optimizer, 0, np.full(3, 0.5), np.full(3, 0.25))
         state = jax.device_put(state, sharding.replicated(self._batched))
-        return [make_train_step(self._model, optimizer, self._batched), state]
+        return [make_train_step(self._config, self._model, optimizer, self._batched), state]
 
     @cached_property
     def _prepared(self) -> Prepared:

@@ -1,0 +1,136 @@
+"""Trains recipes on real slides and appends what each reached to `recipes.csv` as it ends.
+
+    .venv/bin/python tests/benchmarks/recipes.py --data=FOLDER --stage=screen [NAME ...]
+
+FOLDER holds PatchCamelyon's HDF5 files or the sample of them. Only the official validation slides
+are scored. Runs that stand in the CSV are not made again; an interrupted one goes on. Stages:
+
+    screen   `BASE`, and each of `FACTORS` alone, on 5,000 patches, for 15 passes
+    full     the runs of `FULL`, on all patches; --seeds=0,1,2
+"""
+
+import argparse
+import datetime
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import pandas as pd
+
+import histo_jax
+from histo_jax.config import Config, flat
+from histo_jax.models import create_model
+from histo_jax.workdir import status
+
+TABLE = Path(__file__).with_name("recipes.csv")
+BASE = {
+    "model.name": "five_block_p4m",
+    "model.features": (4, 8, 16, 32, 64),
+    "model.dense": 256,
+    "optimizer.learning_rate": 4e-3,
+    "optimizer.schedule": "one_cycle",
+    "optimizer.weight_decay": 1e-2,
+}
+FACTORS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "stain": {"augment.stain": 0.2, "augment.brightness": 0.1},
+    "smoothing": {"fit.label_smoothing": 0.1},
+    "shift": {"augment.shift": 4},
+    "mixup": {"augment.mixup": 0.2},
+    "ema": {"optimizer.ema_decay": 0.998},
+    "wide": {"model.features": (6, 12, 24, 48, 96)},
+    "no_dropout": {"model.dropout": 0.0},
+    "decay_1": {"optimizer.weight_decay": 0.1},
+    "rate_1e-3": {"optimizer.learning_rate": 1e-3},
+    "rate_1e-2": {"optimizer.learning_rate": 1e-2},
+    "batch_128": {"fit.batch_size": 128, "optimizer.learning_rate": 8e-3},
+    "constant_ema": {
+        "optimizer.schedule": "constant", "optimizer.learning_rate": 1e-3,
+        "optimizer.ema_decay": 0.998,
+    },
+    "plain": {
+        "model.name": "five_block", "model.features": (32, 64, 128, 256, 512),
+        "model.dense": 1024, "optimizer.learning_rate": 1e-3,
+    },
+}  # fmt: skip
+FULL: dict[str, dict[str, Any]] = {}
+
+
+def configure(changes: dict[str, Any]) -> Config:
+    config = Config()
+    for name, value in changes.items():
+        node = config
+        *groups, field = name.split(".")
+        for group in groups:
+            node = getattr(node, group)
+        assert hasattr(node, field), name
+        setattr(node, field, value)
+    return config
+
+
+def run(stage: str, name: str, changes: dict[str, Any], workdir: Path) -> dict[str, Any]:
+    """Trains, goes on, or reads what is finished; returns the row of the table."""
+    config = configure(changes)
+    began = time.monotonic()
+    history = histo_jax.fit(config, workdir)
+    scores = histo_jax.evaluate(config, workdir)
+    minutes = (time.monotonic() - began) / 60
+    model = create_model(config.model)
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 96, 96, 3), "float32")
+    )
+    default = flat(Config())
+    told = {k: v for k, v in flat(config).items() if v != default[k] and not k.startswith("data.")}
+    best = history.loc[history["validation_loss"].idxmin()]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "stage": stage,
+        "recipe": name,
+        "seed": config.seed,
+        "training_patches": config.data.samples_per_class,
+        "validation_auc": round(scores["auc"], 4),
+        "validation_nll": round(scores["nll"], 4),
+        "validation_accuracy": round(scores["accuracy"], 4),
+        "best_epoch": int(best["epoch"]),
+        "last_auc": round(history["validation_auc"].iloc[-1], 4),
+        "last_nll": round(history["validation_loss"].iloc[-1], 4),
+        "minutes": round(minutes, 1),
+        "images_per_second": status(workdir)["images_per_second"],
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])),
+        "config": " ".join(f"{k}={v}".replace(" ", "") for k, v in told.items()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="some recipes of the stage; none = all")
+    parser.add_argument("--data", required=True, help="folder of PatchCamelyon's HDF5 files")
+    parser.add_argument("--stage", choices=("screen", "full"), default="screen")
+    parser.add_argument("--seeds", default="0", help="separated by commas")
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    stages = {"screen": FACTORS, "full": FULL}
+    for name in options.names or stages[options.stage]:
+        for seed in map(int, options.seeds.split(",")):
+            changes = {
+                **BASE, **stages[options.stage][name], "seed": seed, "data.source": "pcam",
+                "data.raw_dir": options.data, "data.tfds_dir": str(options.runs / "records"),
+                "early_stopping.patience": 1000,
+            }  # fmt: skip
+            if options.stage == "screen":
+                changes |= {"data.samples_per_class": 2500, "fit.epochs": 15}
+            done = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame()
+            same = {"stage": options.stage, "recipe": name, "seed": seed}
+            if len(done) and (done[list(same)] == list(same.values())).all(1).any():
+                continue
+            workdir = options.runs / f"{options.stage}_{name}_{seed}"
+            row = run(options.stage, name, changes, workdir)
+            pd.concat([done, pd.DataFrame([row])]).to_csv(TABLE, index=False)
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

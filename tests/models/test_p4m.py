@@ -1,0 +1,135 @@
+"""The symmetric network: what a flip or a quarter turn of the image does to each layer."""
+
+import flax.linen as nn
+import h5py
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from histo_jax.config import ModelConfig
+from histo_jax.models import create_model
+from histo_jax.models.p4m import ORIENTATIONS, FiveBlockP4M, P4MBlock
+
+SYMMETRIES = [(transposed, turns) for transposed in (False, True) for turns in range(4)]
+
+
+def transform(x, symmetry):
+    transposed, turns = symmetry
+    return np.rot90(x.swapaxes(1, 2) if transposed else x, turns, (1, 2))
+
+
+def images(sample=None):
+    if sample is None:
+        return np.random.default_rng(0).normal(size=(2, 96, 96, 3)).astype(np.float32)
+    path = sample / "pcam_sample" / "camelyonpatch_level_2_split_train_x.h5"
+    with h5py.File(path) as file:
+        return (file["x"][:4].astype(np.float32) - 178) / 60
+
+
+def make(is_tiled):
+    model = FiveBlockP4M((3, 4, 5, 6, 7), 16, 0.0, is_tiled=is_tiled)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
+    # Otherwise statistics and BatchNorm's parameters are the same for every feature.
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [
+        v + 0.1 * jnp.abs(jax.random.normal(k, v.shape)) for v, k in zip(leaves, keys, strict=True)
+    ]
+    return model, jax.tree.unflatten(tree, leaves)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("is_tiled", [False, True])
+@pytest.mark.parametrize("of", ["noise", "real"])
+def test_each_layer_is_equivariant_and_the_logit_invariant(of, is_tiled, train, request):
+    x = images(request.getfixturevalue("sample") if of == "real" else None)
+    model, variables = make(is_tiled)
+
+    @jax.jit
+    def layers(x):
+        logits, changed = model.apply(
+            variables, x, train=train, mutable=["intermediates", "batch_stats"],
+            capture_intermediates=lambda module, _: isinstance(module, P4MBlock),
+            rngs={"dropout": jax.random.key(0)},
+        )  # fmt: skip
+        blocks = changed["intermediates"]
+        return logits, [blocks[f"Block_{i}"]["__call__"][0] for i in range(5)]
+
+    logits, outputs = layers(x)
+    assert np.ptp(logits) > 1e-3
+    for symmetry in SYMMETRIES:
+        turned_logits, turned = layers(transform(x, symmetry))
+        assert np.abs(turned_logits - logits).max() <= 1e-5 * np.abs(outputs[-1]).max()
+        permutations = set()
+        for plain, got in zip(outputs, turned, strict=True):
+            shape = (*plain.shape[:3], ORIENTATIONS, -1)
+            plain, got = np.asarray(plain).reshape(shape), np.asarray(got).reshape(shape)
+            limit = 1e-5 * np.abs(plain).max()
+            wanted = transform(plain, symmetry)
+            # Each orientation of the turned image is one of the plain one's, and which one is the
+            # same for all features and layers.
+            pairs = np.abs(got[..., :, None, :] - wanted[..., None, :, :])
+            errors = pairs.max((0, 1, 2, 5))
+            assert (errors.min(1) <= limit).all()
+            permutations.add(tuple(errors.argmin(1)))
+        (permutation,) = permutations
+        assert sorted(permutation) == list(range(ORIENTATIONS))
+
+
+def test_the_kernels_are_an_eighth_of_an_ordinary_networks():
+    model = create_model(ModelConfig(name="five_block_p4m", features=(6, 8, 16, 32, 64), dense=256))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
+    params = jax.tree.map(lambda leaf: leaf.shape, shapes["params"])
+    assert params["Block_0"]["kernel"] == (3, 3, 3, 6)
+    assert params["Block_4"]["kernel"] == (3, 3, 8, 32, 64)
+    assert params["Block_4"]["scale"] == (64,)
+    assert params["Dense_0"]["kernel"] == (64, 256)
+    statistics = jax.tree.map(lambda leaf: leaf.shape, shapes["batch_stats"])
+    assert statistics["Block_4"]["var"] == (64,)
+
+
+def test_a_kernel_is_made_of_the_transformed_filters():
+    filters = np.arange(9.0).reshape(3, 3)
+    block = P4MBlock(1, jnp.float32, False)
+    kernel = np.repeat(filters[:, :, None], 3, 2)[..., None]
+    made = block.make_kernel(jnp.asarray(kernel))
+    found = {np.asarray(made)[:, :, 0, g].tobytes() for g in range(ORIENTATIONS)}
+    wanted = {transform(filters[None].astype(np.float32), s)[0].tobytes() for s in SYMMETRIES}
+    assert len(wanted) == 8
+    assert found == wanted
+
+
+@pytest.mark.parametrize("is_tiled", [False, True])
+def test_statistics_and_gradients_are_shared_by_the_orientations(is_tiled):
+    """Against BatchNorm written out over an axis of orientations, by autodiff."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 12, 12, 8 * 2)), jnp.float32)
+    block = P4MBlock(3, jnp.float32, is_tiled)
+    params = jax.jit(block.init, static_argnums=2)(jax.random.key(0), x, False)["params"]
+    params = {**params, "scale": jnp.array([1.5, -0.5, 2]), "bias": jnp.array([0.1, 0.2, -0.3])}
+    weights = np.random.default_rng(1).normal(size=(4, 6, 6, 24)).astype(np.float32)
+    state = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
+
+    def ours(params):
+        output, changed = block.apply(
+            {"params": params, "batch_stats": state}, x, True, mutable=["batch_stats"]
+        )
+        return (output * weights).sum(), (output, changed["batch_stats"])
+
+    def plain(params):
+        kernel = block.make_kernel(params["kernel"])
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=jax.lax.Precision.HIGHEST,
+        ).reshape(4, 12, 12, 8, 3)  # fmt: skip
+        mean, variance = y.mean((0, 1, 2, 3)), y.var((0, 1, 2, 3))
+        y = (y - mean) / jnp.sqrt(variance + 1e-5) * params["scale"] + params["bias"]
+        output = nn.relu(nn.max_pool(y.reshape(4, 12, 12, 24), (2, 2), (2, 2)))
+        running = {"mean": 0.1 * mean, "var": 0.9 + 0.1 * variance}
+        return (output * weights).sum(), (output, running)
+
+    (_, got), got_gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
+    (_, wanted), wanted_gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+    wanted, got = jax.tree.leaves((wanted, wanted_gradient)), jax.tree.leaves((got, got_gradient))
+    for one, other in zip(wanted, got, strict=True):
+        assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()
