@@ -21,6 +21,11 @@ EVALUATION_SPLITS = ("validation", "test")
 MODELS = ("five_block", "five_block_p4m")
 
 
+def names(text: str) -> list[str]:
+    """Returns what stands between the commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def _option(default: Any, help_text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help_text})
 
@@ -166,6 +171,22 @@ class PredictConfig:
     batch_size: int = _option(
         256, "patches in one call of predict, over all local devices together"
     )
+    checkpoints: str = _option(
+        "",
+        "folders of runs, separated by commas, whose equal mean is used instead of the workdir's "
+        "own network",
+    )
+    prior: float | None = _option(
+        None,
+        "share of tumour among the patches that predict is for, 0 to 1; None = as in validation",
+    )
+
+
+@dataclasses.dataclass
+class CompareConfig:
+    """What `compare` compares."""
+
+    runs: str = _option("", "folders of two runs that `evaluate` has scored, separated by a comma")
 
 
 @dataclasses.dataclass
@@ -182,6 +203,7 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     predict: PredictConfig = dataclasses.field(default_factory=PredictConfig)
+    compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
 
 
 # The limits, each `(field, holds, what it must be)`; fields that are None have no limit.
@@ -224,6 +246,8 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
         f"one of {', '.join(EVALUATION_SPLITS)}",
     ),
     ("predict.batch_size", lambda v: v >= 1, "at least 1"),
+    ("predict.prior", lambda v: 0 < v < 1, "between 0 and 1, or None"),
+    ("compare.runs", lambda v: len(names(v)) in (0, 2), "two folders, separated by a comma"),
 )
 
 

@@ -1,42 +1,54 @@
-"""Scores of the best checkpoint."""
+"""Scores of the best checkpoint, or of several runs' together."""
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from histo_jax import files, preemption
+import numpy as np
+import pandas as pd
+
+from histo_jax import files, members, preemption
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader, splits
-from histo_jax.data.builder import prepare
+from histo_jax.data.builder import Prepared, prepare
 from histo_jax.data.example import UNLABELLED
 from histo_jax.errors import ExpectedError
-from histo_jax.metrics import binary_scores
-from histo_jax.models import create_model
+from histo_jax.metrics import binary_scores, with_intervals
 from histo_jax.training import runtime, sharding
 from histo_jax.training import step as steps
-from histo_jax.training.checkpoints import Checkpoints
 
 log = logging.getLogger("histo_jax")
+
+_SELECTED = "these patches chose the checkpoint and fitted its calibration"
 
 
 def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Scores the best checkpoint of `workdir` on `config.evaluate.split`.
 
-    Every example counts once. Writes `evaluation.json` and `evaluation_<split>.json`.
+    Every example counts once. With `config.predict.tta` its logit is the mean over eight
+    symmetries; with `config.predict.checkpoints` it is the equal mean of these runs' calibrated
+    logits. Writes `evaluation.json`, `evaluation_<split>.json`, and `predictions_<split>.csv` with
+    `id`, `label`, `slide` and the calibrated `logit`.
 
     Args:
         config: that of the run; lengths, folders and what to evaluate may differ.
-        workdir: folder of a run that `fit` has trained.
+        workdir: folder of a run that `fit` has trained; with `predict.checkpoints` any.
 
     Returns:
-        `split`; `count` of examples; `auc`; `nll` in nats; `accuracy` at probability 0.5;
-        `split_by`, 'slide' or 'image'; `honest`, whether the score speaks of slides that training
-        has not seen, and a `note` if not; `checkpoint_step`.
+        `split`; `count` of examples; the scores of `metrics.weighted_scores` with calibrated
+        probabilities, and for each the ends of its 95% interval, `auc_low` and `auc_high`;
+        `interval_over`, 'slides' or 'patches', and how many `resampled`; `nll_uncalibrated`;
+        `prior`, the share of tumour; `split_by`, 'slide' or 'image'; `honest`, whether the score
+        speaks of slides that training has not seen, and a `note`; `checkpoint_step`;
+        `calibration_scale` and `calibration_shift`; `members`, for each run of an ensemble its
+        scores.
 
     Raises:
-        ExpectedError: no checkpoint, one of another model, or a split without labels.
+        ExpectedError: no checkpoint, one of another model, a split without labels, or a run of an
+            ensemble that has trained on these patches.
         OSError: a file cannot be written.
     """
     validate(config)
@@ -45,8 +57,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     workdirs.check(folder, config)
     with workdirs.tracked(folder, "evaluate"):
         batched = sharding.batch_sharding()
-        with Checkpoints.of(folder) as checkpoints:
-            best = checkpoints.restore_best(config, sharding.replicated(batched))
+        trained = members.restore(config, folder, sharding.replicated(batched))
         prepared = prepare(config)
         name = config.evaluate.split
         sides = splits.make_sides(prepared.tables, config)
@@ -56,31 +67,68 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
                 f"the test patches of config.data.source = {config.data.source!r} are missing or "
                 "have no labels: use --mode=predict, or --config.evaluate.split=validation"
             )
-        batches = preemption.stopping(
-            loader.ordered_batches(
-                prepared.source(side.records), side.rows, sharding.round_up(config.fit.batch_size)
-            )
-        )
-        eval_step = steps.make_eval_step(create_model(config.model), batched, config.predict.tta)
-        scores = binary_scores(
-            *steps.collect_logits(eval_step, best.state.best_weights, batches, batched)
-        )
+        if config.predict.checkpoints:
+            members.refuse_trained_on(trained, prepared, side)
+            workdirs.claim(folder, config)
+        table = prepared.tables[side.records].iloc[side.rows]
+        labels = table["label"].to_numpy(np.float64)
+        # Without some slides' names, patches of one could be taken for several.
+        slides = table["slide"].to_numpy() if (table["slide"] != "").all() else None
+        raw = [_logits(config, member, prepared, side) for member in trained]
+        calibrated = [m.calibration.apply(z) for m, z in zip(trained, raw, strict=True)]
+        logits = np.mean(calibrated, axis=0)
+        scores = binary_scores(logits, labels)
+        ends = with_intervals(logits, labels, slides, config.seed)
         # A test side of its own is not the one that chose the checkpoint.
         honest = sides.honest or name == "test"
-        result = {
+        notes = [splits.OPTIMISTIC] * (not honest) + [_SELECTED] * (name == "validation")
+        result: dict[str, Any] = {
             "split": name,
             **scores,
+            **{f"{score}_low": low for score, (low, _) in ends.items()},
+            **{f"{score}_high": high for score, (_, high) in ends.items()},
+            "interval_over": "patches" if slides is None else "slides",
+            "resampled": len(labels) if slides is None else len(np.unique(slides)),
+            "nll_uncalibrated": binary_scores(np.mean(raw, axis=0), labels)["nll"],
+            "prior": float(labels.mean()),
             "split_by": sides.by,
             "honest": honest,
-            "note": "" if honest else splits.OPTIMISTIC,
-            "checkpoint_step": int(best.state.step),
+            "note": "; ".join(notes),
         }
+        if config.predict.checkpoints:
+            result["members"] = [
+                {"run": member.run, "checkpoint_step": member.step, **binary_scores(z, labels)}
+                for member, z in zip(trained, calibrated, strict=True)
+            ]
+        else:
+            calibration = dataclasses.asdict(trained[0].calibration)
+            result["checkpoint_step"] = trained[0].step
+            result |= {f"calibration_{key}": calibration[key] for key in ("scale", "shift")}
+        predictions = pd.DataFrame(
+            {"id": table["id"], "label": table["label"], "slide": table["slide"], "logit": logits}
+        )
+        # All digits: rounding would make equal what the scores tell apart.
+        files.write_text(folder / f"predictions_{name}.csv", predictions.to_csv(index=False))
         files.write_json(folder / f"evaluation_{name}.json", result)
         files.write_json(folder / "evaluation.json", result)
     log.info(
-        "%s: AUC %.4f, NLL %.4f, accuracy %.4f on %d patches",
-        name, scores["auc"], scores["nll"], scores["accuracy"], scores["count"],
+        "%s: AUC %.4f (95%% %.4f to %.4f, over %s), NLL %.4f, accuracy %.4f on %d patches",
+        name, scores["auc"], *ends["auc"], result["interval_over"], scores["nll"],
+        scores["accuracy"], scores["count"],
     )  # fmt: skip
     if not honest:
         log.warning("%s", splits.OPTIMISTIC)
     return result
+
+
+def _logits(
+    config: Config, member: members.Member, prepared: Prepared, side: splits.Side
+) -> np.ndarray:
+    batched = sharding.batch_sharding()
+    batches = loader.ordered_batches(
+        prepared.source(side.records), side.rows, sharding.round_up(config.fit.batch_size)
+    )
+    averaged = config.predict.tta and not members.is_symmetric(member)
+    eval_step = steps.make_eval_step(member.model, batched, averaged)
+    batches = preemption.stopping(batches)
+    return steps.collect_logits(eval_step, member.weights, batches, batched)[0]

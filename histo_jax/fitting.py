@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import io
 import logging
 import os
@@ -22,7 +23,7 @@ from histo_jax.config import Config, validate
 from histo_jax.data import loader, splits
 from histo_jax.data.builder import Prepared, prepare
 from histo_jax.errors import ExpectedError
-from histo_jax.metrics import binary_scores
+from histo_jax.metrics import Calibration, binary_scores
 from histo_jax.models import create_model
 from histo_jax.training import placement, runtime, sharding
 from histo_jax.training import step as steps
@@ -259,8 +260,11 @@ class _Run:
         in_flight.drain()
         return images / (time.monotonic() - timed_from) if images else None
 
-    def end_epoch(self, scores: dict[str, Any], steps_per_epoch: int) -> dict[str, Any]:
-        """Takes in the validation's scores, saves all, and returns the epoch's row of history."""
+    def end_epoch(
+        self, outputs: tuple[np.ndarray, np.ndarray], steps_per_epoch: int
+    ) -> dict[str, Any]:
+        """Takes in the validation's logits and labels, saves all, returns the row of history."""
+        scores = binary_scores(*outputs)
         self.early_stopping = update(self.early_stopping, scores["nll"])
         row = {
             "epoch": self.epoch,
@@ -273,16 +277,20 @@ class _Run:
         self.history.append(row)
         zero = jax.device_put(np.float32(0), self.state.loss_sum.sharding)
         self.state = self.state.replace(loss_sum=zero)
-        self.save(scores["nll"])
+        self.save(scores["nll"], Calibration.fit(*outputs))
         _write_history(self._folder, self.history)
         return row
 
     def _is_save_due(self) -> bool:
         return time.monotonic() - self._saved > 60 * self._config.checkpoint.every_minutes
 
-    def save(self, validation_loss: float | None = None) -> None:
-        """Begins to save all of it; the loss is known at an epoch's end only."""
-        data = {"step": self.step, "fingerprint": self._fingerprint}
+    def save(
+        self, validation_loss: float | None = None, calibration: Calibration | None = None
+    ) -> None:
+        """Begins to save all of it; loss and calibration are known at an epoch's end only."""
+        data: dict[str, Any] = {"step": self.step, "fingerprint": self._fingerprint}
+        if calibration:
+            data["calibration"] = dataclasses.asdict(calibration)
         checkpoint = Checkpoint(self.state, self.early_stopping, data, self.history)
         self._checkpoints.save(checkpoint, validation_loss)
         workdirs.update_status(self._folder, step=self.step)
@@ -332,7 +340,7 @@ def _train(
                 outputs = steps.collect_logits(eval_step, weights, validating, batched)
             except preemption.Preempted:
                 run.leave()
-            row = run.end_epoch(binary_scores(*outputs), steps_per_epoch)
+            row = run.end_epoch(outputs, steps_per_epoch)
             if rate:
                 workdirs.update_status(folder, images_per_second=round(rate, 1))
             for name in HISTORY_COLUMNS[2:]:

@@ -15,7 +15,7 @@ from histo_jax import preemption
 from histo_jax.config import Config, describe, validate
 from histo_jax.errors import ExpectedError
 
-MODES = ("run", "prepare", "fit", "evaluate", "predict", "audit")
+MODES = ("run", "prepare", "fit", "evaluate", "predict", "audit", "compare")
 _LEAK_FOUND = 1
 _EXPECTED_FAILURE = 2
 
@@ -28,6 +28,7 @@ usage: python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE] [--con
                    prepare: write the records; fit: train, or go on; evaluate: score the best
                    checkpoint; predict: write submission.csv with it.
                    audit, alone: does a patch or a slide stand on two sides? (status 1: yes)
+                   compare, alone: do the two runs of config.compare.runs differ?
 
 Fields, each with its default (the config file may set another):
 """
@@ -128,6 +129,12 @@ def _predict(config: Config, workdir: Path) -> None:
     predict(config, workdir)
 
 
+def _compare(config: Config, workdir: Path) -> None:
+    from histo_jax.comparison import compare, table
+
+    print(table(compare(config, workdir)))
+
+
 def _audit(config: Config, workdir: Path) -> None:
     from histo_jax import files
     from histo_jax import workdir as workdirs
@@ -171,6 +178,7 @@ _VERBS: dict[str, Callable[[Config, Path], None]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "audit": _audit,
+    "compare": _compare,
 }
 
 

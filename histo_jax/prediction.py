@@ -10,16 +10,14 @@ import pandas as pd
 from jax.sharding import SingleDeviceSharding
 from scipy.special import expit
 
-from histo_jax import files, preemption
+from histo_jax import files, members, preemption
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader
 from histo_jax.data.builder import prepare
 from histo_jax.errors import ExpectedError
-from histo_jax.models import create_model
 from histo_jax.training import runtime
-from histo_jax.training.checkpoints import Checkpoints
-from histo_jax.training.step import make_forward
+from histo_jax.training.step import make_forward, read_behind
 
 log = logging.getLogger("histo_jax")
 
@@ -31,11 +29,14 @@ class NoTestPatchesError(ExpectedError):
 def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """Predicts the test patches with the best checkpoint of `workdir`, on all local devices.
 
-    Writes `submission.csv`; an old one stays until the new one is whole.
+    Probabilities are calibrated, and move to `config.predict.prior` where it is set. With
+    `config.predict.tta` logits are means over eight symmetries; with `config.predict.checkpoints`
+    they are the equal means of these runs. Writes `submission.csv`; an old one stays until the new
+    one is whole.
 
     Args:
         config: that of the run; lengths and folders may differ.
-        workdir: folder of a run that `fit` has trained.
+        workdir: folder of a run that `fit` has trained; with `predict.checkpoints` any.
 
     Returns:
         `id` and `label`, float64, the probability of tumour; for Kaggle's data the ids of
@@ -51,8 +52,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     workdirs.check(folder, config)
     with workdirs.tracked(folder, "predict"):
         devices = jax.local_devices()
-        with Checkpoints.of(folder) as checkpoints:
-            best = checkpoints.restore_best(config, SingleDeviceSharding(devices[0]))
+        trained = members.restore(config, folder, SingleDeviceSharding(devices[0]))
         prepared = prepare(config)
         if "test" not in prepared.tables:
             raise NoTestPatchesError(
@@ -60,22 +60,29 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
                 f"add them, and remove {prepared.directory} to prepare again"
             )
         ids = prepared.tables["test"]["id"]
+        if config.predict.checkpoints:
+            workdirs.claim(folder, config)
         per_device = -(-min(config.predict.batch_size, len(ids)) // len(devices))
-        # The weights are handed over as they are; replicated ones would be copied at every call.
-        forward = jax.pmap(
-            make_forward(create_model(config.model), config.predict.tta),
-            in_axes=(None, 0),
-            devices=devices,
-        )
-        logits = []
-        batches = loader.ordered_batches(
-            prepared.source("test"), np.arange(len(ids)), per_device * len(devices)
-        )
-        for batch in preemption.stopping(batches):
-            images = batch["image"].reshape(len(devices), per_device, *batch["image"].shape[1:])
-            outputs = np.asarray(forward(best.state.best_weights, images))
-            logits.append(outputs.reshape(-1)[batch["mask"]])
-        probabilities = expit(np.concatenate(logits).astype(np.float64))
+
+        def logits_of(member: members.Member) -> np.ndarray:
+            averaged = config.predict.tta and not members.is_symmetric(member)
+            # The weights are handed over as they are; replicated ones would be copied each time.
+            forward = jax.pmap(
+                make_forward(member.model, averaged), in_axes=(None, 0), devices=devices
+            )
+            batches = loader.ordered_batches(
+                prepared.source("test"), np.arange(len(ids)), per_device * len(devices)
+            )
+            images = (
+                batch["image"].reshape(len(devices), per_device, *batch["image"].shape[1:])
+                for batch in preemption.stopping(batches)
+            )
+            outputs = read_behind(forward(member.weights, part) for part in images)
+            # What fills up the last batch comes after all others.
+            logits = np.concatenate([output.reshape(-1) for output in outputs])[: len(ids)]
+            return member.calibration.apply(logits, config.predict.prior)
+
+        probabilities = expit(np.mean([logits_of(member) for member in trained], axis=0))
         table = pd.DataFrame({"id": ids, "label": probabilities})
         path = folder / "submission.csv"
         # Eight digits are what float32 logits can tell apart.

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from histo_jax.config import Config, flat
+from histo_jax.config import Config, flat, validate
 from histo_jax.errors import ExpectedError
 from histo_jax.files import write_json
 from histo_jax.preemption import EXIT_STATUS, Preempted, watch
@@ -34,6 +35,41 @@ def _plain(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(flat(config)))
 
 
+def _read_config(workdir: Path) -> dict[str, Any]:
+    """What `config.json` says.
+
+    Raises:
+        ExpectedError: it is damaged.
+    """
+    path = workdir / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError
+    except ValueError:
+        raise ExpectedError(f"{path} is damaged: choose another --workdir") from None
+    return values
+
+
+def load_config(workdir: Path) -> Config:
+    """Returns the settings of a run; those that it does not know yet have their default.
+
+    Raises:
+        ExpectedError: the folder is no run, or its settings are damaged.
+    """
+    if not (workdir / "config.json").exists():
+        raise ExpectedError(f"{workdir} is not the folder of a run: it has no config.json")
+    config = Config()
+    for name, value in _read_config(workdir).items():
+        *groups, field = name.split(".")
+        node = functools.reduce(getattr, groups, config)
+        if isinstance(getattr(node, field), tuple):
+            value = tuple(value)
+        setattr(node, field, value)
+    validate(config)
+    return config
+
+
 def check(workdir: Path, config: Config) -> None:
     """Refuses a folder that cannot be written or that belongs to another run; changes nothing.
 
@@ -50,12 +86,7 @@ def check(workdir: Path, config: Config) -> None:
                 f"{workdir} holds checkpoints but no config.json: choose another --workdir"
             )
         return
-    try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(old, dict):
-            raise ValueError
-    except ValueError:
-        raise ExpectedError(f"{path} is damaged: choose another --workdir") from None
+    old = _read_config(workdir)
     for name, value in _plain(config).items():
         counts = name.startswith(_IDENTITY_PREFIXES) and name not in _WHERE
         # A schedule spans all epochs, so another number of them makes another run.

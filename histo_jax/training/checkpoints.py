@@ -34,7 +34,8 @@ class Checkpoint:
     Attributes:
         state: parameters, BatchNorm statistics, normalisation, optimizer state, step, random key.
         early_stopping: its state.
-        data: JSON-able; where the order of examples stands and the fingerprint of that order.
+        data: JSON-able; where the order of examples stands, the fingerprint of that order, and
+            after a validation the calibration that was fitted on it.
         history: JSON-able; one entry a finished epoch.
     """
 

@@ -51,7 +51,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     step: Any
     weights: Weights
-    averaged: Weights | None
+    averaged: Any
     opt_state: optax.OptState
     key: Any
     loss_sum: Any

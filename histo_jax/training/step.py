@@ -1,7 +1,8 @@
 """The jit-compiled steps: augmentation, forward, loss, gradient, update."""
 
+import collections
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -120,6 +121,16 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(batched))
 
 
+def read_behind(outputs: Iterable[jax.Array], steps: int = 2) -> Iterator[np.ndarray]:
+    """Yields what the devices compute, each when `steps` more are started, so none stands idle."""
+    waiting: collections.deque[jax.Array] = collections.deque()
+    for output in outputs:
+        waiting.append(output)
+        if len(waiting) > steps:
+            yield np.asarray(waiting.popleft())
+    yield from map(np.asarray, waiting)
+
+
 def collect_logits(
     eval_step: Forward,
     weights: Weights,
@@ -127,9 +138,14 @@ def collect_logits(
     batched: NamedSharding,
 ) -> tuple[Float[np.ndarray, " examples"], Float[np.ndarray, " examples"]]:
     """Returns logits and labels of all examples in order, each once: filled-up rows are dropped."""
-    logits, labels = [], []
-    for batch in batches:
-        images = jax.device_put(batch["image"], batched)
-        logits.append(np.asarray(eval_step(weights, images))[batch["mask"]])
-        labels.append(batch["label"][batch["mask"]])
-    return np.concatenate(logits), np.concatenate(labels)
+    labels, masks = [], []
+
+    def started() -> Iterator[jax.Array]:
+        for batch in batches:
+            labels.append(batch["label"])
+            masks.append(batch["mask"])
+            yield eval_step(weights, jax.device_put(batch["image"], batched))
+
+    logits = np.concatenate(list(read_behind(started())))
+    used = np.concatenate(masks)
+    return logits[used], np.concatenate(labels)[used]

@@ -1,0 +1,64 @@
+import math
+
+import numpy as np
+import pytest
+from scipy.special import expit
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    brier_score_loss,
+    log_loss,
+    roc_auc_score,
+    roc_curve,
+)
+
+from histo_jax.metrics import binary_scores
+from histo_jax.metrics.scores import weighted_scores
+
+
+def draw(count, seed=0, ties=False):
+    rng = np.random.default_rng(seed)
+    labels = (rng.random(count) < 0.3).astype(np.float32)
+    logits = (2 * labels - 1 + rng.normal(size=count)).astype(np.float32)
+    return (np.round(logits) if ties else logits), labels
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_equals_scikit_learn_for_any_weights(ties):
+    logits, labels = draw(500, ties=ties)
+    weights = np.random.default_rng(1).integers(0, 4, (3, 500)).astype(np.float64)
+    weights[0] = 1
+    scores = weighted_scores(logits, labels, weights)
+    probabilities = expit(logits.astype(np.float64))
+    for row, weight in enumerate(weights):
+        fpr, tpr, _ = roc_curve(labels, logits, sample_weight=weight, drop_intermediate=False)
+        wanted = {
+            "auc": roc_auc_score(labels, logits, sample_weight=weight),
+            "average_precision": average_precision_score(labels, logits, sample_weight=weight),
+            "nll": log_loss(labels, probabilities, sample_weight=weight),
+            "brier": brier_score_loss(labels, probabilities, sample_weight=weight),
+            "accuracy": accuracy_score(labels, logits > 0, sample_weight=weight),
+            "sensitivity_at_95_specificity": tpr[fpr <= 0.05].max(),
+            "specificity_at_95_sensitivity": 1 - fpr[tpr >= 0.95].min(),
+        }
+        for name, value in wanted.items():
+            assert scores[name][row] == pytest.approx(value, rel=1e-9), name
+    assert binary_scores(logits, labels)["auc"] == pytest.approx(scores["auc"][0])
+    assert binary_scores(logits, labels)["count"] == 500
+
+
+def test_calibration_error_by_hand():
+    # Two bins: 0.9 three times, two of them right; 0.1 once, and wrong.
+    logits = np.log(np.array([0.9, 0.9, 0.9, 0.1]) / np.array([0.1, 0.1, 0.1, 0.9]))
+    scores = binary_scores(logits, np.array([1.0, 1, 0, 1]))
+    assert scores["ece"] == pytest.approx((abs(3 * 0.9 - 2) + abs(0.1 - 1)) / 4)
+
+
+def test_extreme_logits_stay_finite():
+    scores = binary_scores(np.array([900.0, -900.0]), np.array([0.0, 1.0]))
+    assert scores["nll"] == 900
+    assert all(map(math.isfinite, scores.values()))
+
+
+def test_auc_of_one_class_is_not_a_number():
+    assert math.isnan(binary_scores(np.zeros(3), np.ones(3))["auc"])

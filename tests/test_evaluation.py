@@ -1,0 +1,180 @@
+"""What `evaluate`, `predict` and `compare` make of one run and of several."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit, logit
+
+import histo_jax
+from histo_jax import comparison
+from histo_jax.config import Config
+from histo_jax.errors import ExpectedError
+from histo_jax.metrics import Calibration, binary_scores, with_intervals
+from histo_jax.training import sharding
+from histo_jax.training.checkpoints import Checkpoints
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """Makes the config of a small network on drawn slides."""
+    folder = tmp_path_factory.mktemp("records")
+
+    def make(**changes):
+        config = Config()
+        config.data.synthetic_slides = 8
+        config.data.samples_per_class = 60
+        config.data.validation_fraction = 0.5
+        config.data.tfds_dir = str(folder)
+        config.model.features, config.model.dense = (2, 2, 2, 2, 2), 4
+        config.fit.batch_size, config.fit.epochs = 8, 1
+        config.optimizer.learning_rate = 3e-3
+        for name, value in changes.items():
+            group, field = name.split("_", 1)
+            setattr(getattr(config, group), field, value)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def runs(make, tmp_path_factory):
+    """A plain run with a moving average and a symmetric one, on the same slides."""
+    folder = tmp_path_factory.mktemp("runs")
+    histo_jax.fit(make(optimizer_ema_decay=0.5), folder / "plain")
+    histo_jax.fit(make(model_name="five_block_p4m"), folder / "symmetric")
+    return folder
+
+
+def predictions(folder, split="validation"):
+    path = folder / f"predictions_{split}.csv"
+    return pd.read_csv(path, dtype={"id": str, "slide": str}, float_precision="round_trip")
+
+
+def calibration_of(config, folder):
+    with Checkpoints(folder) as checkpoints:
+        best = checkpoints.restore_best(config, sharding.replicated(sharding.batch_sharding()))
+    return Calibration(**best.data["calibration"])
+
+
+def test_scores_are_those_of_the_calibrated_predictions(make, runs):
+    config, folder = make(optimizer_ema_decay=0.5), runs / "plain"
+    scores = histo_jax.evaluate(config, folder)
+    table = predictions(folder)
+    logits, labels = table["logit"].to_numpy(), table["label"].to_numpy(np.float64)
+    for name, value in binary_scores(logits, labels).items():
+        assert scores[name] == pytest.approx(value, rel=1e-6), name
+    slides = table["slide"].to_numpy()
+    assert (scores["interval_over"], scores["resampled"]) == ("slides", len(set(slides)))
+    for name, (low, high) in with_intervals(logits, labels, slides).items():
+        assert scores[f"{name}_low"] == pytest.approx(low, rel=1e-6), name
+        assert scores[f"{name}_high"] == pytest.approx(high, rel=1e-6), name
+    calibration = calibration_of(config, folder)
+    assert scores["calibration_scale"] == calibration.scale
+    assert scores["prior"] == calibration.prior == labels.mean()
+    raw = (logits - calibration.shift) / calibration.scale
+    assert scores["nll_uncalibrated"] == pytest.approx(binary_scores(raw, labels)["nll"], rel=1e-4)
+    assert scores["nll"] <= scores["nll_uncalibrated"]
+    assert "chose the checkpoint" in scores["note"]
+    assert scores["honest"]
+
+
+def test_the_test_side_is_scored_with_the_validations_calibration(make, runs):
+    config, folder = make(optimizer_ema_decay=0.5, evaluate_split="test"), runs / "plain"
+    scores = histo_jax.evaluate(config, folder)
+    assert scores["note"] == ""
+    assert scores["calibration_scale"] == calibration_of(config, folder).scale
+    assert len(predictions(folder, "test")) == scores["count"]
+
+
+def test_the_submission_is_calibrated_and_moves_with_the_prior(make, runs):
+    config, folder = make(optimizer_ema_decay=0.5), runs / "plain"
+    evaluated = make(optimizer_ema_decay=0.5, evaluate_split="test")
+    histo_jax.evaluate(evaluated, folder)
+    table = histo_jax.predict(config, folder)
+    np.testing.assert_allclose(
+        table["label"], expit(predictions(folder, "test")["logit"]), rtol=1e-4
+    )
+    rare = histo_jax.predict(make(optimizer_ema_decay=0.5, predict_prior=0.1), folder)
+    prior = calibration_of(config, folder).prior
+    np.testing.assert_allclose(
+        logit(rare["label"]) - logit(table["label"]), logit(0.1) - logit(prior), rtol=1e-4
+    )
+
+
+def test_averaging_changes_a_plain_network_and_not_a_symmetric_one(make, runs):
+    for name, differs in (("plain", True), ("symmetric", False)):
+        changes = {"optimizer_ema_decay": 0.5} if differs else {"model_name": "five_block_p4m"}
+        plain = histo_jax.predict(make(**changes), runs / name)
+        averaged = histo_jax.predict(make(**changes, predict_tta=True), runs / name)
+        assert (np.abs(plain["label"] - averaged["label"]).max() > 1e-6) == differs
+
+
+def test_an_ensemble_is_the_equal_mean_of_its_members(make, runs, tmp_path):
+    together = make(predict_checkpoints=f"{runs / 'plain'}, {runs / 'symmetric'}")
+    scores = histo_jax.evaluate(together, tmp_path / "ensemble")
+    each = {
+        "plain": histo_jax.evaluate(make(optimizer_ema_decay=0.5), runs / "plain"),
+        "symmetric": histo_jax.evaluate(make(model_name="five_block_p4m"), runs / "symmetric"),
+    }
+    mean = np.mean([predictions(runs / name)["logit"] for name in each], axis=0)
+    np.testing.assert_allclose(predictions(tmp_path / "ensemble")["logit"], mean, rtol=1e-5)
+    for member, (name, alone) in zip(scores["members"], each.items(), strict=True):
+        assert member["run"] == str(runs / name)
+        assert member["auc"] == pytest.approx(alone["auc"])
+        assert member["nll"] == pytest.approx(alone["nll"], rel=1e-5)
+    table = histo_jax.predict(together, tmp_path / "ensemble")
+    probabilities = [
+        logit(histo_jax.predict(config, runs / name)["label"])
+        for name, config in (
+            ("plain", make(optimizer_ema_decay=0.5)),
+            ("symmetric", make(model_name="five_block_p4m")),
+        )
+    ]
+    np.testing.assert_allclose(logit(table["label"]), np.mean(probabilities, axis=0), rtol=1e-4)
+
+
+def test_a_member_that_has_trained_on_the_scored_patches_is_refused(make, runs, tmp_path):
+    other = make()
+    other.seed = 1  # divides the slides otherwise
+    histo_jax.fit(other, tmp_path / "other")
+    together = make(predict_checkpoints=f"{runs / 'plain'},{tmp_path / 'other'}")
+    with pytest.raises(ExpectedError, match=r"other has trained on \d+ of the 59 patches"):
+        histo_jax.evaluate(together, tmp_path / "ensemble")
+    assert not (tmp_path / "ensemble").exists()
+
+
+def test_a_member_that_is_no_run_is_named(make, tmp_path):
+    with pytest.raises(ExpectedError, match="nowhere is not the folder of a run"):
+        histo_jax.predict(make(predict_checkpoints="nowhere"), tmp_path)
+
+
+def test_compare_pairs_the_runs_patch_by_patch(make, runs, tmp_path):
+    first = histo_jax.evaluate(make(optimizer_ema_decay=0.5), runs / "plain")
+    second = histo_jax.evaluate(make(model_name="five_block_p4m"), runs / "symmetric")
+    config = make(compare_runs=f"{runs / 'plain'},{runs / 'symmetric'}")
+    result = comparison.compare(config, tmp_path)
+    assert json.loads((tmp_path / "compare.json").read_text()) == result
+    assert result["interval_over"] == "slides"
+    for name in ("auc", "nll", "accuracy"):
+        wanted = second[name] - first[name]
+        assert result[name]["difference"] == pytest.approx(wanted, abs=1e-6)
+        low, high = result[name]["interval"]
+        assert low <= high
+    assert "accuracy" in comparison.table(result)
+    itself = make(compare_runs=f"{runs / 'plain'},{runs / 'plain'}")
+    assert comparison.compare(itself, tmp_path)["auc"]["difference"] == 0
+
+
+def test_compare_refuses_what_it_cannot_pair(make, runs, tmp_path):
+    histo_jax.evaluate(make(optimizer_ema_decay=0.5), runs / "plain")
+    with pytest.raises(ExpectedError, match=r"needs --config\.compare\.runs"):
+        comparison.compare(make(), tmp_path)
+    with pytest.raises(ExpectedError, match=r"predictions_validation\.csv is missing"):
+        comparison.compare(make(compare_runs=f"{runs / 'plain'},{tmp_path}"), tmp_path)
+    other = predictions(runs / "plain").iloc[1:]
+    (tmp_path / "other").mkdir()
+    other.to_csv(tmp_path / "other" / "predictions_validation.csv", index=False)
+    with pytest.raises(ExpectedError, match="not scored on the same patches"):
+        comparison.compare(make(compare_runs=f"{runs / 'plain'},{tmp_path / 'other'}"), tmp_path)
