@@ -12,11 +12,12 @@ from histo_jax.config import Config
 from histo_jax.errors import ExpectedError
 
 if typing.TYPE_CHECKING:
+    from histo_jax.comparison import compare
     from histo_jax.evaluation import evaluate
     from histo_jax.fitting import fit
     from histo_jax.prediction import predict
 
-__all__ = ["Config", "ExpectedError", "evaluate", "fit", "predict"]
+__all__ = ["Config", "ExpectedError", "compare", "evaluate", "fit", "predict"]
 
 # Like Keras, and unlike most libraries, this one shows its progress unasked; silence it with
 # `logging.getLogger("histo_jax").setLevel("WARNING")`.
@@ -29,6 +30,7 @@ if not _log.handlers:
     _log.propagate = False
 
 _HOMES = {
+    "compare": "histo_jax.comparison",
     "fit": "histo_jax.fitting",
     "evaluate": "histo_jax.evaluation",
     "predict": "histo_jax.prediction",

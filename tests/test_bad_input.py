@@ -189,7 +189,9 @@ fit                                      | 'fit' --help
 OUT_OF_RANGE = """seed=-1 data.source=pictures data.samples_per_class=0 data.validation_fraction=1
 data.split_by=patient data.placement=gpu data.synthetic_slides=1 model.name=resnet
 model.features=8,8 model.dense=0 model.dropout=1 optimizer.learning_rate=nan fit.batch_size=0
-fit.epochs=0 fit.steps_per_epoch=0
+fit.epochs=0 fit.steps_per_epoch=0 fit.label_smoothing=1 augment.shift=5 augment.stain=1
+augment.brightness=-1 augment.mixup=-1 optimizer.schedule=step optimizer.warmup=1
+optimizer.weight_decay=-1 optimizer.ema_decay=1 predict.prior=1 compare.runs=one
 early_stopping.patience=0 early_stopping.min_delta=-1 evaluate.split=train predict.batch_size=0"""
 LEFT_OUT = """
                                          | --config --help
@@ -256,7 +258,8 @@ def test_help_is_no_mistake() -> None:
 
 IDENTITY = """seed=1 data.source='synthetic' data.samples_per_class=5 data.validation_fraction=0.5
 data.split_by='image' data.synthetic_slides=3 model.features=[2,2,2,2,4] model.dense=8
-model.dropout=0.1 optimizer.learning_rate=0.5 fit.batch_size=8 fit.steps_per_epoch=2"""
+model.dropout=0.1 optimizer.learning_rate=0.5 fit.batch_size=8 fit.steps_per_epoch=2
+optimizer.ema_decay=0.5 augment.shift=1 fit.label_smoothing=0.1"""
 
 
 @pytest.mark.parametrize("setting", IDENTITY.split())
@@ -274,11 +277,27 @@ def test_lengths_and_folders_may_change(place: Place) -> None:
     config.data.raw_dir, config.data.tfds_dir, config.fit.epochs = None, "elsewhere", 9
     config.data.placement = "disk"
     config.early_stopping.patience, config.evaluate.split = 9, "test"
-    config.predict.batch_size = 9
+    config.predict.batch_size, config.predict.tta = 9, True
     workdirs.check(place.workdir, config)
     config.seed = 1
     with pytest.raises(workdirs.ExpectedError, match="seed"):
         workdirs.check(place.workdir, config)
+
+
+def test_a_schedule_ties_the_run_to_its_length(place: Place) -> None:
+    config = place.config()
+    config.optimizer.schedule = "one_cycle"
+    with workdirs.tracked(place.workdir, "fit"):
+        workdirs.claim(place.workdir, config)
+    config.fit.epochs = 9
+    with pytest.raises(workdirs.ExpectedError, match=r"fit\.epochs was .* and is 9"):
+        workdirs.check(place.workdir, config)
+
+
+def test_compare_without_two_runs(place: Place) -> None:
+    refuses(real, place, place.argv("--mode=compare"), "config.compare.runs=RUN1,RUN2")
+    argv = place.argv("--mode=compare", "--config.compare.runs=here,there")
+    refuses(real, place, argv, "here/predictions_validation.csv is missing", "--mode=evaluate")
 
 
 @pytest.mark.parametrize("below", ["", "/run", "/deeper/run"])

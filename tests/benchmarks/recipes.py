@@ -11,13 +11,13 @@ are scored. Runs that stand in the CSV are not made again; an interrupted one go
 
 import argparse
 import datetime
-import logging
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import pandas as pd
+from absl import logging
 
 import histo_jax
 from histo_jax.config import Config, flat
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="separated by commas")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.set_verbosity(logging.FATAL)  # as histo_jax.main does
     stages = {"screen": FACTORS, "full": FULL}
     for name in options.names or stages[options.stage]:
         for seed in map(int, options.seeds.split(",")):

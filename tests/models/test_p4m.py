@@ -21,7 +21,7 @@ def transform(x, symmetry):
 
 def images(sample=None):
     if sample is None:
-        return np.random.default_rng(0).normal(size=(2, 96, 96, 3)).astype(np.float32)
+        return np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
     path = sample / "pcam_sample" / "camelyonpatch_level_2_split_train_x.h5"
     with h5py.File(path) as file:
         return (file["x"][:4].astype(np.float32) - 178) / 60
