@@ -55,7 +55,11 @@ FACTORS: dict[str, dict[str, Any]] = {
         "model.dense": 1024, "optimizer.learning_rate": 1e-3,
     },
 }  # fmt: skip
-FULL: dict[str, dict[str, Any]] = {}
+FULL: dict[str, dict[str, Any]] = {
+    "stain_ema": {
+        **FACTORS["stain"], "optimizer.ema_decay": 0.999, "fit.epochs": 20,
+    },
+}  # fmt: skip
 
 
 def configure(changes: dict[str, Any]) -> Config:
@@ -124,7 +128,7 @@ def main() -> None:
                 changes |= {"data.samples_per_class": 2500, "fit.epochs": 15}
             done = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame()
             same = {"stage": options.stage, "recipe": name, "seed": seed}
-            if len(done) and (done[list(same)] == list(same.values())).all(1).any():
+            if len(done) and (done[list(same)] == list(same.values())).all(axis=1).any():
                 continue
             workdir = options.runs / f"{options.stage}_{name}_{seed}"
             row = run(options.stage, name, changes, workdir)
