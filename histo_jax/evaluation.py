@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from histo_jax import files, members, preemption
+from histo_jax import members, preemption
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
-from histo_jax.data import loader, splits
+from histo_jax.data import splits
 from histo_jax.data.builder import Prepared, prepare
 from histo_jax.data.example import UNLABELLED
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import binary_scores, with_intervals
-from histo_jax.training import runtime, sharding
+from histo_jax.training import placement, runtime, sharding
 from histo_jax.training import step as steps
 
 log = logging.getLogger("histo_jax")
@@ -108,9 +108,9 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             {"id": table["id"], "label": table["label"], "slide": table["slide"], "logit": logits}
         )
         # All digits: rounding would make equal what the scores tell apart.
-        files.write_text(folder / f"predictions_{name}.csv", predictions.to_csv(index=False))
-        files.write_json(folder / f"evaluation_{name}.json", result)
-        files.write_json(folder / "evaluation.json", result)
+        workdirs.write_text(folder / f"predictions_{name}.csv", predictions.to_csv(index=False))
+        workdirs.write_json(folder / f"evaluation_{name}.json", result)
+        workdirs.write_json(folder / "evaluation.json", result)
     log.info(
         "%s: AUC %.4f (95%% %.4f to %.4f, over %s), NLL %.4f, accuracy %.4f on %d patches",
         name, scores["auc"], *ends["auc"], result["interval_over"], scores["nll"],
@@ -125,10 +125,8 @@ def _logits(
     config: Config, member: members.Member, prepared: Prepared, side: splits.Side
 ) -> np.ndarray:
     batched = sharding.batch_sharding()
-    batches = loader.ordered_batches(
-        prepared.source(side.records), side.rows, sharding.round_up(config.fit.batch_size)
-    )
+    examples = placement.on_disk(prepared.records(*side), batched)
+    batches = examples.one_pass(sharding.round_up(config.fit.batch_size))
     averaged = config.predict.tta and not members.is_symmetric(member)
     eval_step = steps.make_eval_step(member.model, batched, averaged)
-    batches = preemption.stopping(batches)
-    return steps.collect_logits(eval_step, member.weights, batches, batched)[0]
+    return steps.collect_logits(eval_step, member.weights, preemption.stopping(batches))[0]

@@ -7,21 +7,23 @@ import io
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 import pandas as pd
+from jax.sharding import NamedSharding
 from optax import Schedule
 from tensorboardX import SummaryWriter
 
-from histo_jax import files, preemption
+from histo_jax import preemption
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader, splits
 from histo_jax.data.builder import Prepared, prepare
+from histo_jax.data.loader import Batch
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import Calibration, binary_scores
 from histo_jax.models import create_model
@@ -51,6 +53,8 @@ HISTORY_COLUMNS = (
 # Steps that may run while the next is prepared. Unbounded, the dispatch runs minutes ahead of a
 # slow device, and the waiting batches fill the memory.
 _IN_FLIGHT = 2
+# What a process can ask for, by weight.
+_GO_ON, _SAVE, _LEAVE = 0, 1, 2
 
 TrainStep = Callable[[TrainState, TrainingBatch], tuple[TrainState, steps.Metrics]]
 
@@ -131,16 +135,15 @@ def _start(
     checkpoint = checkpoints.restore_latest(abstract_state(config, place), early_stopping)
     if checkpoint is None:
         mean, deviation = splits.normalisation(tables[sides.train.records], sides.train.rows)
-        state = create_state(
-            create_model(config.model),
-            create_optimizer(config.optimizer),
-            config.seed,
-            mean,
-            deviation,
-            config.optimizer.ema_decay > 0,
-        )
+        model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
+        is_averaged = config.optimizer.ema_decay > 0
+
+        def create() -> TrainState:
+            return create_state(model, optimizer, config.seed, mean, deviation, is_averaged)
+
         return Checkpoint(
-            state=jax.device_put(state, place),
+            # On all devices at once: what lies on one of them cannot go to other processes'.
+            state=jax.jit(create, out_shardings=place)(),
             early_stopping=early_stopping,
             data={"step": 0, "fingerprint": fingerprint},
             history=[],
@@ -166,26 +169,25 @@ class _InFlight:
         self._describe = describe
         self._waiting: collections.deque[tuple[int, steps.Metrics]] = collections.deque()
 
-    def add(self, step: int, metrics: steps.Metrics) -> None:
-        """Waits for the step before the last two, and looks at it."""
+    def add(self, step: int, metrics: steps.Metrics) -> int:
+        """Waits for the step before the last two, and looks at it; returns what it requests."""
         self._waiting.append((step, metrics))
-        if len(self._waiting) > _IN_FLIGHT:
-            self._look()
+        return self._look() if len(self._waiting) > _IN_FLIGHT else _GO_ON
 
-    def drain(self) -> None:
-        """Waits for all of them."""
-        while self._waiting:
-            self._look()
+    def drain(self) -> int:
+        """Waits for all of them; returns what they request."""
+        return max((self._look() for _ in range(len(self._waiting))), default=_GO_ON)
 
-    def _look(self) -> None:
+    def _look(self) -> int:
         step, metrics = self._waiting.popleft()
-        loss, finite = _read(metrics)
+        loss, finite, request = _read(metrics)
         if not finite:
             raise ExpectedError(
                 f"loss or gradient of step {step} is not finite (loss {loss}), so "
                 "nothing was updated or saved since: lower config.optimizer.learning_rate, or "
                 f"look at its patches: {self._describe(step)}"
             )
+        return int(request)
 
 
 class _Run:
@@ -206,9 +208,10 @@ class _Run:
         checkpoints: Checkpoints,
         start: Checkpoint,
         learning_rate: Schedule,
+        batched: NamedSharding,
     ) -> None:
         self._config, self._folder, self._checkpoints = config, folder, checkpoints
-        self._learning_rate = learning_rate
+        self._learning_rate, self._batched = learning_rate, batched
         self._fingerprint = start.data["fingerprint"]
         self.state, self.early_stopping = start.state, start.early_stopping
         self.history = list(start.history)
@@ -243,21 +246,22 @@ class _Run:
         in_flight, images, timed_from = _InFlight(describe), 0, time.monotonic()
         while self.step < self.epoch * steps_per_epoch:
             batch = next(batches)
+            batch["request"] = sharding.spread(self._request(), self._batched)
             self.state, metrics = train_step(self.state, batch)
             self.step += 1
-            in_flight.add(self.step, metrics)
+            requested = in_flight.add(self.step, metrics)
             if self._compiled:
                 images += len(batch["label"])
             else:
                 # The first step of a process compiles, so the rate is measured from its end.
                 metrics.loss.block_until_ready()
                 self._compiled, timed_from = True, time.monotonic()
-            if self._is_save_due() or preemption.requested():
-                in_flight.drain()
-                if preemption.requested():
+            if requested:
+                if max(requested, in_flight.drain()) == _LEAVE:
                     self.leave()
                 self.save()
-        in_flight.drain()
+        if in_flight.drain() == _LEAVE:
+            self.leave()
         return images / (time.monotonic() - timed_from) if images else None
 
     def end_epoch(
@@ -275,14 +279,17 @@ class _Run:
             "learning_rate": float(self._learning_rate(self.step - 1)),
         }
         self.history.append(row)
-        zero = jax.device_put(np.float32(0), self.state.loss_sum.sharding)
+        zero = sharding.spread(np.zeros((), np.float32), sharding.replicated(self._batched))
         self.state = self.state.replace(loss_sum=zero)
         self.save(scores["nll"], Calibration.fit(*outputs))
         _write_history(self._folder, self.history)
         return row
 
-    def _is_save_due(self) -> bool:
-        return time.monotonic() - self._saved > 60 * self._config.checkpoint.every_minutes
+    def _request(self) -> np.ndarray:
+        """What this process asks for; the step tells all processes the most that any asks for."""
+        is_due = time.monotonic() - self._saved > 60 * self._config.checkpoint.every_minutes
+        wanted = _LEAVE if preemption.requested() else _SAVE if is_due else _GO_ON
+        return np.full(jax.local_device_count(), wanted, np.int32)
 
     def save(
         self, validation_loss: float | None = None, calibration: Calibration | None = None
@@ -323,7 +330,8 @@ def _train(
         [prepared.records(*side) for side in (sides.train, sides.validation)],
         batched,
     )
-    run = _Run(config, folder, checkpoints, start, learning_rate(config.optimizer, total_steps))
+    rate = learning_rate(config.optimizer, total_steps)
+    run = _Run(config, folder, checkpoints, start, rate, batched)
     batches = train.training(batch_size, config.seed, first_step=run.step)
 
     def ids_of(step: int) -> str:
@@ -335,9 +343,12 @@ def _train(
             began = time.monotonic()
             rate = run.train_epoch(train_step, batches, steps_per_epoch, ids_of)
             try:
-                validating = preemption.stopping(validation.one_pass(batch_size))
+                validating: Iterable[Batch] = validation.one_pass(batch_size)
+                # Several processes stop together, which only the steps of training decide.
+                if jax.process_count() == 1:
+                    validating = preemption.stopping(validating)
                 weights = run.state.best_weights
-                outputs = steps.collect_logits(eval_step, weights, validating, batched)
+                outputs = steps.collect_logits(eval_step, weights, validating)
             except preemption.Preempted:
                 run.leave()
             row = run.end_epoch(outputs, steps_per_epoch)
@@ -364,7 +375,7 @@ def _train(
 @contextlib.contextmanager
 def _events(folder: Path) -> Iterator[SummaryWriter]:
     """Opens TensorBoard's event files."""
-    events = SummaryWriter(str(folder / "events"))
+    events = SummaryWriter(str(folder / "events"), write_to_disk=workdirs.is_writer())
     try:
         yield events
         events.close()
@@ -375,7 +386,7 @@ def _events(folder: Path) -> Iterator[SummaryWriter]:
 
 
 def _write_history(folder: Path, history: list[dict[str, Any]]) -> None:
-    files.write_text(folder / "history.csv", _table(history).to_csv(index=False))
+    workdirs.write_text(folder / "history.csv", _table(history).to_csv(index=False))
 
 
 def _table(history: list[dict[str, Any]]) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from histo_jax.config import Config, describe, validate
 from histo_jax.errors import ExpectedError
 
 MODES = ("run", "prepare", "fit", "evaluate", "predict", "audit", "compare")
+HOSTS = ("auto", "slurm", "tpu", "manual")
 _LEAK_FOUND = 1
 _EXPECTED_FAILURE = 2
 
@@ -29,6 +30,9 @@ usage: python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE] [--con
                    checkpoint; predict: write submission.csv with it.
                    audit, alone: does a patch or a slide stand on two sides? (status 1: yes)
                    compare, alone: do the two runs of config.compare.runs differ?
+  --multihost=HOW  one of several processes that work on one run: auto, slurm or tpu find each
+                   other; manual needs --coordinator=HOST:PORT, the same everywhere,
+                   --process_count=N and --process_index=I, from 0
 
 Fields, each with its default (the config file may set another):
 """
@@ -54,6 +58,10 @@ def _define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "config file", lock_config=False)
     flags.DEFINE_string("workdir", None, "folder of the run")
     flags.DEFINE_enum("mode", "run", MODES, "what to do")
+    flags.DEFINE_enum("multihost", None, HOSTS, "how to find the other processes of the run")
+    flags.DEFINE_string("coordinator", None, "host:port of the first process")
+    flags.DEFINE_integer("process_count", None, "processes of the run")
+    flags.DEFINE_integer("process_index", None, "this one's number, from 0")
 
 
 def _fail(message: str) -> NoReturn:
@@ -196,6 +204,11 @@ def main(_: list[str]) -> None:
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     try:
         validate(config)
+        if flags.FLAGS.multihost:
+            from histo_jax.training import hosts
+
+            flag = flags.FLAGS
+            hosts.join(flag.multihost, flag.coordinator, flag.process_count, flag.process_index)
         with preemption.watch(ctrl_c=True):
             _VERBS[flags.FLAGS.mode](config, workdir)
     except preemption.Preempted as error:
@@ -206,6 +219,20 @@ def main(_: list[str]) -> None:
     except OSError as error:
         # A full disk or a folder without permission; a bug has another type.
         _fail(f"{error.filename or workdir}: {error.strerror or error}; mend that and start again")
+    except Exception as error:
+        if not flags.FLAGS.multihost:
+            raise
+        from histo_jax.training import hosts
+
+        if not hosts.is_loss(error):
+            raise
+        print(
+            "histo_jax: another process of the run has ended, see what it says; start all of them "
+            f"again, they go on from the newest save ({' '.join(str(error).split())[:200]})",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        # At once: whatever waits for the lost process would wait for ever.
+        os._exit(preemption.EXIT_STATUS)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pandas as pd
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from scipy.special import expit
 
-from histo_jax import files, members, preemption
+from histo_jax import members, preemption
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader
@@ -62,7 +63,10 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         ids = prepared.tables["test"]["id"]
         if config.predict.checkpoints:
             workdirs.claim(folder, config)
-        per_device = -(-min(config.predict.batch_size, len(ids)) // len(devices))
+        # Each process predicts an equal share; what the last ones lack is filled up with the last.
+        share = -(-len(ids) // jax.process_count())
+        own = np.minimum(np.arange(share) + share * jax.process_index(), len(ids) - 1)
+        per_device = -(-min(config.predict.batch_size, share) // len(devices))
 
         def logits_of(member: members.Member) -> np.ndarray:
             averaged = config.predict.tta and not members.is_symmetric(member)
@@ -71,7 +75,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
                 make_forward(member.model, averaged), in_axes=(None, 0), devices=devices
             )
             batches = loader.ordered_batches(
-                prepared.source("test"), np.arange(len(ids)), per_device * len(devices)
+                prepared.source("test"), own, per_device * len(devices)
             )
             images = (
                 batch["image"].reshape(len(devices), per_device, *batch["image"].shape[1:])
@@ -79,13 +83,14 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
             )
             outputs = read_behind(forward(member.weights, part) for part in images)
             # What fills up the last batch comes after all others.
-            logits = np.concatenate([output.reshape(-1) for output in outputs])[: len(ids)]
+            logits = np.concatenate([output.reshape(-1) for output in outputs])[:share]
+            logits = multihost_utils.process_allgather(logits).reshape(-1)[: len(ids)]
             return member.calibration.apply(logits, config.predict.prior)
 
         probabilities = expit(np.mean([logits_of(member) for member in trained], axis=0))
         table = pd.DataFrame({"id": ids, "label": probabilities})
         path = folder / "submission.csv"
         # Eight digits are what float32 logits can tell apart.
-        files.write_text(path, table.to_csv(index=False, float_format="%.8g"))
+        workdirs.write_text(path, table.to_csv(index=False, float_format="%.8g"))
     log.info("%d predictions in %s", len(table), path)
     return table

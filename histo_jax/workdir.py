@@ -7,13 +7,13 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from histo_jax import files
 from histo_jax.config import Config, flat, validate
 from histo_jax.errors import ExpectedError
-from histo_jax.files import write_json
 from histo_jax.preemption import EXIT_STATUS, Preempted, watch
 
 log = logging.getLogger("histo_jax")
@@ -26,8 +26,32 @@ _IDENTITY_PREFIXES = (
 )  # fmt: skip
 _WHERE = ("data.raw_dir", "data.tfds_dir", "data.placement")
 
+_is_writer = True
 _tracked: set[Path] = set()
 _locks: dict[Path, IO[str]] = {}
+
+
+def writes(yes: bool) -> None:
+    """Says whether this process writes the run's files: of several only one does."""
+    global _is_writer
+    _is_writer = yes
+
+
+def is_writer() -> bool:
+    """Whether this process writes the run's files."""
+    return _is_writer
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file of the run as `files.write_text` does, if this process is to."""
+    if _is_writer:
+        files.write_text(path, text)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a file of the run as `files.write_json` does, if this process is to."""
+    if _is_writer:
+        files.write_json(path, values)
 
 
 def _plain(config: Config) -> dict[str, Any]:
@@ -117,7 +141,7 @@ def save_config(workdir: Path, config: Config) -> None:
 
 def _lock(workdir: Path) -> None:
     """Takes the folder for this process; the system lets go of it however the process ends."""
-    if workdir in _locks:
+    if workdir in _locks or not _is_writer:
         return
     file = (workdir / "lock").open("a+")
     try:

@@ -2,16 +2,19 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers
 
@@ -54,15 +57,7 @@ class Checkpoints:
     def __init__(self, workdir: Path) -> None:
         self._directory = (workdir / "checkpoints").absolute()
         self._replaced = self._directory.with_name("replaced")
-        for path in self._replaced.glob("*"):
-            if not (self._directory / path.name).exists():
-                path.rename(self._directory / path.name)  # the one in its place was never whole
-        # Orbax reads all metrics when it opens the folder, and fails on one that is damaged.
-        for path in self._directory.glob("*/metrics/metrics"):
-            try:
-                json.loads(path.read_bytes())
-            except ValueError as error:
-                _put_aside(path.parents[1], error)
+        _once(self._tidy_up)
         self._manager = ocp.CheckpointManager(
             self._directory,
             # Named here, or the metadata of a folder that this process did not write is empty.
@@ -89,6 +84,17 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             ),
         )
+
+    def _tidy_up(self) -> None:
+        for path in self._replaced.glob("*"):
+            if not (self._directory / path.name).exists():
+                path.rename(self._directory / path.name)  # the one in its place was never whole
+        # Orbax reads all metrics when it opens the folder, and fails on one that is damaged.
+        for path in self._directory.glob("*/metrics/metrics"):
+            try:
+                json.loads(path.read_bytes())
+            except ValueError as error:
+                _put_aside(path.parents[1], error)
 
     @classmethod
     def of(cls, workdir: Path) -> "Checkpoints":
@@ -120,7 +126,7 @@ class Checkpoints:
         """
         step = int(checkpoint.state.step)
         self.wait()
-        shutil.rmtree(self._replaced, ignore_errors=True)
+        _once(lambda: shutil.rmtree(self._replaced, ignore_errors=True))
         # Orbax notices a full disk late and says so at length.
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoint.state)) + _OVERHEAD
         if shutil.disk_usage(self._directory).free < needed:
@@ -130,8 +136,7 @@ class Checkpoints:
                 return  # nothing is new
             # Saved before this epoch's validation, which is now known. Kept until the new one is
             # whole: until then it is the newest.
-            self._replaced.mkdir()
-            (self._directory / str(step)).rename(self._replaced / str(step))
+            _once(lambda: self._replace(step))
             self._manager.reload()
         with files.disk_errors(self._directory):
             self._manager.save(
@@ -144,6 +149,10 @@ class Checkpoints:
                 ),
                 metrics=None if validation_loss is None else {_METRIC: validation_loss},
             )
+
+    def _replace(self, step: int) -> None:
+        self._replaced.mkdir()
+        (self._directory / str(step)).rename(self._replaced / str(step))
 
     def wait(self) -> None:
         """Returns when all is on disk.
@@ -179,13 +188,8 @@ class Checkpoints:
             except ExpectedError:
                 raise
             except Exception as error:  # whatever Orbax and TensorStore find wrong
-                place = self._directory.parent / "damaged" / f"{step}-{uuid.uuid4().hex[:8]}"
-                place.parent.mkdir(exist_ok=True)
-                (self._directory / str(step)).rename(place)
-                log.warning(
-                    "checkpoint %d is damaged and was put aside as %s (%s)",
-                    step, place, " ".join(str(error).split())[:200],
-                )  # fmt: skip
+                damaged = self._directory / str(step)
+                _once(functools.partial(_put_aside, damaged, error))
         self._manager.reload()
         return None
 
@@ -251,6 +255,13 @@ class Checkpoints:
                     f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} in "
                     "config.model; give the config of that run or another --workdir"
                 )
+
+
+def _once(change: Callable[[], None]) -> None:
+    """Changes the folder, which all processes see, in the first; the others wait."""
+    if jax.process_index() == 0:
+        change()
+    multihost_utils.sync_global_devices("histo_jax checkpoints")
 
 
 def _put_aside(path: Path, error: Exception) -> None:

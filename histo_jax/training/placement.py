@@ -7,7 +7,7 @@ batch and none waits for another. `host`: in memory; batches are gathered and se
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.data.loader import Batch, Records
 from histo_jax.errors import ExpectedError
 from histo_jax.training import memory
-from histo_jax.training.sharding import replicated
+from histo_jax.training.sharding import own_rows, replicated, spread
 
 log = logging.getLogger("histo_jax")
 
@@ -42,10 +42,12 @@ class TrainingBatch(TypedDict):
     Attributes:
         image: uint8[batch, 96, 96, 3].
         label: float32[batch], 0 or 1.
+        request: int32[devices], what the processes ask for; may be missing.
     """
 
     image: jax.Array
     label: jax.Array
+    request: NotRequired[jax.Array]
 
 
 class Examples:
@@ -63,7 +65,8 @@ class Examples:
         Args:
             labels: float32[n] of the side.
             batched: divides a batch over the devices.
-            prepare: from int64[batch] positions what is sent to the devices; ahead, in threads.
+            prepare: from int64[k] positions, those of a batch that are this process's, what is
+                sent to the devices; ahead, in threads.
             finish: from that, on the devices, uint8[batch, 96, 96, 3]; when the batch is due.
         """
         self._labels, self._batched = labels, batched
@@ -89,7 +92,11 @@ class Examples:
             )
 
     def _send(self, positions: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return jax.device_put((self._prepare(positions), self._labels[positions]), self._batched)
+        own = positions[own_rows(len(positions))]
+        return (
+            spread(self._prepare(own), self._batched),
+            spread(self._labels[own], self._batched),
+        )
 
 
 def place(wanted: str, sides: Sequence[Records], batched: NamedSharding) -> list[Examples]:
@@ -108,11 +115,16 @@ def place(wanted: str, sides: Sequence[Records], batched: NamedSharding) -> list
     count = sum(len(side.rows) for side in sides)
     placement = _choose(wanted, count * _IMAGE_BYTES, batched.mesh.local_devices)
     if placement == "disk":
-        return [Examples(side.labels, batched, side.images) for side in sides]
+        return [on_disk(side, batched) for side in sides]
     load = _on_devices if placement == "device" else _in_memory
     # disable=None: no bar where nobody watches.
     with tqdm(total=count, desc="loading", unit=" img", disable=None) as bar:
         return [load(side, batched, bar) for side in sides]
+
+
+def on_disk(side: Records, batched: NamedSharding) -> Examples:
+    """Returns the examples of a side, each read when it is due."""
+    return Examples(side.labels, batched, side.images)
 
 
 def _choose(wanted: str, needed: int, devices: Sequence[jax.Device]) -> str:
@@ -173,11 +185,14 @@ def _on_devices(side: Records, batched: NamedSharding, bar: tqdm) -> Examples:
     everywhere, gather = replicated(batched), make_gather(batched)
     # Flat, because a TPU would fill up a last axis of 3 to 128. Written part by part into one
     # buffer, so that there is never a second copy beside it.
-    pixels = jnp.zeros((len(side.rows), _IMAGE_BYTES), jnp.uint8, device=everywhere)
+    shape = (len(side.rows), _IMAGE_BYTES)
+    pixels = jax.jit(lambda: jnp.zeros(shape, jnp.uint8), out_shardings=everywhere)()
     write = jax.jit(_write, donate_argnums=0, out_shardings=everywhere)
     for start, images in _parts(side, bar):
         part = images.reshape(len(images), -1)
-        pixels = write(pixels, *jax.device_put((part, np.int32(start)), everywhere))
+        pixels = write(
+            pixels, spread(part, everywhere), spread(np.array(start, np.int32), everywhere)
+        )
     return Examples(
         side.labels,
         batched,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from histo_jax.training import hosts
+
 _CACHE_BYTES = 2**30
 # Names of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -15,8 +17,11 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 def set_up() -> None:
     """Turns on the compilation cache in the user's cache folder; on CPU, keeps freed memory.
 
+    Of several processes only the first writes files and talks.
+
     A folder that `JAX_COMPILATION_CACHE_DIR` or `jax_compilation_cache_dir` names is left as it is.
     """
+    hosts.give_roles()
     if not jax.config.values["jax_compilation_cache_dir"]:
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(caches, "histo_jax", "compiled")))

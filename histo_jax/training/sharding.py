@@ -20,6 +20,24 @@ def replicated(batched: NamedSharding) -> NamedSharding:
     return NamedSharding(batched.mesh, PartitionSpec())
 
 
+def spread(values: np.ndarray, where: NamedSharding) -> jax.Array:
+    """Puts what this process holds of an array onto its devices; nothing goes between processes.
+
+    Args:
+        values: of a divided array this process's rows (see `own_rows`), of a replicated one all.
+        where: the sharding of the whole.
+    """
+    length = len(values) * jax.process_count() if where.spec else None
+    shape = values.shape if length is None else (length, *values.shape[1:])
+    return jax.make_array_from_process_local_data(where, values, shape)
+
+
+def own_rows(count: int) -> slice:
+    """Returns which of a batch's `count` rows this process holds: the mesh is in their order."""
+    each = count // jax.process_count()
+    return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
+
+
 def check_batch_size(batch_size: int) -> None:
     """Refuses a batch that the devices cannot share equally.
 

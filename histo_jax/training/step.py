@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from histo_jax.config import Config
 from histo_jax.data.loader import Batch
@@ -62,10 +62,12 @@ class Metrics(NamedTuple):
     Attributes:
         loss: mean binary cross-entropy of the batch before the update, nats.
         finite: whether loss and gradient were finite; if not, nothing was updated.
+        request: the largest of the numbers that the processes gave the step.
     """
 
     loss: Float32[Array, ""]
     finite: Bool[Array, ""]
+    request: Int32[Array, ""]
 
 
 def make_train_step(
@@ -77,8 +79,8 @@ def make_train_step(
     """Returns the compiled step `(state, batch) -> (state, metrics)`.
 
     The batch holds `image`, uint8[batch, 96, 96, 3], and `label`, float32[batch] of 0 and 1, both
-    divided over the mesh; BatchNorm and loss see the whole of it. The given state is donated: do
-    not use it again.
+    divided over the mesh; BatchNorm and loss see the whole of it; it may hold `request`,
+    int32[devices], divided too. The given state is donated: do not use it again.
     """
 
     def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
@@ -116,7 +118,8 @@ def make_train_step(
             loss_sum=state.loss_sum + loss,
         )
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-        return state.replace(step=state.step + 1), Metrics(loss, finite)
+        request = batch.get("request", jnp.zeros(1, jnp.int32)).max()
+        return state.replace(step=state.step + 1), Metrics(loss, finite, request)
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(batched))
 
@@ -135,7 +138,6 @@ def collect_logits(
     eval_step: Forward,
     weights: Weights,
     batches: Iterable[Batch],
-    batched: NamedSharding,
 ) -> tuple[Float[np.ndarray, " examples"], Float[np.ndarray, " examples"]]:
     """Returns logits and labels of all examples in order, each once: filled-up rows are dropped."""
     labels, masks = [], []
@@ -144,7 +146,7 @@ def collect_logits(
         for batch in batches:
             labels.append(batch["label"])
             masks.append(batch["mask"])
-            yield eval_step(weights, jax.device_put(batch["image"], batched))
+            yield eval_step(weights, batch["image"])
 
     logits = np.concatenate(list(read_behind(started())))
     used = np.concatenate(masks)

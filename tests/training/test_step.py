@@ -5,10 +5,11 @@ import optax
 import pytest
 
 from histo_jax.config import Config, ModelConfig
-from histo_jax.data.loader import ordered_batches
+from histo_jax.data.loader import Records
 from histo_jax.errors import ExpectedError
 from histo_jax.models import create_model
 from histo_jax.training import sharding, step
+from histo_jax.training.placement import on_disk
 from histo_jax.training.state import average, create_state
 
 RNG = np.random.default_rng(0)
@@ -123,7 +124,7 @@ def test_padded_evaluation_equals_a_plain_loop():
     images = RNG.integers(0, 256, (13, 96, 96, 3), dtype=np.uint8)
     labels = RNG.integers(0, 2, 13)
 
-    class Records:
+    class Source:
         def __getitems__(self, rows):
             return [{"image": images[r], "label": labels[r]} for r in rows]
 
@@ -132,8 +133,7 @@ def test_padded_evaluation_equals_a_plain_loop():
     logits, collected = step.collect_logits(
         step.make_eval_step(MODEL, batched),
         weights,
-        ordered_batches(Records(), np.arange(13), 8),
-        batched,
+        on_disk(Records(Source(), np.arange(13), labels.astype(np.float32)), batched).one_pass(8),
     )
     plain = jax.jit(step.make_forward(MODEL))
     weights = jax.device_get(weights)

@@ -1,0 +1,186 @@
+"""Looks a machine over: `python -m histo_jax.doctor [--multihost=...]`, one line a finding.
+
+PASS, WARN or FAIL, and the remedy. Status 1 if anything failed.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+Finding = tuple[str, str]
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
+
+
+def _python() -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if (3, 11) <= sys.version_info < (3, 14):
+        yield "PASS", f"Python {version}"
+    else:
+        yield (
+            "FAIL",
+            f"Python {version}: use 3.11 to 3.13, PYTHON=/path/to/python launch/install.sh",
+        )
+
+
+def _packages() -> Iterator[Finding]:
+    found = []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            yield "FAIL", f"{name} is not installed: run launch/install.sh"
+    yield "PASS", ", ".join(found)
+
+
+def _driver() -> Iterator[Finding]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        yield "PASS", "no NVIDIA driver, so no GPU is expected"
+        return
+    query = [program, "--query-gpu=name,driver_version,memory.free", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    if done.returncode:
+        yield (
+            "FAIL",
+            f"nvidia-smi says {done.stderr.strip() or done.stdout.strip()}: mend the driver",
+        )
+    for line in done.stdout.strip().splitlines():
+        yield "PASS", f"GPU: {line}"
+
+
+def _devices() -> Iterator[Finding]:
+    import jax
+
+    from histo_jax.training import memory
+
+    local = jax.local_devices()
+    kind = f"{local[0].platform} ({local[0].device_kind})"
+    there = (
+        f"{len(local)} of {jax.device_count()} devices, {kind}, process {jax.process_index()} of "
+        f"{jax.process_count()}"
+    )
+    if local[0].platform == "cpu" and shutil.which("nvidia-smi"):
+        yield "FAIL", f"{there}, but there is an NVIDIA driver: run launch/install.sh cuda"
+    elif local[0].platform == "cpu":
+        yield "WARN", f"{there}: training at full size wants a GPU or TPU"
+    else:
+        yield "PASS", there
+    free = memory.free_on_devices(local)
+    if free is None:
+        yield "WARN", "the devices do not tell how much memory is free"
+    else:
+        yield "PASS" if free > 2e9 else "WARN", f"{free / 1e9:.1f} GB free on each device"
+
+
+def _memory() -> Iterator[Finding]:
+    from histo_jax.training import memory
+
+    free = memory.free_on_host()
+    enough = free > 4e9
+    remedy = "" if enough else ": set --config.data.placement=disk, and end other programs"
+    yield "PASS" if enough else "WARN", f"{free / 1e9:.1f} GB of memory free{remedy}"
+
+
+def _folders() -> Iterator[Finding]:
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    for folder in (Path("~/tensorflow_datasets").expanduser(), Path(caches), Path.cwd()):
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            yield "FAIL", f"{folder} cannot be written ({error.strerror}): choose another folder"
+            continue
+        free = shutil.disk_usage(existing).free
+        # PatchCamelyon's records take 9 GB.
+        yield (
+            "PASS" if free > 12e9 else "WARN",
+            f"{folder} can be written, {free / 1e9:.0f} GB free",
+        )
+
+
+def _matrix_product() -> Iterator[Finding]:
+    import jax
+    import jax.numpy as jnp
+
+    size = 2048
+    for device in jax.local_devices():
+        matrix = jax.device_put(jnp.eye(size), device)
+        product = jax.jit(jnp.dot)
+        if not (product(matrix, matrix) == matrix).all():
+            yield "FAIL", f"{device} multiplies wrongly: have it replaced"
+            continue
+        count, began = 0, time.monotonic()
+        while time.monotonic() - began < 1:
+            product(matrix, matrix).block_until_ready()
+            count += 1
+        rate = 2 * size**3 * count / (time.monotonic() - began)
+        yield "PASS", f"{device} multiplies matrices at {rate / 1e12:.2f} TFLOP/s, float32"
+
+
+def _collective() -> Iterator[Finding]:
+    import jax
+    import numpy as np
+
+    from histo_jax.training import sharding
+
+    batched = sharding.batch_sharding()
+    own = np.arange(jax.device_count(), dtype=np.float32)[sharding.own_rows(jax.device_count())]
+    total = jax.jit(lambda x: x.sum(), out_shardings=sharding.replicated(batched))
+    began = time.monotonic()
+    found, count = float(total(sharding.spread(own, batched))), jax.device_count()
+    seconds = time.monotonic() - began
+    if found == count * (count - 1) / 2:
+        yield "PASS", f"a sum over all {count} devices in {seconds:.1f} s, with compilation"
+    else:
+        yield "FAIL", f"a sum over all {count} devices is {found}: check the network between them"
+
+
+_CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _python, _packages, _driver, _memory, _folders, _devices, _matrix_product, _collective,
+)  # fmt: skip
+
+
+def main() -> int:
+    """Prints every finding and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="histo_jax.doctor", description=__doc__)
+    parser.add_argument("--multihost", help="as histo_jax.main takes it, also the next three")
+    parser.add_argument("--coordinator")
+    parser.add_argument("--process_count", type=int)
+    parser.add_argument("--process_index", type=int)
+    options = parser.parse_args()
+    if options.multihost:
+        from histo_jax.errors import ExpectedError
+        from histo_jax.training import hosts
+
+        try:
+            hosts.join(
+                options.multihost, options.coordinator, options.process_count,
+                options.process_index,
+            )  # fmt: skip
+        except ExpectedError as error:
+            print(f"FAIL  {error}")
+            return 1
+    failed = False
+    for check in _CHECKS:
+        try:
+            for verdict, finding in check():
+                print(f"{verdict}  {finding}", flush=True)
+                failed |= verdict == "FAIL"
+        except Exception as error:  # of a broken installation or device: that is what is looked for
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            print(f"FAIL  {check.__name__.strip('_')}: {said}: run launch/install.sh", flush=True)
+            failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Several processes, of one machine or many, as one run: `jax.distributed`, and nothing of our own.
+
+Every process runs the same program on its own devices. What all compute alike, all know; files are
+written by the first.
+"""
+
+import logging
+import os
+
+import jax
+
+from histo_jax import workdir
+from histo_jax.errors import ExpectedError
+
+# A process that is silent for so long is taken for dead, and the others end.
+_HEARTBEAT_SECONDS = 20
+
+
+def join(
+    kind: str, coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
+    """Joins the other processes; to be called before anything that looks at a device.
+
+    Args:
+        kind: 'auto' and 'tpu' find the others by what the cluster tells, 'slurm' by SLURM's
+            variables, 'manual' by the other arguments.
+        coordinator: 'host:port' of the first process.
+        count: of processes.
+        index: of this one.
+
+    Raises:
+        ExpectedError: an argument is missing or wrong, or the others cannot be reached.
+    """
+    if kind == "manual" and (coordinator is None or count is None or index is None):
+        raise ExpectedError(
+            "--multihost=manual needs --coordinator=HOST:PORT, --process_count and --process_index"
+        )
+    if kind == "manual" and not 0 <= (index or 0) < (count or 0):
+        raise ExpectedError(
+            f"--process_index={index} must be from 0 to --process_count={count} minus 1"
+        )
+    if kind != "manual" and (coordinator, count, index) != (None, None, None):
+        raise ExpectedError(
+            f"--multihost={kind} finds the others itself: leave out --coordinator, "
+            "--process_count and --process_index, or use --multihost=manual"
+        )
+    if kind == "slurm" and "SLURM_JOB_ID" not in os.environ:
+        raise ExpectedError("--multihost=slurm: this is no SLURM job, start it by srun")
+    # Its handler of SIGTERM would take the place of ours.
+    jax.config.update("jax_enable_preemption_service", False)
+    # On CPU, where it takes part in tests and trials; accelerators have their own.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            coordinator, count, index,
+            cluster_detection_method="slurm" if kind == "slurm" else None,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        )  # fmt: skip
+    except (RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ExpectedError(
+            f"--multihost={kind}: cannot join the other processes: {said}"
+        ) from None
+    give_roles()
+
+
+def give_roles() -> None:
+    """Lets the first process write the run's files and talk, and no other."""
+    workdir.writes(jax.process_index() == 0)
+    if jax.process_index():
+        logging.getLogger("histo_jax").setLevel(logging.WARNING)
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether the error says that another process cannot be reached any more.
+
+    JAX notices in one of two ways: a collective fails, with an error like this, or the heartbeats
+    stay out, and JAX itself ends the process saying that another task died.
+    """
+    is_own = "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1 and not is_own

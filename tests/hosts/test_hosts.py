@@ -1,0 +1,262 @@
+"""One run by several real processes on this machine, with CPU devices and gloo.
+
+The short forms; `HISTO_JAX_LONG=1` adds the long ones.
+"""
+
+import json
+import os
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from histo_jax.data.builder import prepare
+from histo_jax.data.loader import training_order
+from histo_jax.data.splits import make_sides
+from histo_jax.training.checkpoints import Checkpoints
+from histo_jax.training.sharding import batch_sharding, replicated
+
+ROOT = Path(__file__).parents[2]
+TRACED = Path(__file__).with_name("traced.py")
+CONFIG = """
+from histo_jax.config import Config
+def get_config():
+    config = Config()
+    config.data.source, config.data.raw_dir = "kaggle", {raw!r}
+    config.data.tfds_dir, config.data.validation_fraction = {records!r}, 0.25
+    config.model.features, config.model.dense = (4, 4, 4, 4, 4), 8
+    config.fit.batch_size, config.fit.steps_per_epoch, config.fit.epochs = 8, 25, 2
+    config.predict.batch_size = 6
+    return config
+"""
+ONE, FOUR, TWO_BY_TWO = (1, 1), (1, 4), (2, 2)  # processes, devices of each
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, make_kaggle):
+    """A folder with raw files, of which 7 are to predict, a prime number, and a config."""
+    folder = tmp_path_factory.mktemp("hosts")
+    raw = make_kaggle(folder / "raw", train=40, test=7)
+    text = CONFIG.format(raw=str(raw), records=str(folder / "records"))
+    (folder / "config.py").write_text(text)
+    return folder
+
+
+def start(place, topology, workdir, *options, die=None):
+    """Starts the run's processes; `die` = (process, moment) kills one, see `traced.py`."""
+    count, devices = topology
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = []
+    for index in range(count):
+        environment = {
+            **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }  # fmt: skip
+        hosts = [
+            "--multihost=manual", f"--coordinator={coordinator}",
+            f"--process_count={count}", f"--process_index={index}",
+        ]  # fmt: skip
+        die_at = die[1] if die and die[0] == index else 0
+        trace = workdir.with_name(f"{workdir.name}.trace{index}")
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(TRACED), str(trace), str(die_at),
+                 f"--config={place / 'config.py'}", f"--workdir={workdir}",
+                 *(hosts if count > 1 else ()), *options],
+                env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )
+        )  # fmt: skip
+    return processes
+
+
+def run(place, topology, workdir, *options):
+    """Runs to the end, and returns what each process said."""
+    processes = start(place, topology, workdir, *options)
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+    return said
+
+
+def steps(workdir):
+    """Per step the ids of the whole batch and the loss, which all processes must agree on."""
+    traces = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(workdir.parent.glob(f"{workdir.name}.trace?"))
+    ]
+    found = {}
+    for parts in zip(*traces, strict=True):
+        assert len({(number, loss) for number, _, loss in parts}) == 1
+        found[parts[0][0]] = ([i for _, ids, _ in parts for i in ids], parts[0][2])
+    return found
+
+
+def config_of(place):
+    return runpy.run_path(place / "config.py")["get_config"]()
+
+
+def checkpoint(place, workdir):
+    with Checkpoints(workdir) as checkpoints:
+        place_of = replicated(batch_sharding())
+        return checkpoints.restore_best(config_of(place), place_of).state
+
+
+def submission(workdir):
+    return pd.read_csv(workdir / "submission.csv")
+
+
+@pytest.fixture(scope="module")
+def runs(place):
+    """The whole job in each topology."""
+    folder = place / "runs"
+    folder.mkdir()
+    for name, topology in (("one", ONE), ("four", FOUR), ("two", TWO_BY_TWO)):
+        run(place, topology, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["four", "two"])
+def test_every_topology_takes_the_same_steps(runs, name):
+    wanted, got = steps(runs / "one"), steps(runs / name)
+    assert list(got) == list(wanted) == list(range(1, 51))
+    assert [ids for ids, _ in got.values()] == [ids for ids, _ in wanted.values()]
+    losses = np.array([[loss for _, loss in run.values()] for run in (wanted, got)])
+    np.testing.assert_allclose(losses[1, :5], losses[0, :5], rtol=1e-5)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def first_steps(place):
+    """The state after one step, from the same first weights, in each topology."""
+    folder = place / "first_steps"
+    folder.mkdir()
+    once = ("--config.fit.epochs=1", "--config.fit.steps_per_epoch=1", "--mode=fit")
+    for name, topology in (("one", ONE), ("four", FOUR), ("two", TWO_BY_TWO)):
+        run(place, topology, folder / name, *once)
+    return {name: checkpoint(place, folder / name) for name in ("one", "four", "two")}
+
+
+@pytest.mark.parametrize("name", ["four", "two"])
+def test_one_step_gives_the_same_gradient_and_statistics(first_steps, name):
+    states = first_steps["one"], first_steps[name]
+    moments = [state.opt_state[0].mu for state in states]  # a tenth of the gradient
+    statistics = [state.weights.batch_stats for state in states]
+    for pair in (moments, statistics):
+        largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(pair[0]))
+        assert largest > 0
+        for one, other in zip(*map(jax.tree.leaves, pair), strict=True):
+            assert np.abs(np.asarray(one) - np.asarray(other)).max() <= 1e-5 * largest
+
+
+def test_only_the_first_process_writes_and_talks(runs):
+    # The rest is in the files, which are those of a run by one process.
+    assert {p.name for p in (runs / "two").iterdir()} == {p.name for p in (runs / "one").iterdir()}
+    assert len(list((runs / "two" / "events").iterdir())) == 1
+    assert len(pd.read_csv(runs / "two" / "history.csv")) == 2
+    assert json.loads((runs / "two" / "status.json").read_text())["state"] == "complete"
+
+
+@pytest.mark.parametrize("topology", [ONE, FOUR, (2, 3)], ids=["one", "four", "two_by_three"])
+def test_a_checkpoint_predicts_the_same_on_each_topology(place, runs, topology, tmp_path):
+    shutil.copytree(runs / "two", tmp_path / "copy")
+    (tmp_path / "copy" / "submission.csv").unlink()
+    run(place, topology, tmp_path / "copy", "--mode=predict")
+    wanted, got = submission(runs / "two"), submission(tmp_path / "copy")
+    assert got["id"].tolist() == wanted["id"].tolist()
+    assert got["id"].is_unique
+    assert len(got) == 7
+    np.testing.assert_allclose(got["label"], wanted["label"], rtol=1e-5)
+
+
+def order(place, first, last):
+    """The ids of these steps' batches, from the config alone."""
+    config = config_of(place)
+    prepared = prepare(config)
+    train = make_sides(prepared.tables, config).train
+    batches = training_order(len(train.rows), config.fit.batch_size, config.seed)
+    ids = prepared.tables[train.records]["id"].to_numpy()
+    return {step: ids[train.rows[batches[step - 1]]].tolist() for step in range(first, last + 1)}
+
+
+def test_the_order_is_that_of_the_config(place, runs):
+    assert {step: ids for step, (ids, _) in steps(runs / "two").items()} == order(place, 1, 50)
+
+
+@pytest.mark.parametrize("begun", ["one", "two"])
+def test_training_goes_on_in_the_same_order_on_another_topology(place, runs, begun, tmp_path):
+    shutil.copytree(runs / begun, tmp_path / "copy")
+    topology = TWO_BY_TWO if begun == "one" else ONE
+    said = run(place, topology, tmp_path / "copy", "--mode=fit", "--config.fit.epochs=3")
+    assert "resumed from step 50" in said[0]
+    went_on = {step: ids for step, (ids, _) in steps(tmp_path / "copy").items()}
+    assert went_on == order(place, 51, 75)
+
+
+@pytest.mark.parametrize("victim", [0, 1] if os.environ.get("HISTO_JAX_LONG") else [1])
+def test_the_rest_ends_when_one_dies_and_the_job_restarted_ends_with_the_same_bytes(
+    place, runs, victim, tmp_path
+):
+    processes = start(place, TWO_BY_TWO, tmp_path / "killed", die=(victim, 30))
+    processes[victim].communicate(timeout=120)
+    died = time.monotonic()
+    said = processes[1 - victim].communicate(timeout=60)[0]
+    assert time.monotonic() - died < 60
+    assert processes[1 - victim].returncode not in (0, None)
+    # Our own line, or JAX's where it was quicker.
+    assert "another process of the run has ended" in said or "another task died" in said
+    run(place, TWO_BY_TWO, tmp_path / "killed")
+    for name in ("history.csv", "submission.csv", "evaluation.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (runs / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize("victim", [0, 1] if os.environ.get("HISTO_JAX_LONG") else [0])
+def test_the_rest_ends_when_one_dies_in_prediction(place, runs, victim, tmp_path):
+    shutil.copytree(runs / "two", tmp_path / "copy")
+    before = (tmp_path / "copy" / "submission.csv").read_bytes()
+    processes = start(place, TWO_BY_TWO, tmp_path / "copy", "--mode=predict", die=(victim, -1))
+    processes[victim].communicate(timeout=120)
+    said = processes[1 - victim].communicate(timeout=60)[0]
+    assert processes[1 - victim].returncode not in (0, None)
+    assert "another process of the run has ended" in said or "another task died" in said
+    assert (tmp_path / "copy" / "submission.csv").read_bytes() == before
+
+
+def test_a_signal_to_one_stops_all_at_one_step_and_all_go_on(place, runs, tmp_path):
+    processes = start(place, TWO_BY_TWO, tmp_path / "stopped", die=(1, -10))
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], said
+    stopped = max(steps(tmp_path / "stopped"))
+    assert stopped < 25
+    assert f"saved at step {stopped}" in said[0]
+    said = run(place, TWO_BY_TWO, tmp_path / "stopped")
+    assert f"resumed from step {stopped}" in said[0]
+    for name in ("history.csv", "submission.csv", "evaluation.json"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (runs / "two" / name).read_bytes()
+
+
+MISTAKES = {
+    "--multihost=manual": "needs --coordinator=HOST:PORT",
+    "--multihost=manual --coordinator=a:1 --process_count=2 --process_index=2": "must be from 0",
+    "--multihost=slurm --process_count=2": "leave out --coordinator",
+    "--multihost=slurm": "this is no SLURM job",
+    "--multihost=some": "should be one of",
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_mistakes_in_joining_are_one_line(place, typed, tmp_path):
+    (process,) = start(place, ONE, tmp_path / "run", *typed.split())
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 2, said
+    assert len(said.strip().splitlines()) == 1, said
+    assert MISTAKES[typed] in said
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,50 @@
+"""The real command line, noting each step: `traced.py TRACE DIE_AT --config=FILE ...`.
+
+One JSON line a step: its number, the SHA-1 of each of this process's patches, the loss. At step
+DIE_AT the process kills itself, at -1 before its first prediction; at step -DIE_AT it gets SIGTERM;
+0 is never.
+"""
+
+import hashlib
+import json
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from histo_jax import prediction
+from histo_jax.training import step as steps
+
+TRACE, DIE_AT = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+
+
+def make_train_step(*arguments, make=steps.make_train_step):
+    train_step, number = make(*arguments), None
+
+    def step(state, batch):
+        nonlocal number
+        number = (int(state.step) if number is None else number) + 1
+        if number == abs(DIE_AT):
+            os.kill(os.getpid(), signal.SIGKILL if DIE_AT > 0 else signal.SIGTERM)
+        shards = sorted(batch["image"].addressable_shards, key=lambda s: s.index[0].start or 0)
+        images = np.concatenate([np.asarray(shard.data) for shard in shards])
+        state, metrics = train_step(state, batch)
+        ids = [hashlib.sha1(image.tobytes()).hexdigest() for image in images]
+        with TRACE.open("a") as trace:
+            trace.write(json.dumps([number, ids, float(metrics.loss)]) + "\n")
+        return state, metrics
+
+    return step
+
+
+def read_behind(outputs, read=prediction.read_behind):
+    if DIE_AT == -1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(outputs)
+
+
+steps.make_train_step, prediction.read_behind = make_train_step, read_behind
+runpy.run_module("histo_jax.main", run_name="__main__", alter_sys=True)
