@@ -3,8 +3,9 @@
     .venv/bin/python tests/benchmarks/scaling.py [--rounds=3]
 
 Each process has one CPU device. XLA lets a process use all cores, so one process has the whole
-machine already: what is measured is what the division costs. The same drawn slides and network (that
-of the quickstart), global batch of 64, third epoch of three; the rounds take turns.
+machine already: what is measured is what the division costs, and what a single CPU device gains by
+computing by tiles, which several do not. The drawn slides and the network of the quickstart, a
+global batch of 64, the third epoch of three; the rounds take turns.
 """
 
 import argparse
@@ -39,7 +40,8 @@ def rate(folder: Path, count: int, number: int) -> float:
         )
         for index in range(count)
     ]  # fmt: skip
-    if any([process.wait() for process in processes]):
+    statuses = [process.wait() for process in processes]
+    if any(statuses):
         raise RuntimeError(f"{count} processes failed")
     return json.loads((workdir / "status.json").read_text())["images_per_second"]
 
