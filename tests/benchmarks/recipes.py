@@ -7,6 +7,8 @@ are scored. Runs that stand in the CSV are not made again; an interrupted one go
 
     screen   `BASE`, and each of `FACTORS` alone, on 5,000 patches, for 15 passes
     full     the runs of `FULL`, on all patches; --seeds=0,1,2
+    curve    the best recipe with the symmetric and with the plain network on 1,000, 5,000 and all
+             patches; draws `learning_curves.svg` from what the CSV holds
 """
 
 import argparse
@@ -21,6 +23,8 @@ from absl import logging
 
 import histo_jax
 from histo_jax.config import Config, flat
+from histo_jax.data.builder import prepare
+from histo_jax.data.splits import make_sides
 from histo_jax.models import create_model
 from histo_jax.workdir import status
 
@@ -60,6 +64,15 @@ FULL: dict[str, dict[str, Any]] = {
         **FACTORS["stain"], "optimizer.ema_decay": 0.999, "fit.epochs": 20,
     },
 }  # fmt: skip
+BEST = FULL["stain_ema"]
+NETWORKS = {"symmetric": {}, "plain": FACTORS["plain"]}
+SIZES = {"1000": 500, "5000": 2500, "all": None}
+CURVE = {
+    f"{network}_{size}": {**BEST, **changes, "data.samples_per_class": per_class}
+    for size, per_class in SIZES.items()
+    for network, changes in NETWORKS.items()
+}
+STAGES = {"screen": FACTORS, "full": FULL, "curve": CURVE}
 
 
 def configure(changes: dict[str, Any]) -> Config:
@@ -77,6 +90,8 @@ def configure(changes: dict[str, Any]) -> Config:
 def run(stage: str, name: str, changes: dict[str, Any], workdir: Path) -> dict[str, Any]:
     """Trains, goes on, or reads what is finished; returns the row of the table."""
     config = configure(changes)
+    prepared = prepare(config)
+    patches = len(make_sides(prepared.tables, config).train.rows)
     began = time.monotonic()
     history = histo_jax.fit(config, workdir)
     scores = histo_jax.evaluate(config, workdir)
@@ -93,7 +108,7 @@ def run(stage: str, name: str, changes: dict[str, Any], workdir: Path) -> dict[s
         "stage": stage,
         "recipe": name,
         "seed": config.seed,
-        "training_patches": config.data.samples_per_class,
+        "training_patches": patches,
         "validation_auc": round(scores["auc"], 4),
         "validation_nll": round(scores["nll"], 4),
         "validation_accuracy": round(scores["accuracy"], 4),
@@ -111,16 +126,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="some recipes of the stage; none = all")
     parser.add_argument("--data", required=True, help="folder of PatchCamelyon's HDF5 files")
-    parser.add_argument("--stage", choices=("screen", "full"), default="screen")
+    parser.add_argument("--stage", choices=STAGES, default="screen")
     parser.add_argument("--seeds", default="0", help="separated by commas")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
     options = parser.parse_args()
     logging.set_verbosity(logging.FATAL)  # as histo_jax.main does
-    stages = {"screen": FACTORS, "full": FULL}
-    for name in options.names or stages[options.stage]:
+    for name in options.names or STAGES[options.stage]:
         for seed in map(int, options.seeds.split(",")):
             changes = {
-                **BASE, **stages[options.stage][name], "seed": seed, "data.source": "pcam",
+                **BASE, **STAGES[options.stage][name], "seed": seed, "data.source": "pcam",
                 "data.raw_dir": options.data, "data.tfds_dir": str(options.runs / "records"),
                 "early_stopping.patience": 1000,
             }  # fmt: skip
@@ -134,6 +148,27 @@ def main() -> None:
             row = run(options.stage, name, changes, workdir)
             pd.concat([done, pd.DataFrame([row])]).to_csv(TABLE, index=False)
             print(row, flush=True)
+    if options.stage == "curve":
+        draw(pd.read_csv(TABLE))
+
+
+def draw(table: pd.DataFrame) -> None:
+    """Draws validation AUC over training patches, a line a network."""
+    import matplotlib.pyplot as plt
+
+    table = table[table["stage"] == "curve"]
+    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    for network, marker in zip(NETWORKS, "os", strict=True):
+        rows = table[table["recipe"].str.startswith(network)].sort_values("training_patches")
+        axes.plot(rows["training_patches"], rows["validation_auc"], marker + "-", label=network)
+    axes.set(xscale="log", xlabel="training patches", ylabel="validation AUC, unseen slides")
+    axes.set_xticks(table["training_patches"], table["training_patches"], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(title="network, one seed each")
+    # Without a date and with fixed ids: the same figures give the same file.
+    plt.rcParams["svg.hashsalt"] = "histo_jax"
+    figure.savefig(TABLE.with_name("learning_curves.svg"), metadata={"Date": None})
 
 
 if __name__ == "__main__":
