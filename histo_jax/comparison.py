@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from histo_jax import files
+from histo_jax import files, predictions
 from histo_jax.config import Config, names, validate
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import difference
@@ -32,7 +31,7 @@ def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     if len(runs) != 2:
         raise ExpectedError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
     split = config.evaluate.split
-    first, second = (_read(Path(run), split) for run in runs)
+    first, second = (predictions.read(Path(run), split) for run in runs)
     if not first[["id", "label"]].equals(second[["id", "label"]]):
         raise ExpectedError(
             f"{runs[0]} and {runs[1]} were not scored on the same patches: evaluate both with the "
@@ -72,18 +71,3 @@ def table(result: dict[str, Any]) -> str:
                 f"p {value['p']:.3g}"
             )
     return "\n".join(lines)
-
-
-def _read(run: Path, split: str) -> pd.DataFrame:
-    path = run / f"predictions_{split}.csv"
-    if not path.exists():
-        raise ExpectedError(
-            f"{path} is missing: run --mode=evaluate --config.evaluate.split={split} in {run}"
-        )
-    return pd.read_csv(
-        path,
-        dtype={"id": str, "slide": str},
-        na_values=[],
-        keep_default_na=False,
-        float_precision="round_trip",
-    )

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from histo_jax import members, preemption
+from histo_jax import members, predictions, preemption
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import splits
@@ -104,11 +103,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             calibration = dataclasses.asdict(trained[0].calibration)
             result["checkpoint_step"] = trained[0].step
             result |= {f"calibration_{key}": calibration[key] for key in ("scale", "shift")}
-        predictions = pd.DataFrame(
-            {"id": table["id"], "label": table["label"], "slide": table["slide"], "logit": logits}
-        )
-        # All digits: rounding would make equal what the scores tell apart.
-        workdirs.write_text(folder / f"predictions_{name}.csv", predictions.to_csv(index=False))
+        predictions.write(folder, name, table[["id", "label", "slide"]].assign(logit=logits))
         workdirs.write_json(folder / f"evaluation_{name}.json", result)
         workdirs.write_json(folder / "evaluation.json", result)
     log.info(

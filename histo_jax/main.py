@@ -15,7 +15,7 @@ from histo_jax import preemption
 from histo_jax.config import Config, describe, validate
 from histo_jax.errors import ExpectedError
 
-MODES = ("run", "prepare", "fit", "evaluate", "predict", "audit", "compare")
+MODES = ("run", "prepare", "fit", "evaluate", "predict", "audit", "compare", "report")
 HOSTS = ("auto", "slurm", "tpu", "manual")
 _LEAK_FOUND = 1
 _EXPECTED_FAILURE = 2
@@ -29,6 +29,7 @@ usage: python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE] [--con
                    prepare: write the records; fit: train, or go on; evaluate: score the best
                    checkpoint; predict: write submission.csv with it.
                    audit, alone: does a patch or a slide stand on two sides? (status 1: yes)
+                   report, alone: write report.html from what evaluate has written
                    compare, alone: do the two runs of config.compare.runs differ?
   --multihost=HOW  one of several processes that work on one run: auto, slurm or tpu find each
                    other; manual needs --coordinator=HOST:PORT, the same everywhere,
@@ -137,6 +138,12 @@ def _predict(config: Config, workdir: Path) -> None:
     predict(config, workdir)
 
 
+def _report(config: Config, workdir: Path) -> None:
+    from histo_jax.report import report
+
+    report(config, workdir)
+
+
 def _compare(config: Config, workdir: Path) -> None:
     from histo_jax.comparison import compare, table
 
@@ -187,6 +194,7 @@ _VERBS: dict[str, Callable[[Config, Path], None]] = {
     "predict": _predict,
     "audit": _audit,
     "compare": _compare,
+    "report": _report,
 }
 
 

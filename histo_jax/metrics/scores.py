@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from scipy.special import expit
 
 _BINS = 15  # of equal width, as in Guo et al., "On Calibration of Modern Neural Networks", 2017
@@ -44,6 +44,12 @@ def _ranking_scores(ranked: _Ranked) -> dict[str, np.ndarray]:
     }
 
 
+def per_patch_loss(logits: Values, labels: Shaped[np.ndarray, " examples"]) -> Values:
+    """Returns each example's negative log-likelihood, nats."""
+    # -log sigmoid(z) = log(1 + exp(-z)) for label 1, and of -z for label 0, without overflow.
+    return np.logaddexp(0, np.where(labels == 1, -logits, logits))
+
+
 def weighted_scores(logits: Values, labels: Values, weights: Weights) -> dict[str, np.ndarray]:
     """Returns each score as float64[weightings]; nan where a weighting lacks a class it needs.
 
@@ -61,9 +67,8 @@ def weighted_scores(logits: Values, labels: Values, weights: Weights) -> dict[st
     logits = logits.astype(np.float64)
     is_positive = labels == 1
     probabilities = expit(logits)
-    # -log sigmoid(z) = log(1 + exp(-z)) for label 1, and of -z for label 0, without overflow.
     sums = {
-        "nll": np.logaddexp(0, np.where(is_positive, -logits, logits)),
+        "nll": per_patch_loss(logits, labels),
         "brier": (probabilities - is_positive) ** 2,
         "accuracy": ((logits > 0) == is_positive).astype(np.float64),
     }

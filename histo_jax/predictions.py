@@ -1,0 +1,36 @@
+"""What `evaluate` has said of each patch: `predictions_<split>.csv`."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from histo_jax import workdir as workdirs
+from histo_jax.errors import ExpectedError
+
+
+def write(folder: Path, split: str, table: pd.DataFrame) -> None:
+    """Writes `id`, `label`, `slide` and the calibrated `logit`, with all digits.
+
+    Rounding would make equal what the scores tell apart.
+    """
+    workdirs.write_text(folder / f"predictions_{split}.csv", table.to_csv(index=False))
+
+
+def read(folder: Path, split: str) -> pd.DataFrame:
+    """Reads what `write` has written.
+
+    Raises:
+        ExpectedError: it is not there.
+    """
+    path = folder / f"predictions_{split}.csv"
+    if not path.exists():
+        raise ExpectedError(
+            f"{path} is missing: run --mode=evaluate --config.evaluate.split={split} in {folder}"
+        )
+    return pd.read_csv(
+        path,
+        dtype={"id": str, "slide": str},
+        na_values=[],
+        keep_default_na=False,
+        float_precision="round_trip",
+    )

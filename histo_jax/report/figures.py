@@ -1,0 +1,129 @@
+"""The figures: pure functions from numbers to SVG."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+# Of Okabe & Ito's palette, told apart in every kind of colour blindness; lines differ in style too.
+NEGATIVE, POSITIVE, LINE = "#0072B2", "#D55E00", "#222222"
+_BINS = 15  # those of the calibration error
+_STYLE = {
+    # Text stays text: smaller, and it can be found and read aloud.
+    "svg.fonttype": "none",
+    # The same numbers give the same bytes.
+    "svg.hashsalt": "histo_jax",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def _axes(width: float = 4.2, height: float = 3.4) -> Iterator[tuple[Axes, list[str]]]:
+    """Opens a figure; at the end its SVG is appended to the list."""
+    done: list[str] = []
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure.add_subplot(), done
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        # Without XML's head, so that it can stand inside a page.
+        done.append(text.getvalue().partition("<svg")[2].join(("<svg", "")))
+
+
+def learning_curves(history: pd.DataFrame) -> str:
+    """Returns the losses of training and validation over the epochs, the best marked."""
+    with _axes(5.2) as (axes, done):
+        epochs = history["epoch"].to_numpy()
+        axes.plot(epochs, history["train_loss"], "--", color=NEGATIVE, label="training")
+        axes.plot(epochs, history["validation_loss"], "-", color=POSITIVE, label="validation")
+        best = int(history["validation_loss"].argmin())
+        lowest = history["validation_loss"].to_numpy()[best]
+        axes.plot(epochs[best], lowest, "o", color=LINE, label="used")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xlabel="epoch", ylabel="loss, nats", ylim=(0, None))
+        axes.legend()
+    return done[0]
+
+
+def roc(logits: np.ndarray, labels: np.ndarray, scores: dict[str, Any]) -> str:
+    """Returns the ROC curve with the two operating points."""
+    false_alarms, sensitivity, _ = roc_curve(labels, logits)
+    with _axes() as (axes, done):
+        axes.plot(*_thinned(false_alarms, sensitivity), color=LINE)
+        axes.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
+        axes.plot(
+            0.05, scores["sensitivity_at_95_specificity"], "o", color=NEGATIVE,
+            label="95% specificity",
+        )  # fmt: skip
+        axes.plot(
+            1 - scores["specificity_at_95_sensitivity"], 0.95, "s", color=POSITIVE,
+            label="95% sensitivity",
+        )  # fmt: skip
+        axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
+        axes.legend(loc="lower right")
+    return done[0]
+
+
+def precision_recall(logits: np.ndarray, labels: np.ndarray) -> str:
+    """Returns the precision-recall curve, and the precision of guessing."""
+    precision, recall, _ = precision_recall_curve(labels, logits)
+    with _axes() as (axes, done):
+        axes.plot(*_thinned(recall, precision), color=LINE)
+        axes.axhline(labels.mean(), linestyle=":", color="grey", linewidth=1)
+        axes.set(xlabel="recall (sensitivity)", ylabel="precision", ylim=(0, 1.02), aspect="equal")
+    return done[0]
+
+
+def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
+    """Returns how often tumour was there over how probable it was said to be, in 15 bins."""
+    bins = np.minimum((probabilities * _BINS).astype(int), _BINS - 1)
+    counts = np.bincount(bins, minlength=_BINS)
+    used = counts > 0
+    said, true = (
+        np.bincount(bins, values, _BINS)[used] / counts[used] for values in (probabilities, labels)
+    )
+    with _axes() as (axes, done):
+        axes.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
+        axes.plot(said, true, "-", color=LINE, linewidth=1)
+        axes.scatter(said, true, 8 + 150 * counts[used] / counts.max(), color=NEGATIVE, zorder=3)
+        axes.set(xlabel="probability said", ylabel="share with tumour", aspect="equal")
+    return done[0]
+
+
+def histogram(probabilities: np.ndarray, labels: np.ndarray) -> str:
+    """Returns how many patches of each class have each probability."""
+    edges = np.linspace(0, 1, 31).tolist()
+    with _axes(5.2) as (axes, done):
+        for label, color, hatch, name in (
+            (0, NEGATIVE, "", "without tumour"), (1, POSITIVE, "///", "with tumour"),
+        ):  # fmt: skip
+            axes.hist(
+                probabilities[labels == label], edges, color=color, alpha=0.6, hatch=hatch,
+                edgecolor="white", linewidth=0.3, label=name,
+            )  # fmt: skip
+        axes.set(xlabel="probability of tumour", ylabel="patches")
+        axes.legend()
+    return done[0]
+
+
+def _thinned(x: np.ndarray, y: np.ndarray, most: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    """At most so many points of a curve, evenly along it: no eye tells more apart."""
+    if len(x) <= most:
+        return x, y
+    way = np.append(0, np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y))))
+    chosen = np.unique(np.searchsorted(way, np.linspace(0, way[-1], most)))
+    return x[chosen], y[chosen]
