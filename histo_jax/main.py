@@ -15,7 +15,7 @@ from histo_jax import preemption
 from histo_jax.config import Config, describe, validate
 from histo_jax.errors import ExpectedError
 
-MODES = ("run", "prepare", "fit", "evaluate", "predict", "audit", "compare", "report")
+MODES = ("run", "prepare", "fit", "evaluate", "predict", "report", "audit", "compare")
 HOSTS = ("auto", "slurm", "tpu", "manual")
 _LEAK_FOUND = 1
 _EXPECTED_FAILURE = 2
@@ -25,11 +25,11 @@ usage: python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE] [--con
 
   --config=FILE    a Python file with get_config(), such as configs/kaggle.py
   --workdir=DIR    folder of the run: checkpoints, history, scores, submission
-  --mode=MODE      run (default): all of the following in order
+  --mode=MODE      run (default): all of the following up to report, in order
                    prepare: write the records; fit: train, or go on; evaluate: score the best
-                   checkpoint; predict: write submission.csv with it.
+                   checkpoint; predict: write submission.csv with it; report: write report.html
+                   from what evaluate has written.
                    audit, alone: does a patch or a slide stand on two sides? (status 1: yes)
-                   report, alone: write report.html from what evaluate has written
                    compare, alone: do the two runs of config.compare.runs differ?
   --multihost=HOW  one of several processes that work on one run: auto, slurm or tpu find each
                    other; manual needs --coordinator=HOST:PORT, the same everywhere,
@@ -183,6 +183,7 @@ def _run(config: Config, workdir: Path) -> None:
             _predict(config, workdir)
         except NoTestPatchesError as error:
             print(f"no submission.csv: {error}")
+        _report(config, workdir)
 
 
 # Each verb imports what it needs, so that --help and mistakes answer at once.

@@ -11,6 +11,7 @@ import json
 scores = json.load(open("runs/quickstart/evaluation_validation.json"))
 print(f"""
 validation AUC {scores["auc"]:.4f} on {scores["count"]} patches of unseen slides
+report         runs/quickstart/report.html
 predictions    runs/quickstart/submission.csv
 next           .venv/bin/python -m histo_jax.main --config=configs/kaggle.py \\
                    --config.data.raw_dir=FOLDER_OF_THE_COMPETITION --workdir=runs/kaggle""")

@@ -16,7 +16,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 # Of Okabe & Ito's palette, told apart in every kind of colour blindness; lines differ in style too.
 NEGATIVE, POSITIVE, LINE = "#0072B2", "#D55E00", "#222222"
 _BINS = 15  # those of the calibration error
-_STYLE = {
+_STYLE: Any = {
     # Text stays text: smaller, and it can be found and read aloud.
     "svg.fonttype": "none",
     # The same numbers give the same bytes.
@@ -32,11 +32,11 @@ _STYLE = {
 
 
 @contextmanager
-def _axes(width: float = 4.2, height: float = 3.4) -> Iterator[tuple[Axes, list[str]]]:
+def _axes() -> Iterator[tuple[Axes, list[str]]]:
     """Opens a figure; at the end its SVG is appended to the list."""
     done: list[str] = []
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(4.2, 3.6), layout="constrained")
         yield figure.add_subplot(), done
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
@@ -46,7 +46,7 @@ def _axes(width: float = 4.2, height: float = 3.4) -> Iterator[tuple[Axes, list[
 
 def learning_curves(history: pd.DataFrame) -> str:
     """Returns the losses of training and validation over the epochs, the best marked."""
-    with _axes(5.2) as (axes, done):
+    with _axes() as (axes, done):
         epochs = history["epoch"].to_numpy()
         axes.plot(epochs, history["train_loss"], "--", color=NEGATIVE, label="training")
         axes.plot(epochs, history["validation_loss"], "-", color=POSITIVE, label="validation")
@@ -107,7 +107,7 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
 def histogram(probabilities: np.ndarray, labels: np.ndarray) -> str:
     """Returns how many patches of each class have each probability."""
     edges = np.linspace(0, 1, 31).tolist()
-    with _axes(5.2) as (axes, done):
+    with _axes() as (axes, done):
         for label, color, hatch, name in (
             (0, NEGATIVE, "", "without tumour"), (1, POSITIVE, "///", "with tumour"),
         ):  # fmt: skip

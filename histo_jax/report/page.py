@@ -95,7 +95,6 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
             slides=_slides(table, probabilities),
             counts=_counts(probabilities, labels),
             galleries=_galleries(config, prepared, table, probabilities),
-            audit=_read(folder / "audit.json"),
             settings=_read(folder / "config.json") or flat(config),
             versions=_versions(),
             records=prepared.directory.name,

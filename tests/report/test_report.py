@@ -1,0 +1,188 @@
+"""The page says what the files say, and nothing in them can break it."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit
+from sklearn.metrics import precision_recall_curve, roc_curve
+
+import histo_jax
+from histo_jax import predictions
+from histo_jax.config import Config
+from histo_jax.errors import ExpectedError
+from histo_jax.report import figures, page, report
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of it: texts, tags that are left open, what it would fetch."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.texts, self.open, self.links, self.tags = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.links += [v for k, v in attributes if k in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "img", "input", "br", "link", "path", "use", "rect"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            while self.open.pop() != tag:
+                pass
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = Config()
+    config.data.synthetic_slides, config.data.samples_per_class = 8, 60
+    config.data.validation_fraction = 0.5
+    config.data.tfds_dir = str(tmp_path_factory.mktemp("records"))
+    config.model.features, config.model.dense = (2, 2, 2, 2, 2), 4
+    config.fit.batch_size, config.fit.epochs = 8, 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    histo_jax.fit(config, folder)
+    histo_jax.evaluate(config, folder)
+    report(config, folder)
+    return folder
+
+
+def text_of(run):
+    return (run / "report.html").read_text()
+
+
+def test_the_answer_comes_first_and_every_score_is_that_of_the_evaluation(run):
+    scores = json.loads((run / "evaluation_validation.json").read_text())
+    found = Page(text_of(run))
+    words = " ".join(" ".join(found.texts).split())
+    before, _, after = words.partition("Scores")
+    assert f"AUC {scores['auc']:.3f}" in before
+    assert f"{scores['auc_low']:.3f} to {scores['auc_high']:.3f}, over slides" in before
+    assert "Honest" in before
+    for name in page._SCORES:
+        assert f"{scores[name]:.4f}" in after, name
+        assert f"{scores[f'{name}_low']:.4f} to {scores[f'{name}_high']:.4f}" in after, name
+
+
+def test_one_file_without_network(run):
+    found = Page(text_of(run))
+    assert found.links
+    assert all(link.startswith(("data:", "#")) for link in found.links)
+    assert "url(http" not in text_of(run)
+    assert [tag for tag, _ in found.tags].count("svg") == 5
+    assert not found.open
+    figures = {path.stem for path in (run / "report").iterdir()}
+    assert figures == {
+        "learning_curves", "roc", "precision_recall", "calibration", "histogram",
+    }  # fmt: skip
+
+
+def test_every_picture_has_a_text_and_every_control_a_label(run):
+    found = Page(text_of(run))
+    assert all(attributes.get("alt") for tag, attributes in found.tags if tag == "img")
+    labelled = [a["for"] for tag, a in found.tags if tag == "label"]
+    assert all(a["id"] in labelled for tag, a in found.tags if tag == "input")
+    assert all(a.get("aria-label") for tag, a in found.tags if tag == "figure")
+
+
+def test_the_slider_has_the_counts_of_every_threshold(run):
+    table = predictions.read(run, "validation")
+    probabilities = expit(table["logit"])
+    counts = json.loads(re.search(r"const counts = (.*);", text_of(run))[1])
+    for percent in (0, 17, 50, 100):
+        called = probabilities >= percent / 100
+        assert counts["positives"][percent] == (called & (table["label"] == 1)).sum()
+        assert counts["negatives"][percent] == (called & (table["label"] == 0)).sum()
+
+
+def test_galleries_show_the_most_wrong_and_the_least_sure(config, run):
+    table = predictions.read(run, "validation")
+    words = text_of(run)
+    loss = np.logaddexp(0, np.where(table["label"] == 1, -1, 1) * table["logit"])
+    gallery = words.partition("Most wrong")[2].partition("Least sure")[0]
+    wanted = table["id"][np.argsort(-loss, kind="stable")[: page._SHOWN]]
+    assert re.findall(r'class="soft">(\w{12})', gallery) == [i[:12] for i in wanted]
+    slides = words.partition("Slide by slide")[2].partition("Patches")[0]
+    assert all(slide in slides for slide in table["slide"].unique())
+
+
+def test_html_in_ids_slides_and_settings_stays_text(config, run, monkeypatch):
+    evil = '<script>alert("x")</script>'
+    row = {"slide": evil, "patches": 1, "tumour": 1.0, "auc": None, "accuracy": 1.0, "nll": 0.0}
+    monkeypatch.setattr(page, "_slides", lambda *_: [row])
+    monkeypatch.setattr(
+        page, "_galleries",
+        lambda *_: {evil: [page.Patch(evil, evil, 1, 0.5, "data:,")]},
+    )  # fmt: skip
+    monkeypatch.setattr(page, "_read", lambda path: {evil: evil})
+    report(config, run)
+    try:
+        assert "<script>alert" not in text_of(run)
+        assert text_of(run).count("&lt;script&gt;alert") >= 4
+    finally:
+        monkeypatch.undo()
+        report(config, run)
+
+
+def test_what_was_not_evaluated_is_said(config, tmp_path, run):
+    with pytest.raises(ExpectedError, match=r"predictions_validation\.csv is missing: run"):
+        report(config, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_patches_than_were_evaluated_are_refused(config, run, tmp_path):
+    for path in run.glob("*_validation.*"):
+        (tmp_path / path.name).write_text(path.read_text())
+    path = tmp_path / "predictions_validation.csv"
+    pd.read_csv(path).iloc[1:].to_csv(path, index=False)
+    with pytest.raises(ExpectedError, match="not the patches that were evaluated"):
+        report(config, tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_thirty_thousand_patches_make_a_small_page():
+    rng = np.random.default_rng(0)
+    labels = (rng.random(30_000) < 0.5).astype(float)
+    logits = 2 * labels - 1 + rng.normal(size=30_000)
+    scores = {"sensitivity_at_95_specificity": 0.5, "specificity_at_95_sensitivity": 0.5}
+    drawn = [
+        figures.roc(logits, labels, scores), figures.precision_recall(logits, labels),
+        figures.calibration(expit(logits), labels), figures.histogram(expit(logits), labels),
+    ]  # fmt: skip
+    assert sum(map(len, drawn)) < 300_000
+    assert drawn == [
+        figures.roc(logits, labels, scores), figures.precision_recall(logits, labels),
+        figures.calibration(expit(logits), labels), figures.histogram(expit(logits), labels),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("curve", [roc_curve, precision_recall_curve])
+def test_thinning_a_curve_moves_it_nowhere_by_more_than_a_pixel(curve):
+    rng = np.random.default_rng(0)
+    labels = rng.random(30_000) < 0.5
+    first, second, _ = curve(labels, labels + rng.normal(size=30_000))
+    x, y = (first, second) if curve is roc_curve else (second, first)
+    thin = figures._thinned(x, y)
+    assert len(thin[0]) <= 400
+    assert (thin[0][0], thin[1][0]) == (x[0], y[0])
+    assert (thin[0][-1], thin[1][-1]) == (x[-1], y[-1])
+    points = np.stack([x, y], 1)
+    kept = np.stack(thin, 1)
+    distance = np.abs(points[:, None] - kept[None]).sum(2).min(1)
+    assert distance.max() < 0.01
