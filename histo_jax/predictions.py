@@ -27,10 +27,5 @@ def read(folder: Path, split: str) -> pd.DataFrame:
         raise ExpectedError(
             f"{path} is missing: run --mode=evaluate --config.evaluate.split={split} in {folder}"
         )
-    return pd.read_csv(
-        path,
-        dtype={"id": str, "slide": str},
-        na_values=[],
-        keep_default_na=False,
-        float_precision="round_trip",
-    )
+    types = {"id": str, "slide": str}
+    return pd.read_csv(path, dtype=types, na_values=[], keep_default_na=False)

@@ -49,7 +49,7 @@ def runs(make, tmp_path_factory):
 
 def predictions(folder, split="validation"):
     path = folder / f"predictions_{split}.csv"
-    return pd.read_csv(path, dtype={"id": str, "slide": str}, float_precision="round_trip")
+    return pd.read_csv(path, dtype={"id": str, "slide": str})
 
 
 def calibration_of(config, folder):
