@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pandas as pd
 from jax.sharding import NamedSharding
 from optax import Schedule
 from tensorboardX import SummaryWriter
+from tqdm import tqdm
 
 from histo_jax import preemption
 from histo_jax import workdir as workdirs
@@ -29,6 +33,7 @@ from histo_jax.metrics import Calibration, binary_scores
 from histo_jax.models import create_model
 from histo_jax.training import placement, runtime, sharding
 from histo_jax.training import step as steps
+from histo_jax.training.augmentation import augment
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.optimizer import create_optimizer, learning_rate
 from histo_jax.training.placement import TrainingBatch
@@ -53,6 +58,8 @@ HISTORY_COLUMNS = (
 # Steps that may run while the next is prepared. Unbounded, the dispatch runs minutes ahead of a
 # slow device, and the waiting batches fill the memory.
 _IN_FLIGHT = 2
+# Patches along each side of the sheet of training patches.
+_SHEET = 6
 # What a process can ask for, by weight.
 _GO_ON, _SAVE, _LEAVE = 0, 1, 2
 
@@ -163,10 +170,16 @@ def _read(values: Any) -> Any:
 
 
 class _InFlight:
-    """Steps that are started and not yet looked at."""
+    """Steps that are started and not yet looked at.
+
+    Attributes:
+        loss: of the last step that was looked at.
+        gradient_norm: likewise.
+    """
 
     def __init__(self, describe: Callable[[int], str]) -> None:
         self._describe = describe
+        self.loss = self.gradient_norm = float("nan")
         self._waiting: collections.deque[tuple[int, steps.Metrics]] = collections.deque()
 
     def add(self, step: int, metrics: steps.Metrics) -> int:
@@ -180,10 +193,10 @@ class _InFlight:
 
     def _look(self) -> int:
         step, metrics = self._waiting.popleft()
-        loss, finite, request = _read(metrics)
+        self.loss, finite, self.gradient_norm, request = _read(metrics)
         if not finite:
             raise ExpectedError(
-                f"loss or gradient of step {step} is not finite (loss {loss}), so "
+                f"loss or gradient of step {step} is not finite (loss {self.loss}), so "
                 "nothing was updated or saved since: lower config.optimizer.learning_rate, or "
                 f"look at its patches: {self._describe(step)}"
             )
@@ -199,6 +212,8 @@ class _Run:
         history: one row a finished epoch.
         step: how many are started.
         epoch: the one under way, counted from 1.
+        gradient_norm: of the last step.
+        weight_norm: length of all parameters together, at the end of the last epoch.
     """
 
     def __init__(
@@ -218,6 +233,7 @@ class _Run:
         self.step = int(start.state.step)
         self._saved = time.monotonic()
         self._compiled = False
+        self.gradient_norm = self.weight_norm = float("nan")
 
     @property
     def epoch(self) -> int:
@@ -244,14 +260,25 @@ class _Run:
             Preempted: a signal came; all is saved.
         """
         in_flight, images, timed_from = _InFlight(describe), 0, time.monotonic()
+        size = self._config.fit.batch_size
+        first = (self.epoch - 1) * steps_per_epoch
+        # disable=None: no bar where nobody watches.
+        bar = tqdm(
+            desc=f"epoch {self.epoch}/{self._config.fit.epochs}", unit=" img", leave=False,
+            total=steps_per_epoch * size, initial=(self.step - first) * size,
+            disable=None if workdirs.is_writer() else True,
+        )  # fmt: skip
         while self.step < self.epoch * steps_per_epoch:
             batch = next(batches)
             batch["request"] = sharding.spread(self._request(), self._batched)
             self.state, metrics = train_step(self.state, batch)
             self.step += 1
             requested = in_flight.add(self.step, metrics)
+            if not math.isnan(in_flight.loss):
+                bar.set_postfix(step=self.step, loss=f"{in_flight.loss:.4f}", refresh=False)
+            bar.update(size)
             if self._compiled:
-                images += len(batch["label"])
+                images += size
             else:
                 # The first step of a process compiles, so the rate is measured from its end.
                 metrics.loss.block_until_ready()
@@ -260,7 +287,10 @@ class _Run:
                 if max(requested, in_flight.drain()) == _LEAVE:
                     self.leave()
                 self.save()
-        if in_flight.drain() == _LEAVE:
+        requested = in_flight.drain()
+        self.gradient_norm = in_flight.gradient_norm
+        bar.close()
+        if requested == _LEAVE:
             self.leave()
         return images / (time.monotonic() - timed_from) if images else None
 
@@ -270,10 +300,12 @@ class _Run:
         """Takes in the validation's logits and labels, saves all, returns the row of history."""
         scores = binary_scores(*outputs)
         self.early_stopping = update(self.early_stopping, scores["nll"])
+        norm = jax.jit(optax.tree.norm)(self.state.weights.params)
+        loss_sum, self.weight_norm = map(float, _read((self.state.loss_sum, norm)))
         row = {
             "epoch": self.epoch,
             "step": self.step,
-            "train_loss": float(_read(self.state.loss_sum)) / steps_per_epoch,
+            "train_loss": loss_sum / steps_per_epoch,
             "validation_loss": scores["nll"],
             "validation_auc": scores["auc"],
             "learning_rate": float(self._learning_rate(self.step - 1)),
@@ -330,8 +362,8 @@ def _train(
         [prepared.records(*side) for side in (sides.train, sides.validation)],
         batched,
     )
-    rate = learning_rate(config.optimizer, total_steps)
-    run = _Run(config, folder, checkpoints, start, rate, batched)
+    schedule = learning_rate(config.optimizer, total_steps)
+    run = _Run(config, folder, checkpoints, start, schedule, batched)
     batches = train.training(batch_size, config.seed, first_step=run.step)
 
     def ids_of(step: int) -> str:
@@ -356,6 +388,12 @@ def _train(
                 workdirs.update_status(folder, images_per_second=round(rate, 1))
             for name in HISTORY_COLUMNS[2:]:
                 events.add_scalar(name, row[name], row["step"])
+            events.add_scalar("gradient_norm", run.gradient_norm, row["step"])
+            events.add_scalar("weight_norm", run.weight_norm, row["step"])
+            if row["epoch"] == 1:
+                side = prepared.records(*sides.train)
+                sheet = _training_sheet(config, side.images(np.arange(min(count, _SHEET**2))))
+                events.add_image("training_patches", sheet, row["step"], dataformats="HWC")
             events.flush()
             log.info(
                 "epoch %d/%d  loss %.4f  validation loss %.4f  validation AUC %.4f  %s img/s  "
@@ -370,6 +408,17 @@ def _train(
             run.early_stopping.epochs_without_improvement,
         )
     return run.history
+
+
+def _training_sheet(config: Config, images: np.ndarray) -> np.ndarray:
+    """Puts patches, augmented as in training, side by side on one sheet, uint8."""
+    # Outside the epochs, where users may have JAX refuse what goes to the device unasked.
+    with jax.transfer_guard_host_to_device("allow"):
+        key = jax.random.key(config.seed)
+        seen = np.asarray(augment(key, jnp.asarray(images), config.augment)).astype(np.uint8)
+    side = math.isqrt(len(seen))
+    rows = seen[: side * side].reshape(side, side, *seen.shape[1:])
+    return rows.swapaxes(1, 2).reshape(side * seen.shape[1], side * seen.shape[2], 3)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import histo_jax
 from histo_jax import fitting
@@ -29,7 +30,13 @@ def test_fit_evaluate_and_predict_from_python(tiny_config, tmp_path, log):
     assert history["step"].tolist() == [3, 6]  # 30 training patches in batches of 8
     on_disk = pd.read_csv(tmp_path / "history.csv")
     pd.testing.assert_frame_equal(on_disk, history, check_exact=True)
-    assert any((tmp_path / "events").iterdir())
+    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"images": 0}).Reload()
+    assert events.Tags()["images"] == ["training_patches"]
+    assert events.Images("training_patches")[0].width == 5 * 96  # 30 patches: 5 by 5
+    scalars = {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag in ("train_loss", "validation_auc", "gradient_norm", "weight_norm"):
+        assert len(scalars[tag]) == 2, tag
+        assert min(scalars[tag]) > 0, tag
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["step"]) == ("complete", 6)
     assert status["images_per_second"] > 0

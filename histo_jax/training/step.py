@@ -62,11 +62,13 @@ class Metrics(NamedTuple):
     Attributes:
         loss: mean binary cross-entropy of the batch before the update, nats.
         finite: whether loss and gradient were finite; if not, nothing was updated.
+        gradient_norm: length of the gradient of all parameters together.
         request: the largest of the numbers that the processes gave the step.
     """
 
     loss: Float32[Array, ""]
     finite: Bool[Array, ""]
+    gradient_norm: Float32[Array, ""]
     request: Int32[Array, ""]
 
 
@@ -110,7 +112,8 @@ def make_train_step(
         weights = state.weights.replace(
             params=optax.apply_updates(state.weights.params, updates), batch_stats=batch_stats
         )
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updated = state.replace(
             weights=weights,
             averaged=average(state.averaged, weights, state.step, config.optimizer.ema_decay),
@@ -119,7 +122,7 @@ def make_train_step(
         )
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         request = batch.get("request", jnp.zeros(1, jnp.int32)).max()
-        return state.replace(step=state.step + 1), Metrics(loss, finite, request)
+        return state.replace(step=state.step + 1), Metrics(loss, finite, norm, request)
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(batched))
 
