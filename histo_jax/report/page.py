@@ -97,7 +97,7 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
             galleries=_galleries(config, prepared, table, probabilities),
             settings=_read(folder / "config.json") or flat(config),
             versions=_versions(),
-            records=prepared.directory.name,
+            records=f"{prepared.directory.parent.name} {prepared.directory.name}",
         )
         figure_folder = folder / "report"
         if workdirs.is_writer():
