@@ -78,8 +78,8 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
 
     Returns:
         One row an epoch: `epoch` and `step` counted from 1, `train_loss` (mean over the epoch's
-        steps, with dropout and augmentation) and `validation_loss` in nats, `validation_auc`,
-        `learning_rate`.
+        steps, with dropout and augmentation) and `validation_loss` (of calibrated probabilities)
+        in nats, `validation_auc`, `learning_rate`.
 
     Raises:
         ExpectedError: a setting, the data or the folder is wrong; the message names the remedy.
@@ -298,7 +298,11 @@ class _Run:
         self, outputs: tuple[np.ndarray, np.ndarray], steps_per_epoch: int
     ) -> dict[str, Any]:
         """Takes in the validation's logits and labels, saves all, returns the row of history."""
-        scores = binary_scores(*outputs)
+        logits, labels = outputs
+        calibration = Calibration.fit(logits, labels)
+        # As the run will be scored: otherwise a network that goes on learning to rank, and grows
+        # too sure of itself, would be stopped for what the calibration mends.
+        scores = binary_scores(calibration.apply(logits), labels)
         self.early_stopping = update(self.early_stopping, scores["nll"])
         norm = jax.jit(optax.tree.norm)(self.state.weights.params)
         loss_sum, self.weight_norm = map(float, _read((self.state.loss_sum, norm)))
@@ -313,7 +317,7 @@ class _Run:
         self.history.append(row)
         zero = sharding.spread(np.zeros((), np.float32), sharding.replicated(self._batched))
         self.state = self.state.replace(loss_sum=zero)
-        self.save(scores["nll"], Calibration.fit(*outputs))
+        self.save(scores["nll"], calibration)
         _write_history(self._folder, self.history)
         return row
 

@@ -48,7 +48,7 @@ def test_fit_evaluate_and_predict_from_python(tiny_config, tmp_path, log):
     assert scores == json.loads((tmp_path / "evaluation_validation.json").read_text())
     best = history["validation_loss"].idxmin()
     assert scores["checkpoint_step"] == history["step"][best]
-    assert scores["nll_uncalibrated"] == pytest.approx(history["validation_loss"][best], rel=1e-6)
+    assert scores["nll"] == pytest.approx(history["validation_loss"][best], rel=1e-6)
     assert scores["nll"] < scores["nll_uncalibrated"]
     assert scores["auc"] == pytest.approx(history["validation_auc"][best])
     assert (scores["split"], scores["count"], scores["split_by"]) == ("validation", 10, "image")

@@ -63,8 +63,13 @@ FULL: dict[str, dict[str, Any]] = {
     "stain_ema": {
         **FACTORS["stain"], "optimizer.ema_decay": 0.999, "fit.epochs": 20,
     },
+    "strong": {
+        "augment.stain": 0.3, "augment.brightness": 0.15, "augment.shift": 4,
+        "augment.mixup": 0.2, "optimizer.weight_decay": 0.05, "optimizer.ema_decay": 0.999,
+        "fit.epochs": 16,
+    },
 }  # fmt: skip
-BEST = FULL["stain_ema"]
+BEST = FULL["strong"]
 NETWORKS = {"symmetric": {}, "plain": FACTORS["plain"]}
 SIZES = {"1000": 500, "5000": 2500, "all": None}
 CURVE = {
