@@ -124,7 +124,7 @@ def real(argv: list[str]) -> tuple[int, str]:
 
 def here(argv: list[str]) -> tuple[int, str]:
     """Runs the command's code in this process, which has the heavy imports behind it."""
-    said, status = io.StringIO(), 0
+    said, status, before = io.StringIO(), 0, set(flags.FLAGS)
     with (
         contextlib.redirect_stderr(said),
         warnings.catch_warnings(record=True) as warned,
@@ -140,9 +140,8 @@ def here(argv: list[str]) -> tuple[int, str]:
         except SystemExit as leave:
             status = leave.code
         finally:
-            for name in list(flags.FLAGS):
-                if name.partition(".")[0] in ("config", "workdir", "mode"):
-                    delattr(flags.FLAGS, name)
+            for name in set(flags.FLAGS) - before:
+                delattr(flags.FLAGS, name)
     return status, "\n".join([said.getvalue(), *(str(warning.message) for warning in warned)])
 
 

@@ -149,7 +149,7 @@ def test_sigterm_while_preparing_is_75_too(command, tmp_path):
 def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(
     tiny_config, tmp_path, monkeypatch
 ):
-    tiny_config.fit.epochs = 1
+    tiny_config.fit.epochs, tiny_config.fit.steps_per_epoch = 1, 6
     histo_jax.fit(tiny_config, tmp_path)
     before = {p.name for p in (tmp_path / "checkpoints").iterdir()}
     make = fitting.steps.make_train_step
@@ -160,7 +160,7 @@ def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(
 
         def step(state, batch):
             calls.append(1)
-            if len(calls) == 2:
+            if len(calls) == 4:
                 batch = batch | {"label": batch["label"] * np.nan}
             return train_step(state, batch)
 
@@ -169,13 +169,13 @@ def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(
     monkeypatch.setattr(fitting.steps, "make_train_step", poisoned)
     tiny_config.fit.epochs = 4
     tiny_config.checkpoint.every_minutes = 1e-9  # a save is due at every step
-    with pytest.raises(ExpectedError, match=r"step 5 is not finite.*learning_rate") as error:
+    with pytest.raises(ExpectedError, match=r"step 10 is not finite.*learning_rate") as error:
         histo_jax.fit(tiny_config, tmp_path)
-    # Step 4, before it, was good and was saved.
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == before | {"4"}
+    # Step 9, before it, was good and was saved.
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == before | {"9"}
     prepared = fitting.prepare(tiny_config)
     sides = fitting.splits.make_sides(prepared.tables, tiny_config)
-    chosen = fitting.loader.training_order(len(sides.train.rows), 8, tiny_config.seed)[4]
+    chosen = fitting.loader.training_order(len(sides.train.rows), 8, tiny_config.seed)[9]
     for name in prepared.tables["train"]["id"].iloc[sides.train.rows[chosen]]:
         assert name in str(error.value)
     assert workdir.status(tmp_path)["state"] == "failed"
