@@ -1,6 +1,8 @@
 """Kaggle's "Histopathologic Cancer Detection" with the recipe of `pcam_best.py`.
 
 python -m histo_jax.main --config=configs/kaggle_best.py --config.data.raw_dir=DIR --workdir=RUN
+
+Not measured yet.
 """
 
 import runpy

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from histo_jax import files, predictions
+from histo_jax import predictions
+from histo_jax import workdir as workdirs
 from histo_jax.config import Config, names, validate
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import difference
@@ -37,7 +38,7 @@ def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             f"{runs[0]} and {runs[1]} were not scored on the same patches: evaluate both with the "
             "same config.data and config.seed"
         )
-    slides = first["slide"].to_numpy() if (first["slide"] != "").all() else None
+    slides = predictions.slides(first)
     result = {
         "first": runs[0],
         "second": runs[1],
@@ -53,7 +54,7 @@ def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     }
     folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(folder / "compare.json", result)
+    workdirs.write_json(folder / "compare.json", result)
     return result
 
 

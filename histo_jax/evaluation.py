@@ -71,8 +71,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             workdirs.claim(folder, config)
         table = prepared.tables[side.records].iloc[side.rows]
         labels = table["label"].to_numpy(np.float64)
-        # Without some slides' names, patches of one could be taken for several.
-        slides = table["slide"].to_numpy() if (table["slide"] != "").all() else None
+        slides = predictions.slides(table)
         raw = [_logits(config, member, prepared, side) for member in trained]
         calibrated = [m.calibration.apply(z) for m, z in zip(trained, raw, strict=True)]
         logits = np.mean(calibrated, axis=0)
@@ -122,6 +121,5 @@ def _logits(
     batched = sharding.batch_sharding()
     examples = placement.on_disk(prepared.records(*side), batched)
     batches = examples.one_pass(sharding.round_up(config.fit.batch_size))
-    averaged = config.predict.tta and not members.is_symmetric(member)
-    eval_step = steps.make_eval_step(member.model, batched, averaged)
+    eval_step = steps.make_eval_step(member.model, batched, members.averages(config, member))
     return steps.collect_logits(eval_step, member.weights, preemption.stopping(batches))[0]

@@ -1,6 +1,5 @@
 """The trained networks that `evaluate` and `predict` use: a run's own, or those of several runs."""
 
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +15,6 @@ from histo_jax.metrics import Calibration
 from histo_jax.models import create_model
 from histo_jax.training.checkpoints import Checkpoints
 from histo_jax.training.state import Weights
-
-log = logging.getLogger("histo_jax")
 
 
 class Member(NamedTuple):
@@ -67,9 +64,9 @@ def restore(config: Config, folder: Path, place: Sharding) -> list[Member]:
     return members
 
 
-def is_symmetric(member: Member) -> bool:
-    """Whether averaging over flips and turns would give the same logit again."""
-    return member.config.model.name == "five_block_p4m"
+def averages(config: Config, member: Member) -> bool:
+    """Whether to average over flips and turns: a symmetric network gives all the same logit."""
+    return config.predict.tta and member.config.model.name != "five_block_p4m"
 
 
 def refuse_trained_on(members: list[Member], prepared: Prepared, side: splits.Side) -> None:

@@ -69,10 +69,11 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         per_device = -(-min(config.predict.batch_size, share) // len(devices))
 
         def logits_of(member: members.Member) -> np.ndarray:
-            averaged = config.predict.tta and not members.is_symmetric(member)
             # The weights are handed over as they are; replicated ones would be copied each time.
             forward = jax.pmap(
-                make_forward(member.model, averaged), in_axes=(None, 0), devices=devices
+                make_forward(member.model, members.averages(config, member)),
+                in_axes=(None, 0),
+                devices=devices,
             )
             batches = loader.ordered_batches(
                 prepared.source("test"), own, per_device * len(devices)

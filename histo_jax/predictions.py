@@ -2,10 +2,19 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from histo_jax import workdir as workdirs
 from histo_jax.errors import ExpectedError
+
+
+def slides(table: pd.DataFrame) -> np.ndarray | None:
+    """Returns the slide of each patch; None where some are not known.
+
+    Patches of one could then be taken for patches of several.
+    """
+    return table["slide"].to_numpy() if (table["slide"] != "").all() else None
 
 
 def write(folder: Path, split: str, table: pd.DataFrame) -> None:

@@ -134,7 +134,7 @@ def _versions() -> dict[str, str]:
 
 def _slides(table: pd.DataFrame, probabilities: np.ndarray) -> list[dict[str, Any]]:
     """One row a slide, the worst first; none where slides are not known."""
-    if (table["slide"] == "").any():
+    if predictions.slides(table) is None:
         return []
     loss = per_patch_loss(table["logit"].to_numpy(), table["label"].to_numpy())
     rows = []
