@@ -3,6 +3,7 @@
 The short forms; `HISTO_JAX_LONG=1` adds the long ones.
 """
 
+import functools
 import json
 import os
 import runpy
@@ -13,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,8 +21,8 @@ import pytest
 from histo_jax.data.builder import prepare
 from histo_jax.data.loader import training_order
 from histo_jax.data.splits import make_sides
-from histo_jax.training.checkpoints import Checkpoints
-from histo_jax.training.sharding import batch_sharding, replicated
+from histo_jax.errors import ExpectedError
+from histo_jax.training import hosts
 
 ROOT = Path(__file__).parents[2]
 TRACED = Path(__file__).with_name("traced.py")
@@ -105,12 +105,6 @@ def config_of(place):
     return runpy.run_path(place / "config.py")["get_config"]()
 
 
-def checkpoint(place, workdir):
-    with Checkpoints(workdir) as checkpoints:
-        place_of = replicated(batch_sharding())
-        return checkpoints.restore_best(config_of(place), place_of).state
-
-
 def submission(workdir):
     return pd.read_csv(workdir / "submission.csv")
 
@@ -135,29 +129,14 @@ def test_every_topology_takes_the_same_steps(runs, name):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
 
 
-@pytest.fixture(scope="module")
-def first_steps(place):
-    """The state after one step, from the same first weights, in each topology."""
-    folder = place / "first_steps"
-    folder.mkdir()
-    once = ("--config.fit.epochs=1", "--config.fit.steps_per_epoch=1", "--mode=fit")
-    topologies = {"one": ONE, "two": TWO_BY_TWO} | ({"four": FOUR} if LONG else {})
-    for name, topology in topologies.items():
-        run(place, topology, folder / name, *once)
-    return {name: checkpoint(place, folder / name) for name in topologies}
-
-
-# Of four devices of one process, `tests/training/test_step.py` tells the same.
-@pytest.mark.parametrize("name", ["two", "four"] if LONG else ["two"])
-def test_one_step_gives_the_same_gradient_and_statistics(first_steps, name):
-    states = first_steps["one"], first_steps[name]
-    moments = [state.opt_state[0].mu for state in states]  # a tenth of the gradient
-    statistics = [state.weights.batch_stats for state in states]
-    for pair in (moments, statistics):
-        largest = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(pair[0]))
-        assert largest > 0
-        for one, other in zip(*map(jax.tree.leaves, pair), strict=True):
-            assert np.abs(np.asarray(one) - np.asarray(other)).max() <= 1e-5 * largest
+@pytest.mark.parametrize("name", ["four", "two"])
+def test_one_step_gives_the_same_gradient_and_statistics(runs, name):
+    paths = [runs / f"{run}.trace0.npz" for run in ("one", name)]
+    with np.load(paths[0]) as one, np.load(paths[1]) as other:
+        for name in ("moments", "statistics"):
+            largest = np.abs(one[name]).max()
+            assert largest > 0
+            assert np.abs(one[name] - other[name]).max() <= 1e-5 * largest
 
 
 def test_only_the_first_process_writes_and_talks(runs):
@@ -205,10 +184,18 @@ def test_training_goes_on_in_the_same_order_on_another_topology(place, runs, beg
 
 
 @pytest.mark.parametrize("victim", [0, 1] if LONG else [1])
-def test_the_rest_ends_when_one_dies_and_the_job_restarted_ends_with_the_same_bytes(
+def test_a_run_that_is_stopped_and_then_killed_ends_with_the_same_bytes(
     place, runs, victim, tmp_path
 ):
-    processes = start(place, TWO_BY_TWO, tmp_path / "killed", die=(victim, 30))
+    run_it = functools.partial(start, place, TWO_BY_TWO, tmp_path / "run")
+    processes = run_it("--mode=fit", die=(victim, -10))
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75], said
+    stopped = max(steps(tmp_path / "run"))
+    assert stopped < 25
+    assert f"saved at step {stopped}" in said[0]
+
+    processes = run_it(die=(victim, 30))
     processes[victim].communicate(timeout=120)
     died = time.monotonic()
     said = processes[1 - victim].communicate(timeout=60)[0]
@@ -216,9 +203,13 @@ def test_the_rest_ends_when_one_dies_and_the_job_restarted_ends_with_the_same_by
     assert processes[1 - victim].returncode not in (0, None)
     # Our own line, or JAX's where it was quicker.
     assert "another process of the run has ended" in said or "another task died" in said
-    run(place, TWO_BY_TWO, tmp_path / "killed")
+    if victim:  # the first process tells
+        assert f"resumed from step {stopped}" in said
+
+    said = run(place, TWO_BY_TWO, tmp_path / "run")
+    assert "resumed from step 25" in said[0]
     for name in ("history.csv", "submission.csv", "evaluation.json"):
-        assert (tmp_path / "killed" / name).read_bytes() == (runs / "two" / name).read_bytes()
+        assert (tmp_path / "run" / name).read_bytes() == (runs / "two" / name).read_bytes()
 
 
 @pytest.mark.parametrize("victim", [0, 1] if LONG else [0])
@@ -233,33 +224,25 @@ def test_the_rest_ends_when_one_dies_in_prediction(place, runs, victim, tmp_path
     assert (tmp_path / "copy" / "submission.csv").read_bytes() == before
 
 
-def test_a_signal_to_one_stops_all_at_one_step_and_all_go_on(place, runs, tmp_path):
-    processes = start(place, TWO_BY_TWO, tmp_path / "stopped", "--mode=fit", die=(1, -10))
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [75, 75], said
-    stopped = max(steps(tmp_path / "stopped"))
-    assert stopped < 25
-    assert f"saved at step {stopped}" in said[0]
-    said = run(place, TWO_BY_TWO, tmp_path / "stopped", "--mode=fit")
-    assert f"resumed from step {stopped}" in said[0]
-    history = (tmp_path / "stopped" / "history.csv").read_bytes()
-    assert history == (runs / "two" / "history.csv").read_bytes()
-
-
 MISTAKES = {
-    "--multihost=manual": "needs --coordinator=HOST:PORT",
-    "--multihost=manual --coordinator=a:1 --process_count=2 --process_index=2": "must be from 0",
-    "--multihost=slurm --process_count=2": "leave out --coordinator",
-    "--multihost=slurm": "this is no SLURM job",
-    "--multihost=some": "should be one of",
+    ("manual",): "needs --coordinator=HOST:PORT",
+    ("manual", "a:1", 2, 2): "must be from 0",
+    ("slurm", None, 2): "leave out --coordinator",
+    ("slurm",): "this is no SLURM job",
 }
 
 
 @pytest.mark.parametrize("typed", MISTAKES)
-def test_mistakes_in_joining_are_one_line(place, typed, tmp_path):
-    (process,) = start(place, ONE, tmp_path / "run", *typed.split())
+def test_mistakes_in_joining_are_refused(typed, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(ExpectedError, match=MISTAKES[typed]):
+        hosts.join(*typed, *[None] * (4 - len(typed)))
+
+
+def test_a_mistake_in_joining_is_one_line(place, tmp_path):
+    (process,) = start(place, ONE, tmp_path / "run", "--multihost=manual")
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 2, said
     assert len(said.strip().splitlines()) == 1, said
-    assert MISTAKES[typed] in said
+    assert MISTAKES["manual",] in said
     assert not (tmp_path / "run").exists()

@@ -2,7 +2,8 @@
 
 One JSON line a step: its number, the SHA-1 of each of this process's patches, the loss. At step
 DIE_AT the process kills itself, at -1 before its first prediction; at step -DIE_AT it gets SIGTERM;
-0 is never.
+0 is never. After step 1 the moments (a tenth of the gradient) and BatchNorm's statistics go into
+TRACE.npz.
 """
 
 import hashlib
@@ -13,9 +14,12 @@ import signal
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from histo_jax import prediction
+from histo_jax.training import hosts
 from histo_jax.training import step as steps
 
 TRACE, DIE_AT = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
@@ -32,6 +36,11 @@ def make_train_step(*arguments, make=steps.make_train_step):
         shards = sorted(batch["image"].addressable_shards, key=lambda s: s.index[0].start or 0)
         images = np.concatenate([np.asarray(shard.data) for shard in shards])
         state, metrics = train_step(state, batch)
+        if number == 1:
+            noted = {"moments": state.opt_state[0].mu, "statistics": state.weights.batch_stats}
+            np.savez(
+                f"{TRACE}.npz", **{k: ravel_pytree(jax.device_get(v))[0] for k, v in noted.items()}
+            )
         ids = [hashlib.sha1(image.tobytes()).hexdigest() for image in images]
         with TRACE.open("a") as trace:
             trace.write(json.dumps([number, ids, float(metrics.loss)]) + "\n")
@@ -46,5 +55,7 @@ def read_behind(outputs, read=prediction.read_behind):
     return read(outputs)
 
 
+if not os.environ.get("HISTO_JAX_LONG"):
+    hosts._HEARTBEAT_SECONDS = 10  # the tests wait for it
 steps.make_train_step, prediction.read_behind = make_train_step, read_behind
 runpy.run_module("histo_jax.main", run_name="__main__", alter_sys=True)
