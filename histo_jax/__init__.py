@@ -16,8 +16,9 @@ if typing.TYPE_CHECKING:
     from histo_jax.evaluation import evaluate
     from histo_jax.fitting import fit
     from histo_jax.prediction import predict
+    from histo_jax.report import explain
 
-__all__ = ["Config", "ExpectedError", "compare", "evaluate", "fit", "predict"]
+__all__ = ["Config", "ExpectedError", "compare", "evaluate", "explain", "fit", "predict"]
 
 # Like Keras, and unlike most libraries, this one shows its progress unasked; silence it with
 # `logging.getLogger("histo_jax").setLevel("WARNING")`.
@@ -31,6 +32,7 @@ if not _log.handlers:
 
 _HOMES = {
     "compare": "histo_jax.comparison",
+    "explain": "histo_jax.report",
     "fit": "histo_jax.fitting",
     "evaluate": "histo_jax.evaluation",
     "predict": "histo_jax.prediction",

@@ -190,6 +190,15 @@ class CompareConfig:
 
 
 @dataclasses.dataclass
+class ExplainConfig:
+    """What `explain` shows."""
+
+    ids: str = _option(
+        "", "ids of patches, separated by commas; none = those of the report's galleries"
+    )
+
+
+@dataclasses.dataclass
 class Config:
     """All settings of one run."""
 
@@ -204,6 +213,7 @@ class Config:
     evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
     predict: PredictConfig = dataclasses.field(default_factory=PredictConfig)
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
+    explain: ExplainConfig = dataclasses.field(default_factory=ExplainConfig)
 
 
 # The limits, each `(field, holds, what it must be)`; fields that are None have no limit.

@@ -15,7 +15,7 @@ from histo_jax import preemption
 from histo_jax.config import Config, describe, validate
 from histo_jax.errors import ExpectedError
 
-MODES = ("run", "prepare", "fit", "evaluate", "predict", "report", "audit", "compare")
+MODES = ("run", "prepare", "fit", "evaluate", "predict", "report", "audit", "compare", "explain")
 HOSTS = ("auto", "slurm", "tpu", "manual")
 _LEAK_FOUND = 1
 _EXPECTED_FAILURE = 2
@@ -31,6 +31,7 @@ usage: python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE] [--con
                    from what evaluate has written.
                    audit, alone: does a patch or a slide stand on two sides? (status 1: yes)
                    compare, alone: do the two runs of config.compare.runs differ?
+                   explain, alone: what in a patch spoke for tumour? pictures of config.explain.ids
   --multihost=HOW  one of several processes that work on one run: auto, slurm or tpu find each
                    other; manual needs --coordinator=HOST:PORT, the same everywhere,
                    --process_count=N and --process_index=I, from 0
@@ -150,6 +151,12 @@ def _compare(config: Config, workdir: Path) -> None:
     print(table(compare(config, workdir)))
 
 
+def _explain(config: Config, workdir: Path) -> None:
+    from histo_jax.report import explain
+
+    explain(config, workdir)
+
+
 def _audit(config: Config, workdir: Path) -> None:
     from histo_jax import files
     from histo_jax import workdir as workdirs
@@ -196,6 +203,7 @@ _VERBS: dict[str, Callable[[Config, Path], None]] = {
     "audit": _audit,
     "compare": _compare,
     "report": _report,
+    "explain": _explain,
 }
 
 

@@ -6,6 +6,9 @@ import numpy as np
 import pandas as pd
 
 from histo_jax import workdir as workdirs
+from histo_jax.config import Config
+from histo_jax.data import splits
+from histo_jax.data.builder import Prepared
 from histo_jax.errors import ExpectedError
 
 
@@ -38,3 +41,21 @@ def read(folder: Path, split: str) -> pd.DataFrame:
         )
     types = {"id": str, "slide": str}
     return pd.read_csv(path, dtype=types, na_values=[], keep_default_na=False)
+
+
+def side(prepared: Prepared, config: Config, table: pd.DataFrame) -> splits.Side:
+    """Returns where the patches of what `read` returns lie, in its order.
+
+    Raises:
+        ExpectedError: `config.data` gives other patches.
+    """
+    sides = splits.make_sides(prepared.tables, config)
+    found = sides.validation if config.evaluate.split == "validation" else sides.test
+    if found is None:
+        raise ExpectedError(f"{prepared.directory} has no {config.evaluate.split} patches any more")
+    if prepared.tables[found.records]["id"].iloc[found.rows].tolist() != table["id"].tolist():
+        raise ExpectedError(
+            "these are not the patches that were evaluated: run --mode=evaluate again with the "
+            "same config.data"
+        )
+    return found

@@ -1,6 +1,7 @@
 """Gathers what a run reached and writes the page."""
 
 import base64
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -8,28 +9,31 @@ import logging
 import os
 import platform
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jinja2
 import numpy as np
 import pandas as pd
+from jax.sharding import SingleDeviceSharding
 from PIL import Image
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from histo_jax import predictions
+from histo_jax import members, predictions
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, flat, validate
-from histo_jax.data import splits
-from histo_jax.data.builder import Prepared, prepare
+from histo_jax.data.audit import table as audit_table
+from histo_jax.data.builder import prepare
 from histo_jax.errors import ExpectedError
+from histo_jax.members import Member
 from histo_jax.metrics.scores import per_patch_loss
-from histo_jax.report import figures
+from histo_jax.report import figures, patches
+from histo_jax.report.patches import gather
+from histo_jax.training import runtime
 
 log = logging.getLogger("histo_jax")
 
-# Patches in each gallery.
-_SHOWN = 12
 _VERSIONS = ("histo_jax", "jax", "flax", "optax", "numpy")
 # What the table of scores shows, in this order.
 _SCORES = {
@@ -44,20 +48,11 @@ _SCORES = {
 }
 
 
-class Patch(NamedTuple):
-    """One picture of a gallery."""
-
-    id: str
-    slide: str
-    label: int
-    probability: float
-    image: str
-
-
 def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     """Writes `report.html`, one page without any other file, and its figures into `report/`.
 
-    Shows what `evaluate` has last written for `config.evaluate.split`.
+    Shows what `evaluate` has last written for `config.evaluate.split`, and where the networks that
+    it judged looked.
 
     Returns:
         The page.
@@ -67,46 +62,92 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
         OSError: a file cannot be written.
     """
     validate(config)
+    runtime.set_up()
     folder = Path(workdir)
     workdirs.check(folder, config)
     split = config.evaluate.split
     table = predictions.read(folder, split)
     scores = json.loads((folder / f"evaluation_{split}.json").read_text(encoding="utf-8"))
-    history = pd.read_csv(folder / "history.csv") if (folder / "history.csv").exists() else None
     with workdirs.tracked(folder, "report"):
         prepared = prepare(config)
-        logits, labels = table["logit"].to_numpy(), table["label"].to_numpy(np.float64)
-        probabilities = expit(logits)
-        drawn = {
-            "roc": figures.roc(logits, labels, scores),
-            "precision_recall": figures.precision_recall(logits, labels),
-            "calibration": figures.calibration(probabilities, labels),
-            "histogram": figures.histogram(probabilities, labels),
+        side = predictions.side(prepared, config, table)
+        trained = _judged(config, folder, scores)
+        galleries = {
+            title: gather(
+                prepared, side.records, side.rows[rows], trained, table["logit"].to_numpy()[rows]
+            )
+            for title, rows in patches.galleries(table, config.seed).items()
         }
-        if history is not None and len(history):
-            drawn["learning_curves"] = figures.learning_curves(history)
-        text = _template().render(
+        history = folder / "history.csv"
+        audited = _read(folder / "audit.json")
+        text, drawn = render(
             workdir=folder.absolute().name,
             source=config.data.source,
             split=split,
             scores=scores,
-            score_names=_SCORES,
-            figures=drawn,
-            slides=_slides(table, probabilities),
-            counts=_counts(probabilities, labels),
-            galleries=_galleries(config, prepared, table, probabilities),
+            history=pd.read_csv(history) if history.exists() else None,
+            table=table,
+            galleries=galleries,
             settings=_read(folder / "config.json") or flat(config),
-            versions=_versions(),
-            records=f"{prepared.directory.parent.name} {prepared.directory.name}",
+            records=prepared.directory.name,
+            audit=audit_table(audited) if audited else None,
         )
-        figure_folder = folder / "report"
         if workdirs.is_writer():
-            figure_folder.mkdir(exist_ok=True)
+            (folder / "report").mkdir(exist_ok=True)
         for name, svg in drawn.items():
-            workdirs.write_text(figure_folder / f"{name}.svg", svg)
+            workdirs.write_text(folder / "report" / f"{name}.svg", svg)
         workdirs.write_text(folder / "report.html", text)
     log.info("report in %s", folder / "report.html")
     return folder / "report.html"
+
+
+def _judged(config: Config, folder: Path, scores: dict[str, Any]) -> list[Member]:
+    """The networks that these scores are of; none where they are gone."""
+    runs = ",".join(member["run"] for member in scores.get("members", []))
+    predict = dataclasses.replace(config.predict, checkpoints=runs)
+    place = SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        return members.restore(dataclasses.replace(config, predict=predict), folder, place)
+    except ExpectedError as error:
+        log.warning("the report does not show where the network looked: %s", error)
+        return []
+
+
+def render(
+    *,
+    scores: dict[str, Any],
+    history: pd.DataFrame | None,
+    table: pd.DataFrame,
+    **facts: Any,
+) -> tuple[str, dict[str, str]]:
+    """Returns the page, and its figures as SVG by name.
+
+    Args:
+        scores: what `evaluate` has returned.
+        history: what `fit` has returned; None = not known.
+        table: what `predictions.read` returns.
+        facts: the other words of `page.html`.
+    """
+    logits, labels = table["logit"].to_numpy(), table["label"].to_numpy(np.float64)
+    probabilities = expit(logits)
+    drawn = {
+        "roc": figures.roc(logits, labels, scores),
+        "precision_recall": figures.precision_recall(logits, labels),
+        "calibration": figures.calibration(probabilities, labels),
+        "histogram": figures.histogram(probabilities, labels),
+    }
+    if history is not None and len(history):
+        drawn["learning_curves"] = figures.learning_curves(history)
+    text = _template().render(
+        scores=scores,
+        score_names=_SCORES,
+        figures=drawn,
+        slides=_slides(table, probabilities),
+        counts=_counts(probabilities, labels),
+        versions=_versions(),
+        **facts,
+    )
+    return text, drawn
 
 
 def _template() -> jinja2.Template:
@@ -117,6 +158,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["data_url"] = _data_url
     return environment.get_template("page.html")
 
 
@@ -163,45 +205,6 @@ def _counts(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[int
             ("positives", probabilities[labels == 1]), ("negatives", probabilities[labels == 0]),
         )
     }  # fmt: skip
-
-
-def _galleries(
-    config: Config, prepared: Prepared, table: pd.DataFrame, probabilities: np.ndarray
-) -> dict[str, list[Patch]]:
-    sides = splits.make_sides(prepared.tables, config)
-    side = sides.validation if config.evaluate.split == "validation" else sides.test
-    if side is None:
-        raise ExpectedError(f"{prepared.directory} has no {config.evaluate.split} patches any more")
-    rows = side.rows
-    ids = prepared.tables[side.records]["id"].to_numpy()[rows]
-    if ids.tolist() != table["id"].tolist():
-        raise ExpectedError(
-            "these are not the patches that were evaluated: run --mode=evaluate again with the "
-            "same config.data"
-        )
-    loss = per_patch_loss(table["logit"].to_numpy(), table["label"].to_numpy())
-    rng = np.random.default_rng(config.seed)
-    chosen = {
-        "Most wrong": np.argsort(-loss, kind="stable")[:_SHOWN],
-        "Least sure": np.argsort(np.abs(probabilities - 0.5), kind="stable")[:_SHOWN],
-        "At random": rng.permutation(len(table))[:_SHOWN],
-    }
-    source = prepared.source(side.records)
-    return {
-        title: [
-            Patch(
-                id=str(ids[place]),
-                slide=str(table["slide"].iloc[place]),
-                label=int(table["label"].iloc[place]),
-                probability=float(probabilities[place]),
-                image=_data_url(record["image"]),
-            )
-            for place, record in zip(
-                places, source.__getitems__(rows[places].tolist()), strict=True
-            )
-        ]
-        for title, places in chosen.items()
-    }
 
 
 def _data_url(image: np.ndarray) -> str:

@@ -1,5 +1,6 @@
 """The page says what the files say, and nothing in them can break it."""
 
+import copy
 import html.parser
 import json
 import re
@@ -7,14 +8,16 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from scipy.special import expit
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 import histo_jax
 from histo_jax import predictions
 from histo_jax.config import Config
+from histo_jax.data.builder import prepare
 from histo_jax.errors import ExpectedError
-from histo_jax.report import figures, page, report
+from histo_jax.report import explain, figures, page, patches, report
 
 
 class Page(html.parser.HTMLParser):
@@ -95,7 +98,9 @@ def test_one_file_without_network(run):
 
 def test_every_picture_has_a_text_and_every_control_a_label(run):
     found = Page(text_of(run))
-    assert all(attributes.get("alt") for tag, attributes in found.tags if tag == "img")
+    buttons = [attributes for tag, attributes in found.tags if tag == "button"]
+    assert len(buttons) == 36
+    assert all("tumour, probability" in attributes["aria-label"] for attributes in buttons)
     labelled = [a["for"] for tag, a in found.tags if tag == "label"]
     assert all(a["id"] in labelled for tag, a in found.tags if tag == "input")
     assert all(a.get("aria-label") for tag, a in found.tags if tag == "figure")
@@ -116,28 +121,64 @@ def test_galleries_show_the_most_wrong_and_the_least_sure(config, run):
     words = text_of(run)
     loss = np.logaddexp(0, np.where(table["label"] == 1, -1, 1) * table["logit"])
     gallery = words.partition("Most wrong")[2].partition("Least sure")[0]
-    wanted = table["id"][np.argsort(-loss, kind="stable")[: page._SHOWN]]
+    wanted = table["id"][np.argsort(-loss, kind="stable")[: patches._SHOWN]]
     assert re.findall(r'class="soft">(\w{12})', gallery) == [i[:12] for i in wanted]
     slides = words.partition("Slide by slide")[2].partition("Patches")[0]
     assert all(slide in slides for slide in table["slide"].unique())
 
 
-def test_html_in_ids_slides_and_settings_stays_text(config, run, monkeypatch):
+def facts(**changes):
+    """What a page is made of, with a patch in each gallery."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (96, 96, 3), np.uint8)
+    patch = patches.Patch("id", "slide", 1, 0.5, image, image)
+    labels = np.arange(40) % 2
+    table = pd.DataFrame(
+        {"id": "i", "label": labels, "slide": "s", "logit": labels + rng.normal(size=40)}
+    )
+    scores = {
+        name: 0.5 for score in page._SCORES for name in (score, f"{score}_low", f"{score}_high")
+    }
+    scores |= {"count": 40, "interval_over": "slides", "resampled": 1, "honest": True, "note": ""}
+    return {
+        "workdir": "w", "source": "kaggle", "split": "validation", "scores": scores,
+        "history": None, "table": table, "galleries": {"Most wrong": [patch]},
+        "settings": {"seed": 0}, "records": "r", "audit": None,
+    } | changes  # fmt: skip
+
+
+def test_html_in_ids_slides_and_settings_stays_text():
     evil = '<script>alert("x")</script>'
-    row = {"slide": evil, "patches": 1, "tumour": 1.0, "auc": None, "accuracy": 1.0, "nll": 0.0}
-    monkeypatch.setattr(page, "_slides", lambda *_: [row])
-    monkeypatch.setattr(
-        page, "_galleries",
-        lambda *_: {evil: [page.Patch(evil, evil, 1, 0.5, "data:,")]},
+    made = facts()
+    patch = made["galleries"]["Most wrong"][0]._replace(id=evil, slide=evil)
+    text, _ = page.render(
+        **made
+        | {
+            "table": made["table"].assign(slide=evil), "galleries": {"Most wrong": [patch]},
+            "workdir": evil, "settings": {evil: evil}, "records": evil, "audit": evil,
+        }
     )  # fmt: skip
-    monkeypatch.setattr(page, "_read", lambda path: {evil: evil})
-    report(config, run)
-    try:
-        assert "<script>alert" not in text_of(run)
-        assert text_of(run).count("&lt;script&gt;alert") >= 4
-    finally:
-        monkeypatch.undo()
-        report(config, run)
+    assert "<script>alert" not in text
+    assert text.count("&lt;script&gt;alert") >= 8
+
+
+def test_the_audit_is_shown_or_said_to_be_missing():
+    text, _ = page.render(**facts(audit="LEAK: one"))
+    assert "LEAK: one" in text
+    assert "was not audited" not in text
+    assert "was not audited" in page.render(**facts())[0]
+
+
+def test_without_the_checkpoint_the_page_comes_without_saliency(config, run, tmp_path, caplog):
+    names = ("evaluation_validation.json", "predictions_validation.csv", "history.csv")
+    for name in names:
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    report(config, tmp_path)
+    words = (tmp_path / "report.html").read_text()
+    assert "integrated gradients" not in words
+    assert "<button" not in words
+    found = Page(words)
+    assert all(attributes.get("alt") for tag, attributes in found.tags if tag == "img")
 
 
 def test_what_was_not_evaluated_is_said(config, tmp_path, run):
@@ -156,20 +197,22 @@ def test_other_patches_than_were_evaluated_are_refused(config, run, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_thirty_thousand_patches_make_a_small_page():
+def test_thirty_thousand_patches_make_a_small_page_and_the_same_one_each_time():
     rng = np.random.default_rng(0)
-    labels = (rng.random(30_000) < 0.5).astype(float)
-    logits = 2 * labels - 1 + rng.normal(size=30_000)
-    scores = {"sensitivity_at_95_specificity": 0.5, "specificity_at_95_sensitivity": 0.5}
-    drawn = [
-        figures.roc(logits, labels, scores), figures.precision_recall(logits, labels),
-        figures.calibration(expit(logits), labels), figures.histogram(expit(logits), labels),
-    ]  # fmt: skip
-    assert sum(map(len, drawn)) < 300_000
-    assert drawn == [
-        figures.roc(logits, labels, scores), figures.precision_recall(logits, labels),
-        figures.calibration(expit(logits), labels), figures.histogram(expit(logits), labels),
-    ]  # fmt: skip
+    labels = (rng.random(30_000) < 0.5).astype(int)
+    table = pd.DataFrame(
+        {
+            "id": [f"{number:040x}" for number in range(30_000)], "label": labels,
+            "slide": [f"slide {number % 100}" for number in range(30_000)],
+            "logit": 2 * labels - 1 + rng.normal(size=30_000),
+        }
+    )  # fmt: skip
+    # Noise, which no picture format makes small.
+    patch = facts()["galleries"]["Most wrong"][0]
+    made = facts(table=table, galleries={"Most wrong": [patch] * 36})
+    text, drawn = page.render(**made)
+    assert len(text) < 5e6
+    assert (text, drawn) == page.render(**made)
 
 
 @pytest.mark.parametrize("curve", [roc_curve, precision_recall_curve])
@@ -186,3 +229,48 @@ def test_thinning_a_curve_moves_it_nowhere_by_more_than_a_pixel(curve):
     kept = np.stack(thin, 1)
     distance = np.abs(points[:, None] - kept[None]).sum(2).min(1)
     assert distance.max() < 0.01
+
+
+@pytest.fixture(scope="module")
+def explained(config, run):
+    return explain(config, run)
+
+
+def test_explain_draws_the_patches_of_the_galleries(config, run, explained):
+    table = predictions.read(run, "validation")
+    rows = np.unique(np.concatenate(list(patches.galleries(table, config.seed).values())))
+    assert sorted(explained["id"]) == sorted(table["id"].iloc[rows])
+    pictures = {path.stem for path in (run / "explain").glob("*.png")}
+    assert pictures == set(explained["id"])
+    both = explained.merge(table, on="id")
+    np.testing.assert_allclose(both["probability"], expit(both["logit"]), rtol=1e-4)
+    written = pd.read_csv(run / "explain" / "patches.csv", keep_default_na=False)
+    assert written["id"].tolist() == explained["id"].tolist()
+
+
+def test_explain_shows_the_patch_and_beside_it_where_the_network_looked(config, run, explained):
+    prepared = prepare(config)
+    row = prepared.tables["train"]["id"].tolist().index(explained["id"][0])
+    image = prepared.source("train").__getitems__([row])[0]["image"]
+    drawn = np.asarray(Image.open(run / "explain" / f"{explained['id'][0]}.png"))
+    assert drawn.shape == (384, 2 * 384 + 4, 3)
+    left, right = drawn[::4, :384:4], drawn[::4, 388::4]
+    outside = np.ones((96, 96), bool)
+    outside[32:65, 32:65] = False
+    np.testing.assert_array_equal(left[outside], image[outside])
+    assert (right != image).any()
+
+
+def test_explain_takes_ids_of_any_split(config, run):
+    tables = prepare(config).tables
+    ids = [tables["train"]["id"][3], tables["test"]["id"][2]]
+    said = explain_ids(config, run, ",".join(ids))
+    assert sorted(said["id"]) == sorted(ids)
+    with pytest.raises(ExpectedError, match=r"config\.explain\.ids: no patch .* has the id 'abc'"):
+        explain_ids(config, run, f"{ids[0]},abc")
+
+
+def explain_ids(config, run, ids):
+    config = copy.deepcopy(config)
+    config.explain.ids = ids
+    return explain(config, run)

@@ -1,0 +1,120 @@
+"""Single patches to look at: which, what was said of them, and where the network looked."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Float32, UInt8
+from scipy.special import expit
+
+from histo_jax.data.builder import Prepared
+from histo_jax.members import Member
+from histo_jax.metrics.scores import per_patch_loss
+from histo_jax.report.saliency import integrated_gradients
+
+# Patches in each gallery, and in one pass through the network.
+_SHOWN = 12
+# Of Okabe & Ito's palette, told apart in every kind of colour blindness.
+_FOR, _AGAINST = np.array([230, 159, 0]), np.array([0, 114, 178])
+_SQUARE = 4
+
+Pixels = UInt8[np.ndarray, "height width 3"]
+
+
+class Patch(NamedTuple):
+    """One patch.
+
+    Attributes:
+        id: of the records.
+        slide: it comes from; empty where it is not known.
+        label: 1 with tumour, 0 without, -1 not known.
+        probability: of tumour, calibrated.
+        image: its pixels.
+        saliency: the patch in grey, orange where it speaks for tumour and blue where against;
+            None: not computed.
+    """
+
+    id: str
+    slide: str
+    label: int
+    probability: float
+    image: Pixels
+    saliency: Pixels | None
+
+
+def galleries(table: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
+    """Returns which rows of `predictions.read` are worth a look, by the gallery's title."""
+    logits = table["logit"].to_numpy()
+    loss = per_patch_loss(logits, table["label"].to_numpy())
+    return {
+        "Most wrong": np.argsort(-loss, kind="stable")[:_SHOWN],
+        "Least sure": np.argsort(np.abs(logits), kind="stable")[:_SHOWN],
+        "At random": np.random.default_rng(seed).permutation(len(table))[:_SHOWN],
+    }
+
+
+def gather(
+    prepared: Prepared,
+    split: str,
+    rows: np.ndarray,
+    trained: list[Member],
+    logits: Float[np.ndarray, " rows"] | None = None,
+) -> list[Patch]:
+    """Reads some records, and looks at them with the networks.
+
+    Args:
+        prepared: the records.
+        split: of the records.
+        rows: int[rows], which of them.
+        trained: the networks, whose mean is told; with none of them there is no saliency.
+        logits: calibrated; None = what the networks say.
+    """
+    records = prepared.source(split).__getitems__(rows.tolist())
+    images = np.stack([record["image"] for record in records])
+    pictures: list[Pixels] | list[None] = [None] * len(rows)
+    if trained:
+        said, maps = look(trained, images)
+        logits = said if logits is None else logits
+        pictures = [_colour(image, heat) for image, heat in zip(images, maps, strict=True)]
+    assert logits is not None
+    table = prepared.tables[split].iloc[rows]
+    columns = (table[name].tolist() for name in ("id", "slide", "label"))
+    return [
+        Patch(*patch)
+        for patch in zip(*columns, expit(logits).tolist(), images, pictures, strict=True)
+    ]
+
+
+def look(
+    trained: list[Member], images: UInt8[np.ndarray, "rows height width 3"]
+) -> tuple[Float[np.ndarray, " rows"], Float32[np.ndarray, "rows height width"]]:
+    """Returns calibrated logits and what each pixel adds to them, means over the networks."""
+    logits, maps = [], []
+    for member in trained:
+        compiled = jax.jit(functools.partial(integrated_gradients, member.model))
+        for first in range(0, len(images), _SHOWN):
+            # Of one size, so that there is one program; what is too much is cut off below.
+            part = np.resize(images[first : first + _SHOWN], (_SHOWN, *images.shape[1:]))
+            said, marked = compiled(member.weights, part)
+            logits.append(member.calibration.apply(np.asarray(said)))
+            maps.append(member.calibration.scale * np.asarray(marked))
+
+    def mean(parts: list[np.ndarray]) -> np.ndarray:
+        whole = np.stack(parts).reshape(len(trained), -1, *parts[0].shape[1:])
+        return whole[:, : len(images)].mean(0)
+
+    return mean(logits), mean(maps).astype(np.float32)
+
+
+def _colour(image: Pixels, adds: Float32[np.ndarray, "height width"]) -> Pixels:
+    """Colours by squares: single pixels would be noise to the eye."""
+    height, width = (side // _SQUARE for side in adds.shape)
+    squares = adds.reshape(height, _SQUARE, width, _SQUARE).sum((1, 3))
+    # The strongest few alone would leave the rest dark.
+    strength = np.clip(squares / max(float(np.quantile(abs(squares), 0.98)), 1e-6), -1, 1)
+    strength = strength.repeat(_SQUARE, 0).repeat(_SQUARE, 1)[..., None]
+    share = 0.7 * abs(strength)
+    color = np.where(strength > 0, _FOR, _AGAINST)
+    return ((1 - share) * image.mean(-1, keepdims=True) + share * color).astype(np.uint8)

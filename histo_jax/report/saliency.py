@@ -1,0 +1,41 @@
+"""Which pixels a logit hangs on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float32, UInt8
+
+from histo_jax.training.state import Weights
+from histo_jax.training.step import normalise
+
+STEPS = 24
+# White: glass without tissue, which patches do show; the mean colour is nothing that is seen.
+GLASS = 255.0
+
+
+def integrated_gradients(
+    model: nn.Module, weights: Weights, images: UInt8[Array, "batch height width 3"]
+) -> tuple[Float32[Array, " batch"], Float32[Array, "batch height width"]]:
+    """Returns the logits, and what each pixel adds to its image's on the way from bare glass.
+
+    Sundararajan et al., "Axiomatic Attribution for Deep Networks", 2017. A map's sum is the logit
+    less that of bare glass, up to the steps of the integral. It passes the deletion test on drawn
+    slides (`tests/report/test_saliency.py`) with every network tried; Grad-CAM, of whichever
+    block, failed with some.
+    """
+    variables = {"params": weights.params, "batch_stats": weights.batch_stats}
+    end = normalise(weights, images)
+    start = normalise(weights, jnp.full_like(images, GLASS))
+
+    def total(x: Any) -> Any:
+        logits: Any = model.apply(variables, x)
+        return jnp.sum(logits), logits
+
+    def add(sums: Any, share: Any) -> tuple[Any, None]:
+        return sums + jax.grad(total, has_aux=True)(start + share * (end - start))[0], None
+
+    shares = (jnp.arange(STEPS) + 0.5) / STEPS
+    sums, _ = jax.lax.scan(add, jnp.zeros_like(end), shares)
+    return total(end)[1], ((end - start) * sums / STEPS).sum(-1)
