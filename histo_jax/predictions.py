@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from histo_jax import workdir as workdirs
-from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.builder import Prepared
 from histo_jax.errors import ExpectedError
@@ -43,16 +42,15 @@ def read(folder: Path, split: str) -> pd.DataFrame:
     return pd.read_csv(path, dtype=types, na_values=[], keep_default_na=False)
 
 
-def side(prepared: Prepared, config: Config, table: pd.DataFrame) -> splits.Side:
+def side(prepared: Prepared, sides: splits.Sides, split: str, table: pd.DataFrame) -> splits.Side:
     """Returns where the patches of what `read` returns lie, in its order.
 
     Raises:
-        ExpectedError: `config.data` gives other patches.
+        ExpectedError: `sides` are other patches than were evaluated.
     """
-    sides = splits.make_sides(prepared.tables, config)
-    found = sides.validation if config.evaluate.split == "validation" else sides.test
+    found = sides.validation if split == "validation" else sides.test
     if found is None:
-        raise ExpectedError(f"{prepared.directory} has no {config.evaluate.split} patches any more")
+        raise ExpectedError(f"{prepared.directory} has no {split} patches any more")
     if prepared.tables[found.records]["id"].iloc[found.rows].tolist() != table["id"].tolist():
         raise ExpectedError(
             "these are not the patches that were evaluated: run --mode=evaluate again with the "

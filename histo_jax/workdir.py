@@ -54,8 +54,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         files.write_json(path, values)
 
 
-def _plain(config: Config) -> dict[str, Any]:
-    """The settings as JSON gives them back: tuples become lists."""
+def plain(config: Config) -> dict[str, Any]:
+    """Returns the settings as JSON gives them back: tuples become lists."""
     return json.loads(json.dumps(flat(config)))
 
 
@@ -111,7 +111,7 @@ def check(workdir: Path, config: Config) -> None:
             )
         return
     old = _read_config(workdir)
-    for name, value in _plain(config).items():
+    for name, value in plain(config).items():
         counts = name.startswith(_IDENTITY_PREFIXES) and name not in _WHERE
         # A schedule spans all epochs, so another number of them makes another run.
         counts |= name == "fit.epochs" and config.optimizer.schedule != "constant"
@@ -136,7 +136,7 @@ def claim(workdir: Path, config: Config) -> None:
 
 def save_config(workdir: Path, config: Config) -> None:
     """Writes `config.json`; to be called in a folder that is claimed."""
-    write_json(workdir / "config.json", _plain(config))
+    write_json(workdir / "config.json", plain(config))
 
 
 def _lock(workdir: Path) -> None:
@@ -222,5 +222,5 @@ def is_finished(workdir: Path, config: Config, mode: str) -> bool:
     if mode not in status(workdir).get("finished", []):
         return False
     old = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    new = _plain(config)
+    new = plain(config)
     return all(old.get(name) == new[name] for name in new if name not in _WHERE)

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from histo_jax import members, predictions
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, names, validate
+from histo_jax.data import splits
 from histo_jax.data.builder import Prepared, prepare
 from histo_jax.errors import ExpectedError
 from histo_jax.report import patches
@@ -54,7 +55,8 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
             chosen = _find(prepared, names(config.explain.ids))
         else:
             table = predictions.read(folder, config.evaluate.split)
-            side = predictions.side(prepared, config, table)
+            sides = splits.make_sides(prepared.tables, config)
+            side = predictions.side(prepared, sides, config.evaluate.split, table)
             places = np.concatenate(list(patches.galleries(table, config.seed).values()))
             chosen = {side.records: side.rows[pd.unique(places)]}
         found = [

@@ -22,7 +22,8 @@ from sklearn.metrics import roc_auc_score
 
 from histo_jax import members, predictions
 from histo_jax import workdir as workdirs
-from histo_jax.config import Config, flat, validate
+from histo_jax.config import Config, validate
+from histo_jax.data import splits
 from histo_jax.data.audit import table as audit_table
 from histo_jax.data.builder import prepare
 from histo_jax.errors import ExpectedError
@@ -70,7 +71,8 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     scores = json.loads((folder / f"evaluation_{split}.json").read_text(encoding="utf-8"))
     with workdirs.tracked(folder, "report"):
         prepared = prepare(config)
-        side = predictions.side(prepared, config, table)
+        sides = splits.make_sides(prepared.tables, config)
+        side = predictions.side(prepared, sides, split, table)
         trained = _judged(config, folder, scores)
         galleries = {
             title: gather(
@@ -88,8 +90,9 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
             history=pd.read_csv(history) if history.exists() else None,
             table=table,
             galleries=galleries,
-            settings=_read(folder / "config.json") or flat(config),
-            records=prepared.directory.name,
+            settings=_read(folder / "config.json") or workdirs.plain(config),
+            records=f"{prepared.directory.parent.name} {prepared.directory.name}",
+            fingerprint=splits.fingerprint(prepared.tables, sides, config)[:16],
             audit=audit_table(audited) if audited else None,
         )
         if workdirs.is_writer():
@@ -118,6 +121,7 @@ def render(
     scores: dict[str, Any],
     history: pd.DataFrame | None,
     table: pd.DataFrame,
+    settings: dict[str, Any],
     **facts: Any,
 ) -> tuple[str, dict[str, str]]:
     """Returns the page, and its figures as SVG by name.
@@ -126,6 +130,7 @@ def render(
         scores: what `evaluate` has returned.
         history: what `fit` has returned; None = not known.
         table: what `predictions.read` returns.
+        settings: by dotted name, as JSON gives them.
         facts: the other words of `page.html`.
     """
     logits, labels = table["logit"].to_numpy(), table["label"].to_numpy(np.float64)
@@ -145,6 +150,8 @@ def render(
         slides=_slides(table, probabilities),
         counts=_counts(probabilities, labels),
         versions=_versions(),
+        settings=settings,
+        changed=_changed(settings),
         **facts,
     )
     return text, drawn
@@ -167,6 +174,16 @@ def _read(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def _changed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that are not the default, without those that say where things lie."""
+    default = workdirs.plain(Config())
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in default or (value != default[name] and not name.endswith("_dir"))
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -11,10 +11,6 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
-import histo_jax
-from histo_jax.config import Config
-from histo_jax.report import report
-
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 
@@ -29,22 +25,6 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run with `report.html`, on slides that are known."""
-    folder = tmp_path_factory.mktemp("browser")
-    config = Config()
-    config.data.synthetic_slides, config.data.samples_per_class = 8, 60
-    config.data.validation_fraction = 0.5
-    config.data.tfds_dir = str(folder / "records")
-    config.model.features, config.model.dense = (2, 2, 2, 2, 2), 4
-    config.fit.batch_size, config.fit.epochs = 8, 1
-    histo_jax.fit(config, folder / "run")
-    histo_jax.evaluate(config, folder / "run")
-    report(config, folder / "run")
-    return folder / "run"
 
 
 @pytest.fixture(params=[PHONE, DESKTOP], ids=["phone", "desktop"])

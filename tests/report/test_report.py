@@ -12,9 +12,7 @@ from PIL import Image
 from scipy.special import expit
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-import histo_jax
 from histo_jax import predictions
-from histo_jax.config import Config
 from histo_jax.data.builder import prepare
 from histo_jax.errors import ExpectedError
 from histo_jax.report import explain, figures, page, patches, report
@@ -44,26 +42,6 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    config = Config()
-    config.data.synthetic_slides, config.data.samples_per_class = 8, 60
-    config.data.validation_fraction = 0.5
-    config.data.tfds_dir = str(tmp_path_factory.mktemp("records"))
-    config.model.features, config.model.dense = (2, 2, 2, 2, 2), 4
-    config.fit.batch_size, config.fit.epochs = 8, 2
-    return config
-
-
-@pytest.fixture(scope="module")
-def run(config, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    histo_jax.fit(config, folder)
-    histo_jax.evaluate(config, folder)
-    report(config, folder)
-    return folder
 
 
 def text_of(run):
@@ -143,7 +121,7 @@ def facts(**changes):
     return {
         "workdir": "w", "source": "kaggle", "split": "validation", "scores": scores,
         "history": None, "table": table, "galleries": {"Most wrong": [patch]},
-        "settings": {"seed": 0}, "records": "r", "audit": None,
+        "settings": {"seed": 0}, "records": "r", "fingerprint": "f", "audit": None,
     } | changes  # fmt: skip
 
 
