@@ -129,9 +129,6 @@ class FitConfig:
 
     batch_size: int = _option(64, "patches in one step, over all devices together")
     epochs: int = _option(15, "passes over the training patches at most")
-    label_smoothing: float = _option(
-        0.0, "share of each label that is replaced by one half, 0 to below 1"
-    )
     steps_per_epoch: int | None = _option(
         None, "steps between two validations; None = one pass over the training patches"
     )
@@ -245,7 +242,6 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     ("optimizer.ema_decay", lambda v: 0 <= v < 1, "from 0 to below 1"),
     ("fit.batch_size", lambda v: v >= 1, "at least 1"),
     ("fit.epochs", lambda v: v >= 1, "at least 1"),
-    ("fit.label_smoothing", lambda v: 0 <= v < 1, "from 0 to below 1"),
     ("fit.steps_per_epoch", lambda v: v >= 1, "at least 1, or None for one pass"),
     ("early_stopping.patience", lambda v: v >= 1, "at least 1"),
     ("early_stopping.min_delta", lambda v: 0 <= v < math.inf, "at least 0"),

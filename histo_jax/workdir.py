@@ -22,7 +22,6 @@ log = logging.getLogger("histo_jax")
 # where things lie, what to evaluate) may change between two starts.
 _IDENTITY_PREFIXES = (
     "seed", "data.", "model.", "augment.", "optimizer.", "fit.batch_size", "fit.steps_per_",
-    "fit.label_",
 )  # fmt: skip
 _WHERE = ("data.raw_dir", "data.tfds_dir", "data.placement")
 
@@ -79,12 +78,18 @@ def load_config(workdir: Path) -> Config:
     """Returns the settings of a run; those that it does not know yet have their default.
 
     Raises:
-        ExpectedError: the folder is no run, or its settings are damaged.
+        ExpectedError: the folder is no run, or its settings are damaged or of another version.
     """
     if not (workdir / "config.json").exists():
         raise ExpectedError(f"{workdir} is not the folder of a run: it has no config.json")
     config = Config()
+    known = flat(config)
     for name, value in _read_config(workdir).items():
+        if name not in known:
+            raise ExpectedError(
+                f"{workdir} was made by another version of histo_jax: its config.json holds "
+                f"{name}, which this one does not know; use that version"
+            )
         *groups, field = name.split(".")
         node = functools.reduce(getattr, groups, config)
         if isinstance(getattr(node, field), tuple):

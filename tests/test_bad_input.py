@@ -188,7 +188,7 @@ fit                                      | 'fit' --help
 OUT_OF_RANGE = """seed=-1 data.source=pictures data.samples_per_class=0 data.validation_fraction=1
 data.split_by=patient data.placement=gpu data.synthetic_slides=1 model.name=resnet
 model.features=8,8 model.dense=0 model.dropout=1 optimizer.learning_rate=nan fit.batch_size=0
-fit.epochs=0 fit.steps_per_epoch=0 fit.label_smoothing=1 augment.shift=5 augment.stain=1
+fit.epochs=0 fit.steps_per_epoch=0 augment.shift=5 augment.stain=1
 augment.brightness=-1 augment.mixup=-1 optimizer.schedule=step optimizer.warmup=1
 optimizer.weight_decay=-1 optimizer.ema_decay=1 predict.prior=1 compare.runs=one
 early_stopping.patience=0 early_stopping.min_delta=-1 evaluate.split=train predict.batch_size=0"""
@@ -258,7 +258,7 @@ def test_help_is_no_mistake() -> None:
 IDENTITY = """seed=1 data.source='synthetic' data.samples_per_class=5 data.validation_fraction=0.5
 data.split_by='image' data.synthetic_slides=3 model.features=[2,2,2,2,4] model.dense=8
 model.dropout=0.1 optimizer.learning_rate=0.5 fit.batch_size=8 fit.steps_per_epoch=2
-optimizer.ema_decay=0.5 augment.shift=1 fit.label_smoothing=0.1"""
+optimizer.ema_decay=0.5 augment.shift=1"""
 
 
 @pytest.mark.parametrize("setting", IDENTITY.split())

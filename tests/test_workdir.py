@@ -4,6 +4,7 @@ import pytest
 
 from histo_jax import files, workdir
 from histo_jax.config import Config
+from histo_jax.errors import ExpectedError
 
 
 def claim(folder):
@@ -55,3 +56,18 @@ def test_a_broken_write_leaves_the_old_file(tmp_path, monkeypatch):
         files.write_json(path, {"a": 2})
     assert json.loads(path.read_text())["a"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_settings_come_back_and_those_of_another_version_are_refused(tmp_path):
+    config = Config(seed=3)
+    config.model.features = (1, 2, 3, 4, 5)
+    workdir.save_config(tmp_path, config)
+    assert workdir.load_config(tmp_path) == config
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["seed"]
+    path.write_text(json.dumps(values))
+    assert workdir.load_config(tmp_path).seed == 0
+    path.write_text(json.dumps(values | {"fit.magic": 1}))
+    with pytest.raises(ExpectedError, match=r"another version .* holds fit\.magic"):
+        workdir.load_config(tmp_path)

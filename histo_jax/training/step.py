@@ -92,7 +92,6 @@ def make_train_step(
         labels = batch["label"]
         if config.augment.mixup:
             images, labels = mix(mix_key, images, labels, config.augment.mixup)
-        labels = labels + config.fit.label_smoothing * (0.5 - labels)
 
         def loss_of(params: Any) -> tuple[Float32[Array, ""], Any]:
             logits, changed = model.apply(

@@ -174,17 +174,3 @@ def test_the_moving_average_follows_its_formula_with_all_statistics():
     assert moved.batch_stats["Block_0"]["mean"] > 1e-3
     assert moved.mean == 0
     assert average(None, state.weights, 0, 0.9) is None
-
-
-def test_label_smoothing_replaces_a_share_of_the_label_by_one_half():
-    batched, batch = sharding.batch_sharding(), make_batch()
-    losses = {}
-    for label in (0.0, 0.1, 0.9, 1.0):
-        config = Config()
-        smooth = label in (0, 1)
-        config.fit.label_smoothing = 0.2 if smooth else 0.0
-        batch["label"] = np.full(8, label, np.float32)
-        _, metrics = step.make_train_step(config, MODEL, OPTIMIZER, batched)(start(batched), batch)
-        losses[label] = float(metrics.loss)
-    assert losses[0.0] == pytest.approx(losses[0.1], rel=1e-5)
-    assert losses[1.0] == pytest.approx(losses[0.9], rel=1e-5)
