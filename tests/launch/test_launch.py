@@ -211,3 +211,9 @@ def test_kubernetes_follows_the_schema_and_its_command_line_is_known():
         check=True,
     ).stdout  # fmt: skip
     assert all(option in known for option in options)
+    steps = [line.split() for line in (LAUNCH / "Dockerfile").read_text().splitlines()]
+    assert ["WORKDIR", pod["containers"][0]["workingDir"]] in steps
+    tag = next(word for word in steps[0] if word.startswith("--tag=")).removeprefix("--tag=")
+    assert pod["containers"][0]["image"] == f"{tag}:latest"
+    (program,) = (words[1] for words in steps if words[0] == "RUN")
+    assert (LAUNCH.parent / Path(program).relative_to(pod["containers"][0]["workingDir"])).exists()
