@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from histo_jax import files
+
 Finding = tuple[str, str]
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
@@ -92,7 +94,7 @@ def _memory() -> Iterator[Finding]:
 def _folders() -> Iterator[Finding]:
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     for folder in (Path("~/tensorflow_datasets").expanduser(), Path(caches), Path.cwd()):
-        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        existing = files.nearest(folder)
         try:
             with tempfile.TemporaryFile(dir=existing):
                 pass

@@ -39,6 +39,11 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(finite, indent=2, allow_nan=False) + "\n")
 
 
+def nearest(path: Path) -> Path:
+    """Returns `path`, or what is there of the folders above it."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """Turns a library's own error about a full or forbidden disk into the system's `OSError`.

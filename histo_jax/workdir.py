@@ -105,7 +105,7 @@ def check(workdir: Path, config: Config) -> None:
     Raises:
         ExpectedError: names the folder, and the field with its old and new value.
     """
-    existing = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    existing = files.nearest(workdir)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ExpectedError(f"--workdir={workdir} cannot be written: choose a folder that can")
     path = workdir / "config.json"

@@ -266,7 +266,7 @@ def prepare(config: Config) -> Prepared:
         else _Synthetic(config.seed, data.synthetic_slides)
     )  # fmt: skip
     tfds_dir = Path(data.tfds_dir).expanduser()
-    existing = next(p for p in (tfds_dir, *tfds_dir.absolute().parents) if p.exists())
+    existing = files.nearest(tfds_dir)
     if not existing.is_dir() or not os.access(existing, os.X_OK):
         raise ExpectedError(
             f"{tfds_dir} cannot be a folder, for {existing} is none: set --config.data.tfds_dir"
