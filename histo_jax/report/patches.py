@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Float32, UInt8
+from PIL import Image
 from scipy.special import expit
 
 from histo_jax.data.builder import Prepared
@@ -109,12 +110,13 @@ def look(
 
 
 def _colour(image: Pixels, adds: Float32[np.ndarray, "height width"]) -> Pixels:
-    """Colours by squares: single pixels would be noise to the eye."""
+    """Colours by squares, with soft edges: single pixels would be noise to the eye."""
     height, width = (side // _SQUARE for side in adds.shape)
     squares = adds.reshape(height, _SQUARE, width, _SQUARE).sum((1, 3))
     # The strongest few alone would leave the rest dark.
     strength = np.clip(squares / max(float(np.quantile(abs(squares), 0.98)), 1e-6), -1, 1)
-    strength = strength.repeat(_SQUARE, 0).repeat(_SQUARE, 1)[..., None]
-    share = 0.7 * abs(strength)
-    color = np.where(strength > 0, _FOR, _AGAINST)
+    soft = Image.fromarray(strength).resize(adds.shape[::-1], Image.Resampling.BILINEAR)
+    signed = np.asarray(soft)[..., None]
+    share = 0.7 * abs(signed)
+    color = np.where(signed > 0, _FOR, _AGAINST)
     return ((1 - share) * image.mean(-1, keepdims=True) + share * color).astype(np.uint8)
