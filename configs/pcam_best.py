@@ -19,13 +19,15 @@ def get_config() -> Config:
     config.model.name = "five_block_p4m"
     config.model.features = (4, 8, 16, 32, 64)
     config.model.dense = 256
-    config.augment.stain = 0.2
-    config.augment.brightness = 0.1
+    config.augment.shift = 4
+    config.augment.stain = 0.3
+    config.augment.brightness = 0.15
+    config.augment.mixup = 0.2
     config.optimizer.learning_rate = 4e-3
     config.optimizer.schedule = "one_cycle"
-    config.optimizer.weight_decay = 0.01
+    config.optimizer.weight_decay = 0.05
     config.optimizer.ema_decay = 0.999
-    config.fit.epochs = 20
+    config.fit.epochs = 16
     # The cycle is to end: its last epochs, at small steps, are the best.
-    config.early_stopping.patience = 20
+    config.early_stopping.patience = 16
     return config

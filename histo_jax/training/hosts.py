@@ -8,9 +8,13 @@ import logging
 import os
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from histo_jax import workdir
 from histo_jax.errors import ExpectedError
+from histo_jax.training import sharding
 
 # A process that is silent for so long is taken for dead, and the others end.
 _HEARTBEAT_SECONDS = 20
@@ -56,12 +60,25 @@ def join(
             cluster_detection_method="slurm" if kind == "slurm" else None,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )  # fmt: skip
+        _meet()
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
         raise ExpectedError(
             f"--multihost={kind}: cannot join the other processes: {said}"
         ) from None
     give_roles()
+
+
+def _meet() -> None:
+    """Lets each set of devices that will work together do so once.
+
+    The first time, XLA waits half a minute on CPU and then gives up; from then on it waits for as
+    long as a process prepares records or reads pixels.
+    """
+    multihost_utils.process_allgather(np.zeros(1))
+    batched = sharding.batch_sharding()
+    own = np.zeros(jax.device_count())[sharding.own_rows(jax.device_count())]
+    jax.jit(jnp.sum, out_shardings=sharding.replicated(batched))(sharding.spread(own, batched))
 
 
 def give_roles() -> None:

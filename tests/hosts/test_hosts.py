@@ -224,6 +224,15 @@ def test_the_rest_ends_when_one_dies_in_prediction(place, runs, victim, tmp_path
     assert (tmp_path / "copy" / "submission.csv").read_bytes() == before
 
 
+@pytest.mark.skipif(not LONG, reason="waits for 45 seconds; HISTO_JAX_LONG=1 runs it")
+def test_a_process_that_prepares_for_longer_is_waited_for(place, runs, tmp_path, monkeypatch):
+    # Longer than the half minute that XLA gives the first meeting of devices on CPU.
+    monkeypatch.setenv("HISTO_JAX_TRACED_SECONDS", "45")
+    run(place, TWO_BY_TWO, tmp_path / "run", "--mode=fit")
+    history = (tmp_path / "run" / "history.csv").read_bytes()
+    assert history == (runs / "two" / "history.csv").read_bytes()
+
+
 MISTAKES = {
     ("manual",): "needs --coordinator=HOST:PORT",
     ("manual", "a:1", 2, 2): "must be from 0",

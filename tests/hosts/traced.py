@@ -3,7 +3,7 @@
 One JSON line a step: its number, the SHA-1 of each of this process's patches, the loss. At step
 DIE_AT the process kills itself, at -1 before its first prediction; at step -DIE_AT it gets SIGTERM;
 0 is never. After step 1 the moments (a tenth of the gradient) and BatchNorm's statistics go into
-TRACE.npz.
+TRACE.npz. The first process prepares for HISTO_JAX_TRACED_SECONDS longer.
 """
 
 import hashlib
@@ -12,13 +12,14 @@ import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from histo_jax import prediction
+from histo_jax import fitting, prediction
 from histo_jax.training import hosts
 from histo_jax.training import step as steps
 
@@ -55,7 +56,14 @@ def read_behind(outputs, read=prediction.read_behind):
     return read(outputs)
 
 
+def prepare(config, prepare=fitting.prepare):
+    if jax.process_index() == 0:
+        time.sleep(float(os.environ.get("HISTO_JAX_TRACED_SECONDS", 0)))
+    return prepare(config)
+
+
 if not os.environ.get("HISTO_JAX_LONG"):
     hosts._HEARTBEAT_SECONDS = 10  # the tests wait for it
 steps.make_train_step, prediction.read_behind = make_train_step, read_behind
+fitting.prepare = prepare
 runpy.run_module("histo_jax.main", run_name="__main__", alter_sys=True)
