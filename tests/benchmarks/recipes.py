@@ -7,8 +7,8 @@ are scored. Runs that stand in the CSV are not made again; an interrupted one go
 
     screen   `BASE`, and each of `FACTORS` alone, on 5,000 patches, for 15 passes
     full     the runs of `FULL`, on all patches; --seeds=0,1,2
-    curve    the best recipe with the symmetric and with the plain network on 1,000, 5,000 and all
-             patches; draws `learning_curves.svg` from what the CSV holds
+    curve    the best recipe with the symmetric and with the plain network on 1,000 and 5,000
+             patches; draws `learning_curves.svg` of them and of the full runs
 """
 
 import argparse
@@ -40,7 +40,6 @@ BASE = {
 FACTORS: dict[str, dict[str, Any]] = {
     "base": {},
     "stain": {"augment.stain": 0.2, "augment.brightness": 0.1},
-    "smoothing": {"fit.label_smoothing": 0.1},
     "shift": {"augment.shift": 4},
     "mixup": {"augment.mixup": 0.2},
     "ema": {"optimizer.ema_decay": 0.998},
@@ -68,14 +67,22 @@ FULL: dict[str, dict[str, Any]] = {
         "augment.mixup": 0.2, "optimizer.weight_decay": 0.05, "optimizer.ema_decay": 0.999,
         "fit.epochs": 16,
     },
+    # As `configs/pcam.py`.
+    "original": {
+        "model.name": "five_block", "model.features": (32, 64, 128, 256, 512),
+        "model.dense": 1024, "optimizer.learning_rate": 1.5e-4,
+        "optimizer.schedule": "constant", "optimizer.weight_decay": 0.0,
+        "early_stopping.patience": 4,
+    },
 }  # fmt: skip
-BEST = FULL["strong"]
-NETWORKS = {"symmetric": {}, "plain": FACTORS["plain"]}
-SIZES = {"1000": 500, "5000": 2500, "all": None}
+BEST = "strong"
+FULL[f"{BEST}_plain"] = FULL[BEST] | FACTORS["plain"]
+# Of each network the full run, whose recipe the runs on fewer patches share.
+NETWORKS = {"symmetric": BEST, "plain": f"{BEST}_plain"}
 CURVE = {
-    f"{network}_{size}": {**BEST, **changes, "data.samples_per_class": per_class}
-    for size, per_class in SIZES.items()
-    for network, changes in NETWORKS.items()
+    f"{network}_{size}": {**FULL[full], "data.samples_per_class": size // 2}
+    for size in (1000, 5000)
+    for network, full in NETWORKS.items()
 }
 STAGES = {"screen": FACTORS, "full": FULL, "curve": CURVE}
 
@@ -139,9 +146,9 @@ def main() -> None:
     for name in options.names or STAGES[options.stage]:
         for seed in map(int, options.seeds.split(",")):
             changes = {
-                **BASE, **STAGES[options.stage][name], "seed": seed, "data.source": "pcam",
-                "data.raw_dir": options.data, "data.tfds_dir": str(options.runs / "records"),
-                "early_stopping.patience": 1000,
+                "early_stopping.patience": 1000, **BASE, **STAGES[options.stage][name],
+                "seed": seed, "data.source": "pcam", "data.raw_dir": options.data,
+                "data.tfds_dir": str(options.runs / "records"),
             }  # fmt: skip
             if options.stage == "screen":
                 changes |= {"data.samples_per_class": 2500, "fit.epochs": 15}
@@ -161,13 +168,15 @@ def draw(table: pd.DataFrame) -> None:
     """Draws validation AUC over training patches, a line a network."""
     import matplotlib.pyplot as plt
 
-    table = table[table["stage"] == "curve"]
+    table = table[table["seed"] == 0]
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    for network, marker in zip(NETWORKS, "os", strict=True):
-        rows = table[table["recipe"].str.startswith(network)].sort_values("training_patches")
+    for (network, full), marker in zip(NETWORKS.items(), "os", strict=True):
+        part = (table["stage"] == "curve") & table["recipe"].str.startswith(network)
+        whole = (table["stage"] == "full") & (table["recipe"] == full)
+        rows = table[part | whole].sort_values("training_patches")
         axes.plot(rows["training_patches"], rows["validation_auc"], marker + "-", label=network)
+        axes.set_xticks(rows["training_patches"], [f"{n:,}" for n in rows["training_patches"]])
     axes.set(xscale="log", xlabel="training patches", ylabel="validation AUC, unseen slides")
-    axes.set_xticks(table["training_patches"], table["training_patches"], minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(title="network, one seed each")
