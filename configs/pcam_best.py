@@ -2,8 +2,8 @@
 
 python -m histo_jax.main --config=configs/pcam_best.py --config.data.raw_dir=DIR --workdir=RUN
 
-Measured on a sample of 19,171 training patches and 2,907 validation patches of other slides, two CPU
-cores, three seeds: validation AUC 0.948, 0.950, 0.951, NLL 0.289, 0.280, 0.276; 30 minutes, 186
+Measured on a sample of 19,171 training patches and 2,907 validation patches of other slides, two
+CPU cores, three seeds: validation AUC 0.948, 0.950, 0.951, NLL 0.289, 0.280, 0.276; 30 minutes, 186
 img/s; the three together 0.953 and 0.273. How it was found: tests/benchmarks/recipes.py.
 """
 
