@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 # Of Okabe & Ito's palette, told apart in every kind of colour blindness; lines differ in style too.
@@ -90,16 +91,14 @@ def precision_recall(logits: np.ndarray, labels: np.ndarray) -> str:
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
     """Returns how often tumour was there over how probable it was said to be, in 15 bins."""
-    bins = np.minimum((probabilities * _BINS).astype(int), _BINS - 1)
-    counts = np.bincount(bins, minlength=_BINS)
-    used = counts > 0
-    said, true = (
-        np.bincount(bins, values, _BINS)[used] / counts[used] for values in (probabilities, labels)
-    )
+    true, said = calibration_curve(labels, probabilities, n_bins=_BINS)
+    # Its bins, of which it leaves out the empty ones.
+    counts = np.bincount(np.searchsorted(np.linspace(0, 1, _BINS + 1)[1:-1], probabilities))
+    counts = counts[counts > 0]
     with _axes() as (axes, done):
         axes.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
         axes.plot(said, true, "-", color=LINE, linewidth=1)
-        axes.scatter(said, true, 8 + 150 * counts[used] / counts.max(), color=NEGATIVE, zorder=3)
+        axes.scatter(said, true, 8 + 150 * counts / counts.max(), color=NEGATIVE, zorder=3)
         axes.set(xlabel="probability said", ylabel="share with tumour", aspect="equal")
     return done[0]
 

@@ -1,10 +1,12 @@
 """One small run with its page, on slides that are known."""
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import histo_jax
 from histo_jax.config import Config
-from histo_jax.report import report
+from histo_jax.report import page, patches, report
 
 
 @pytest.fixture(scope="package")
@@ -25,3 +27,49 @@ def run(config, tmp_path_factory):
     histo_jax.evaluate(config, folder)
     report(config, folder)
     return folder
+
+
+@pytest.fixture(scope="package")
+def facts():
+    """Makes what a page is made of, with one patch in one gallery."""
+
+    def make(**changes):
+        rng = np.random.default_rng(0)
+        image = rng.integers(0, 256, (96, 96, 3), np.uint8)
+        patch = patches.Patch("id", "slide", 1, 0.5, image, image)
+        labels = np.arange(40) % 2
+        table = pd.DataFrame(
+            {"id": "i", "label": labels, "slide": "s", "logit": labels + rng.normal(size=40)}
+        )
+        scores = {
+            name: 0.5 for score in page._SCORES for name in (score, f"{score}_low", f"{score}_high")
+        }
+        scores |= {
+            "count": 40,
+            "interval_over": "slides",
+            "resampled": 1,
+            "honest": True,
+            "note": "",
+        }
+        return {
+            "workdir": "w", "source": "kaggle", "split": "validation", "scores": scores,
+            "history": None, "table": table, "galleries": {"Most wrong": [patch]},
+            "settings": {"seed": 0}, "records": "r", "fingerprint": "f", "audit": None,
+        } | changes  # fmt: skip
+
+    return make
+
+
+EVIL = '<script>alert("x")</script><img src="x:" onerror="alert(1)">'
+
+
+@pytest.fixture(scope="package")
+def evil_page(facts):
+    """A page with HTML in everything that is not our own."""
+    made = facts()
+    patch = made["galleries"]["Most wrong"][0]._replace(id=EVIL, slide=EVIL)
+    changes = {
+        "table": made["table"].assign(slide=EVIL), "galleries": {"Most wrong": [patch]},
+        "workdir": EVIL, "settings": {EVIL: EVIL}, "records": EVIL, "audit": EVIL,
+    }  # fmt: skip
+    return page.render(**made | changes)[0]

@@ -103,3 +103,22 @@ def test_it_prints_whole(page, run):
     assert page.locator("input[type=range]").is_hidden()
     assert page.locator("#confusion").is_visible()
     assert page.locator("figure").count() == 5
+
+
+def test_html_in_ids_slides_and_settings_is_shown_as_text(chromium, evil_page, tmp_path):
+    path = tmp_path / "evil.html"
+    path.write_text(evil_page)
+    page = chromium.new_page()
+    dialogs, requests = [], []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(path.as_uri())
+    for summary in page.locator("summary").all():
+        summary.click()
+    text = page.inner_text("body")
+    # Name, settings changed and all, records, audit, slides; ids are shown by their first letters.
+    assert text.count('<script>alert("x")</script><img') >= 7
+    assert "<script>aler" in page.locator(".gallery").inner_text()
+    assert dialogs == []
+    assert requests == [path.as_uri()]
+    page.close()
