@@ -61,17 +61,16 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise
 
 
-def fingerprint(paths: Iterable[Path], times: bool = False) -> str:
-    """Returns a SHA-256 of the files' names and sizes and of what CSVs hold.
+def fingerprints(paths: Iterable[Path]) -> tuple[str, str]:
+    """Returns two SHA-256 of files: of names, sizes and what CSVs hold; of names and times.
 
-    Args:
-        paths: the files, in order; only CSVs are opened.
-        times: take their times of change instead.
+    Only CSVs are opened; the second tells that a file was changed without changing its size.
     """
-    digest = hashlib.sha256()
+    content, times = hashlib.sha256(), hashlib.sha256()
     for path in paths:
         status = path.stat()
-        digest.update(f"{path.name} {status.st_mtime_ns if times else status.st_size}\n".encode())
-        if path.suffix == ".csv" and not times:
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+        content.update(f"{path.name} {status.st_size}\n".encode())
+        times.update(f"{path.name} {status.st_mtime_ns}\n".encode())
+        if path.suffix == ".csv":
+            content.update(path.read_bytes())
+    return content.hexdigest(), times.hexdigest()

@@ -315,10 +315,8 @@ def _serialize(serializer: ExampleSerializer, example: Any) -> bytes:
 
 def _fingerprint(reader: _ReaderConfig) -> dict[str, Any]:
     paths = reader.raw_files()
-    return {
-        "files": files.fingerprint(paths) if paths else None,
-        "times": files.fingerprint(paths, times=True) if paths else None,
-    }
+    content, times = files.fingerprints(paths) if paths else (None, None)
+    return {"files": content, "times": times}
 
 
 def _check_raw_files(directory: Path, reader: _ReaderConfig, data: DataConfig) -> None:

@@ -62,7 +62,8 @@ def _from_csv(path: Path) -> pd.Series:
 
 
 def _from_patchcamelyon(folder: Path, cache: Path) -> pd.Series:
-    cached = cache / f"slides-{files.fingerprint(pcam.raw_files(folder))}.csv"
+    content, _ = files.fingerprints(pcam.raw_files(folder))
+    cached = cache / f"slides-{content}.csv"
     if not cached.exists():
         log.info("looking up slides by pixels in %s", folder)
         rows: dict[str, str] = {}
