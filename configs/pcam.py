@@ -2,8 +2,8 @@
 
 python -m histo_jax.main --config=configs/pcam.py --config.data.raw_dir=DIR --workdir=RUN
 
-Measured on a sample of 19,171 training patches, two CPU cores, with --config.fit.epochs=3: 15
-minutes, 70 img/s, validation AUC 0.888 on 2,907 patches of other slides.
+Measured on a sample of 19,171 training patches, two CPU cores, one seed: 181 img/s, validation AUC
+0.935 and NLL 0.327 on 2,907 patches of other slides, after all 15 epochs.
 """
 
 from histo_jax.config import Config
