@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import os
@@ -74,11 +75,13 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
         sides = splits.make_sides(prepared.tables, config)
         side = predictions.side(prepared, sides, split, table)
         trained = _judged(config, folder, scores)
+        chosen = patches.galleries(table, config.seed)
+        # All at once: the networks are compiled for them only one time.
+        rows = np.concatenate(list(chosen.values()))
+        logits = table["logit"].to_numpy()[rows]
+        found = iter(gather(prepared, side.records, side.rows[rows], trained, logits))
         galleries = {
-            title: gather(
-                prepared, side.records, side.rows[rows], trained, table["logit"].to_numpy()[rows]
-            )
-            for title, rows in patches.galleries(table, config.seed).items()
+            title: list(itertools.islice(found, len(places))) for title, places in chosen.items()
         }
         history = folder / "history.csv"
         audited = _read(folder / "audit.json")

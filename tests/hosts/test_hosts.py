@@ -248,10 +248,13 @@ def test_mistakes_in_joining_are_refused(typed, monkeypatch):
         hosts.join(*typed, *[None] * (4 - len(typed)))
 
 
-def test_a_mistake_in_joining_is_one_line(place, tmp_path):
-    (process,) = start(place, ONE, tmp_path / "run", "--multihost=manual")
+@pytest.mark.parametrize(
+    ("typed", "told"), [("manual", MISTAKES["manual",]), ("some", "should be one of")]
+)
+def test_a_mistake_in_joining_is_one_line(place, typed, told, tmp_path):
+    (process,) = start(place, ONE, tmp_path / "run", f"--multihost={typed}")
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 2, said
     assert len(said.strip().splitlines()) == 1, said
-    assert MISTAKES["manual",] in said
+    assert told in said
     assert not (tmp_path / "run").exists()

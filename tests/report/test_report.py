@@ -78,6 +78,7 @@ def test_every_picture_has_a_text_and_every_control_a_label(run):
     found = Page(text_of(run))
     buttons = [attributes for tag, attributes in found.tags if tag == "button"]
     assert len(buttons) == 36
+    assert all("alt" in attributes for tag, attributes in found.tags if tag == "img")
     assert all("tumour, probability" in attributes["aria-label"] for attributes in buttons)
     labelled = [a["for"] for tag, a in found.tags if tag == "label"]
     assert all(a["id"] in labelled for tag, a in found.tags if tag == "input")
@@ -112,7 +113,7 @@ def test_the_audit_is_shown_or_said_to_be_missing(facts):
     assert "was not audited" in page.render(**facts())[0]
 
 
-def test_without_the_checkpoint_the_page_comes_without_saliency(config, run, tmp_path, caplog):
+def test_without_the_checkpoint_the_page_comes_without_saliency(config, run, tmp_path):
     names = ("evaluation_validation.json", "predictions_validation.csv", "history.csv")
     for name in names:
         (tmp_path / name).write_bytes((run / name).read_bytes())
@@ -155,6 +156,7 @@ def test_thirty_thousand_patches_make_a_small_page_and_the_same_one_each_time(fa
     made = facts(table=table, galleries={"Most wrong": [patch] * 36})
     text, drawn = page.render(**made)
     assert len(text) < 5e6
+    assert sum(map(len, drawn.values())) < 300_000
     assert (text, drawn) == page.render(**made)
 
 
