@@ -154,7 +154,10 @@ _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 def main() -> int:
     """Prints every finding and returns the exit status."""
     parser = argparse.ArgumentParser(prog="histo_jax.doctor", description=__doc__)
-    parser.add_argument("--multihost", help="as histo_jax.main takes it, also the next three")
+    parser.add_argument(
+        "--multihost", choices=("auto", "slurm", "tpu", "manual"),
+        help="as histo_jax.main takes it, also the next three",
+    )  # fmt: skip
     parser.add_argument("--coordinator")
     parser.add_argument("--process_count", type=int)
     parser.add_argument("--process_index", type=int)

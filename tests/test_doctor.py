@@ -26,6 +26,9 @@ def test_what_cannot_work_fails_with_the_remedy():
     done = run("--multihost=manual")
     assert done.returncode == 1
     assert done.stdout.startswith("FAIL  --multihost=manual needs --coordinator")
+    unknown = run("--multihost=some")
+    assert unknown.returncode == 2
+    assert "invalid choice: 'some'" in unknown.stderr
 
 
 @pytest.mark.parametrize("check", range(len(doctor._CHECKS)))
