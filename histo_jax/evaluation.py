@@ -67,7 +67,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
                 "have no labels: use --mode=predict, or --config.evaluate.split=validation"
             )
         if config.predict.checkpoints:
-            members.refuse_trained_on(trained, prepared, side)
+            members.refuse_trained_on(trained, config, prepared, side)
             workdirs.claim(folder, config)
         table = prepared.tables[side.records].iloc[side.rows]
         labels = table["label"].to_numpy(np.float64)

@@ -53,7 +53,18 @@ class _OrNone(flags.ArgumentParser):
         return self._parser.flag_type()
 
 
+class _Bool(flags.BooleanParser):
+    """Says in words what the library says as a tuple."""
+
+    def parse(self, argument: Any) -> bool:
+        try:
+            return bool(super().parse(argument))
+        except ValueError:
+            raise ValueError("must be true or false") from None
+
+
 def _define_flags() -> None:
+    config_flags.register_flag_parser_for_type(bool, _Bool())
     config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser()))
     config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser()))
     config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser()))

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 from flax import linen as nn
 from jax.sharding import Sharding
 
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, names
 from histo_jax.data import splits
-from histo_jax.data.builder import Prepared
+from histo_jax.data.builder import Prepared, prepare
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import Calibration
 from histo_jax.models import create_model
@@ -27,6 +28,7 @@ class Member(NamedTuple):
         weights: of the best checkpoint.
         calibration: of these weights.
         step: that the checkpoint was saved at.
+        fingerprint: of the examples that it has trained on, see `splits.fingerprint`.
     """
 
     run: str
@@ -35,6 +37,7 @@ class Member(NamedTuple):
     weights: Weights
     calibration: Calibration
     step: int
+    fingerprint: str
 
 
 def restore(config: Config, folder: Path, place: Sharding) -> list[Member]:
@@ -58,7 +61,7 @@ def restore(config: Config, folder: Path, place: Sharding) -> list[Member]:
         members.append(
             Member(
                 str(run), own, create_model(own.model), best.state.best_weights, calibration,
-                int(best.state.step),
+                int(best.state.step), best.data["fingerprint"],
             )
         )  # fmt: skip
     return members
@@ -69,16 +72,23 @@ def averages(config: Config, member: Member) -> bool:
     return config.predict.tta and member.config.model.name != "five_block_p4m"
 
 
-def refuse_trained_on(members: list[Member], prepared: Prepared, side: splits.Side) -> None:
+def refuse_trained_on(
+    members: list[Member], config: Config, prepared: Prepared, side: splits.Side
+) -> None:
     """Refuses members that have trained on slides, or on patches, that they are to be judged by.
 
+    Args:
+        members: whatever data they come from.
+        config: that of the command.
+        prepared: its records.
+        side: of these records, to be scored.
+
     Raises:
-        ExpectedError: names the run and how many patches.
+        ExpectedError: names the run and how many patches, or that its own records are gone.
     """
     judged = prepared.tables[side.records].iloc[side.rows]
     for member in members:
-        own = splits.make_sides(prepared.tables, member.config).train
-        seen = prepared.tables[own.records].iloc[own.rows]
+        seen = _trained_on(member, config, prepared)
         known = judged["id"].isin(seen["id"])
         known |= judged["slide"].isin(seen["slide"]) & (judged["slide"] != "")
         if known.any():
@@ -87,3 +97,28 @@ def refuse_trained_on(members: list[Member], prepared: Prepared, side: splits.Si
                 "to be scored, or on others of their slides: take runs with the same config.seed "
                 "and config.data as this command"
             )
+
+
+def _trained_on(member: Member, config: Config, prepared: Prepared) -> pd.DataFrame:
+    """Returns the rows of the tables that a member has trained on."""
+    # The command's records are looked at first: the member's own may have been moved since.
+    if member.config.data.source == config.data.source:
+        rows, fingerprint = _training_side(member, prepared)
+        if fingerprint == member.fingerprint:
+            return rows
+    try:
+        rows, fingerprint = _training_side(member, prepare(member.config))
+    except ExpectedError as error:
+        raise ExpectedError(f"what {member.run} has trained on cannot be told: {error}") from None
+    if fingerprint != member.fingerprint:
+        raise ExpectedError(
+            f"what {member.run} has trained on cannot be told: {member.config.data.tfds_dir} no "
+            "longer holds it; restore it, or leave this run out"
+        )
+    return rows
+
+
+def _training_side(member: Member, prepared: Prepared) -> tuple[pd.DataFrame, str]:
+    sides = splits.make_sides(prepared.tables, member.config)
+    rows = prepared.tables[sides.train.records].iloc[sides.train.rows]
+    return rows, splits.fingerprint(prepared.tables, sides, member.config)

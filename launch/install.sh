@@ -4,16 +4,21 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra=${1:-}
+case $extra in
+  --help | -h) sed -n '2,3s/^# //p' launch/install.sh; exit ;;
+  "" | test | cuda | tpu | bench) ;;
+  *) echo "launch/install.sh: no such extra: $extra; test, cuda, tpu or bench" >&2; exit 2 ;;
+esac
 
 find_python() {
   local candidate
   for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
       echo "$candidate"
       return
     fi
   done
-  echo "launch/install.sh: no Python >= 3.11 found; install one or name it: PYTHON=/path/to/python" >&2
+  echo "launch/install.sh: no Python 3.11 to 3.13 found; install one or name it: PYTHON=/path/to/python" >&2
   exit 2
 }
 

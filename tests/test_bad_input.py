@@ -180,6 +180,7 @@ MISTYPED = """
 --config.optimizer.learning_rate=x       | config.optimizer.learning_rate x
 --config.model.features=a,b              | config.model.features 'a int
 --config.model.features=1.5,2,2,2,2      | config.model.features 1.5 int
+--config.predict.tta=yes                 | config.predict.tta=yes true false
 --epochs=3                               | epochs --help
 --mode=train                             | --mode=train run prepare fit evaluate predict
 fit                                      | 'fit' --help

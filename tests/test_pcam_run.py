@@ -1,9 +1,12 @@
 """PatchCamelyon's layout through the verbs."""
 
+import shutil
+
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import histo_jax
 from histo_jax.data.builder import prepare
@@ -21,11 +24,13 @@ def pcam_config(tiny_config, tmp_path):
     return tiny_config
 
 
-def write(folder, name, count):
+def write(folder, name, count, images=None):
     rng = np.random.default_rng(count)
+    if images is None:
+        images = rng.integers(0, 256, (count, 96, 96, 3), np.uint8)
     stem = folder / f"camelyonpatch_level_2_split_{name}"
     with h5py.File(f"{stem}_x.h5", "w") as file:
-        file["x"] = rng.integers(0, 256, (count, 96, 96, 3), np.uint8)
+        file["x"] = images
     with h5py.File(f"{stem}_y.h5", "w") as file:
         file["y"] = (np.arange(count) % 2).astype(np.uint8).reshape(count, 1, 1, 1)
     wsi = [f"{name}_{i % 3}" for i in range(count)]
@@ -57,3 +62,23 @@ def test_without_a_test_split_there_is_nothing_to_predict(pcam_config, tmp_path)
     pcam_config.evaluate.split = "test"
     with pytest.raises(ExpectedError, match="missing or have no labels"):
         histo_jax.evaluate(pcam_config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_member_of_another_source_is_judged_by_what_it_has_trained_on(
+    shared, pcam_config, make_tiny_config, kaggle_dir, tmp_path
+):
+    files = sorted((kaggle_dir / "train").glob("*.tif"))
+    images = np.stack([np.asarray(Image.open(file)) for file in files]) if shared else None
+    write(tmp_path / "raw", "train", len(files), images)
+    write(tmp_path / "raw", "valid", 10)
+    histo_jax.fit(pcam_config, tmp_path / "run")
+    config = make_tiny_config()
+    config.predict.checkpoints = str(tmp_path / "run")
+    if not shared:
+        assert histo_jax.evaluate(config, tmp_path / "judged")["count"] == 10
+        shutil.rmtree(tmp_path / "records")
+        (tmp_path / "raw" / "camelyonpatch_level_2_split_train_x.h5").unlink()
+    said = "has trained on 10 of the 10 patches" if shared else r"run has trained on cannot be told"
+    with pytest.raises(ExpectedError, match=said):
+        histo_jax.evaluate(config, tmp_path / "judged")

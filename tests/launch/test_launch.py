@@ -79,13 +79,19 @@ def test_shellcheck_finds_nothing():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "install.sh", "quickstart.sh"])
 def test_help_says_how_it_is_used_and_does_nothing(door, script):
     done = door.run(LAUNCH / script, "--help")
     assert done.returncode == 0
     assert done.stdout.count("usage:") == 1
     assert "#" not in done.stdout
     assert door.calls() == []
+
+
+def test_an_unknown_extra_is_not_installed(door):
+    done = door.run(LAUNCH / "install.sh", "cud")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "launch/install.sh: no such extra: cud; test, cuda, tpu or bench\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
