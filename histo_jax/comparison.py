@@ -32,7 +32,7 @@ def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     if len(runs) != 2:
         raise ExpectedError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
     split = config.evaluate.split
-    first, second = (predictions.read(Path(run), split) for run in runs)
+    first, second = (predictions.read(Path(run).expanduser(), split) for run in runs)
     if not first[["id", "label"]].equals(second[["id", "label"]]):
         raise ExpectedError(
             f"{runs[0]} and {runs[1]} were not scored on the same patches: evaluate both with the "
@@ -52,7 +52,7 @@ def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             config.seed,
         ),
     }
-    folder = Path(workdir)
+    folder = Path(workdir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     workdirs.write_json(folder / "compare.json", result)
     return result

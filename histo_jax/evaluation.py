@@ -52,7 +52,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir)
+    folder = Path(workdir).expanduser()
     workdirs.check(folder, config)
     with workdirs.tracked(folder, "evaluate"):
         batched = sharding.batch_sharding()
@@ -66,19 +66,26 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
                 f"the test patches of config.data.source = {config.data.source!r} are missing or "
                 "have no labels: use --mode=predict, or --config.evaluate.split=validation"
             )
+        table = prepared.tables[side.records].iloc[side.rows]
+        labels = table["label"].to_numpy(np.float64)
+        if len(np.unique(labels)) < 2:
+            raise ExpectedError(
+                f"the {len(labels)} {name} patches are all labelled {labels[0]:.0f}, and scores "
+                "need both classes: use --mode=predict, or --config.evaluate.split=validation"
+            )
         if config.predict.checkpoints:
             members.refuse_trained_on(trained, config, prepared, side)
             workdirs.claim(folder, config)
-        table = prepared.tables[side.records].iloc[side.rows]
-        labels = table["label"].to_numpy(np.float64)
+        else:
+            splits.check_fingerprint(trained[0].fingerprint, prepared.tables, sides, config)
         slides = predictions.slides(table)
         raw = [_logits(config, member, prepared, side) for member in trained]
         calibrated = [m.calibration.apply(z) for m, z in zip(trained, raw, strict=True)]
         logits = np.mean(calibrated, axis=0)
         scores = binary_scores(logits, labels)
         ends = with_intervals(logits, labels, slides, config.seed)
-        # A test side of its own is not the one that chose the checkpoint.
-        honest = sides.honest or name == "test"
+        train = prepared.tables[sides.train.records].iloc[sides.train.rows]
+        honest = sides.honest if name == "validation" else not splits.share(train, table)
         notes = [splits.OPTIMISTIC] * (not honest) + [_SELECTED] * (name == "validation")
         result: dict[str, Any] = {
             "split": name,

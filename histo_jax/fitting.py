@@ -87,7 +87,7 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir)
+    folder = Path(workdir).expanduser()
     workdirs.check(folder, config)
     sharding.check_batch_size(config.fit.batch_size)
     with workdirs.tracked(folder, "fit"):
@@ -138,7 +138,6 @@ def _start(
     """The newest checkpoint that is whole, or the state before the first step."""
     place = sharding.replicated(sharding.batch_sharding())
     early_stopping = EarlyStopping.create(config.early_stopping)
-    fingerprint = splits.fingerprint(tables, sides, config)
     checkpoint = checkpoints.restore_latest(abstract_state(config, place), early_stopping)
     if checkpoint is None:
         mean, deviation = splits.normalisation(tables[sides.train.records], sides.train.rows)
@@ -152,14 +151,10 @@ def _start(
             # On all devices at once: what lies on one of them cannot go to other processes'.
             state=jax.jit(create, out_shardings=place)(),
             early_stopping=early_stopping,
-            data={"step": 0, "fingerprint": fingerprint},
+            data={"step": 0, "fingerprint": splits.fingerprint(tables, sides, config)},
             history=[],
         )
-    if checkpoint.data["fingerprint"] != fingerprint:
-        raise ExpectedError(
-            f"{config.data.tfds_dir} no longer holds the examples that this run began with: "
-            "restore them or choose another --workdir"
-        )
+    splits.check_fingerprint(checkpoint.data["fingerprint"], tables, sides, config)
     log.info("resumed from step %d", checkpoint.state.step)
     return checkpoint
 

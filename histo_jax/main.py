@@ -169,7 +169,6 @@ def _explain(config: Config, workdir: Path) -> None:
 
 
 def _audit(config: Config, workdir: Path) -> None:
-    from histo_jax import files
     from histo_jax import workdir as workdirs
     from histo_jax.data.audit import audit, has_leak, table
     from histo_jax.data.builder import prepare
@@ -179,7 +178,7 @@ def _audit(config: Config, workdir: Path) -> None:
     prepared = prepare(config)
     report = audit(prepared, make_sides(prepared.tables, config), config.seed)
     workdir.mkdir(parents=True, exist_ok=True)
-    files.write_json(workdir / "audit.json", report)
+    workdirs.write_json(workdir / "audit.json", report)
     print(table(report))
     if has_leak(report):
         sys.exit(_LEAK_FOUND)
@@ -202,6 +201,8 @@ def _run(config: Config, workdir: Path) -> None:
         except NoTestPatchesError as error:
             print(f"no submission.csv: {error}")
         _report(config, workdir)
+        # What only evaluation and prediction depend on may be other than `fit` has saved.
+        workdirs.save_config(workdir, config)
 
 
 # Each verb imports what it needs, so that --help and mistakes answer at once.
@@ -229,7 +230,7 @@ def main(_: list[str]) -> None:
     # Orbax, Grain and TFDS log through absl, with tracebacks for what they raise anyway.
     absl_logging.set_verbosity(absl_logging.FATAL)
     sys.unraisablehook = _quiet_threads
-    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
+    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir).expanduser()
     try:
         validate(config)
         if flags.FLAGS.multihost:
@@ -248,6 +249,12 @@ def main(_: list[str]) -> None:
         # A full disk or a folder without permission; a bug has another type.
         _fail(f"{error.filename or workdir}: {error.strerror or error}; mend that and start again")
     except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            _fail(
+                "the memory of a device is full: lower config.fit.batch_size or "
+                "config.predict.batch_size, or set --config.data.placement=host "
+                f"({' '.join(str(error).split())[:200]})"
+            )
         if not flags.FLAGS.multihost:
             raise
         from histo_jax.training import hosts

@@ -51,11 +51,12 @@ def restore(config: Config, folder: Path, place: Sharding) -> list[Member]:
     Raises:
         ExpectedError: a folder is no run, has no checkpoint, or one of another model.
     """
-    runs = [Path(run) for run in names(config.predict.checkpoints)]
+    runs = [Path(run).expanduser() for run in names(config.predict.checkpoints)]
     members = []
     for run in runs or [folder]:
         own = workdirs.load_config(run) if runs else config
-        with Checkpoints.of(run) as checkpoints:
+        # The folders of other runs are not held: they may be training.
+        with Checkpoints.of(run, read_only=bool(runs)) as checkpoints:
             best = checkpoints.restore_best(own, place)
         calibration = Calibration(**best.data.get("calibration", {}))
         members.append(

@@ -49,7 +49,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir)
+    folder = Path(workdir).expanduser()
     workdirs.check(folder, config)
     with workdirs.tracked(folder, "predict"):
         devices = jax.local_devices()

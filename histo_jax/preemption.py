@@ -19,6 +19,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 Item = TypeVar("Item")
 
 _received = 0  # the signal's number
+_at_once = False
 
 
 class Preempted(SystemExit):
@@ -41,6 +42,8 @@ def _handle(number: int, frame: Any) -> None:
     _received = number
     if number == signal.SIGINT:
         os.write(2, b"\nhisto_jax: stopping as soon as possible; Ctrl-C again leaves at once\n")
+    if _at_once:
+        raise Preempted
 
 
 def _leave_at_the_second(pipe: int, numbers: Iterable[int]) -> None:
@@ -66,7 +69,6 @@ def watch(ctrl_c: bool = False) -> Iterator[None]:
     if not is_main or signal.getsignal(_SIGNALS[0]) is _handle:
         yield
         return
-    _received = 0
     numbers = (*_SIGNALS, signal.SIGINT) if ctrl_c else _SIGNALS
     pipe, signalled = os.pipe()
     os.set_blocking(signalled, False)
@@ -80,6 +82,20 @@ def watch(ctrl_c: bool = False) -> Iterator[None]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
         os.close(signalled)
+        _received = 0
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Raises `Preempted` as soon as a signal comes, for where nothing is to do but to wait."""
+    global _at_once
+    if _received:
+        raise Preempted
+    _at_once = True
+    try:
+        yield
+    finally:
+        _at_once = False
 
 
 def requested() -> bool:

@@ -135,6 +135,8 @@ def claim(workdir: Path, config: Config) -> None:
     """
     workdir.mkdir(parents=True, exist_ok=True)
     _lock(workdir)
+    # Another process may have begun and ended a run here since it was looked at.
+    check(workdir, config)
     if not (workdir / "config.json").exists():
         save_config(workdir, config)
 
@@ -195,7 +197,8 @@ def tracked(workdir: Path, mode: str) -> Iterator[None]:
         return
 
     def note(**values: Any) -> None:
-        if (workdir / "config.json").exists():
+        # Without its lock the folder is nobody's yet, or another process's.
+        if workdir in _locks:
             update_status(workdir, **values)
 
     if (workdir / "config.json").exists():

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -475,6 +476,19 @@ def test_checkpoints_in_a_folder_without_config(copy: Place) -> None:
 def test_test_patches_without_labels(copy: Place) -> None:
     argv = copy.argv("--mode=evaluate", "--config.evaluate.split=test")
     refuses(here, copy, argv, "no labels", "--mode=predict", "--config.evaluate.split=validation")
+
+
+def test_a_full_device_memory_is_one_line(place: Place, monkeypatch) -> None:
+    monkeypatch.setitem(cli._VERBS, "fit", lambda *_: jnp.zeros((2**20, 2**20, 2**10)) + 1)
+    refuses(here, place, place.argv("--mode=fit"), "memory", "config.fit.batch_size", "placement")
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(place: Place, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(place.root))
+    seen = []
+    monkeypatch.setitem(cli._VERBS, "fit", lambda _, workdir: seen.append(workdir))
+    assert here(place.argv("--mode=fit", "--workdir=~/runs/x")) == (0, "")
+    assert seen == [place.root / "runs" / "x"]
 
 
 def test_the_heavy_ones_in_real_processes(copy: Place, tmp_path_factory) -> None:

@@ -1,6 +1,7 @@
 """What `evaluate`, `predict` and `compare` make of one run and of several."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,8 +9,9 @@ import pytest
 from scipy.special import expit, logit
 
 import histo_jax
-from histo_jax import comparison
+from histo_jax import comparison, evaluation
 from histo_jax.config import Config
+from histo_jax.data import builder
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import Calibration, binary_scores, with_intervals
 from histo_jax.training import sharding
@@ -143,6 +145,61 @@ def test_a_member_that_has_trained_on_the_scored_patches_is_refused(make, runs, 
     with pytest.raises(ExpectedError, match=r"other has trained on \d+ of the 59 patches"):
         histo_jax.evaluate(together, tmp_path / "ensemble")
     assert not (tmp_path / "ensemble").exists()
+
+
+def test_the_folder_of_a_member_is_left_as_it_is(make, runs, tmp_path):
+    """It may be training: a save is half done, another is about to be replaced."""
+    begun = runs / "plain" / "checkpoints" / "99.orbax-checkpoint-tmp"
+    replaced = runs / "plain" / "replaced" / "98"
+    begun.mkdir()
+    replaced.mkdir(parents=True)
+    together = make(predict_checkpoints=f"{runs / 'plain'},{runs / 'symmetric'}")
+    histo_jax.evaluate(together, tmp_path / "ensemble")
+    assert begun.exists()
+    assert replaced.exists()
+    begun.rmdir()
+    replaced.rmdir()
+
+
+def test_examples_that_have_changed_since_are_not_scored(make, tmp_path):
+    config = make(data_samples_per_class=30)
+    histo_jax.fit(config, tmp_path)
+    table = Path(config.data.tfds_dir).rglob("train.csv")
+    (path,) = [path for path in table if "seed0-" in str(path)]
+    before = path.read_text()
+    try:
+        path.write_text(before.replace("synthetic-train-000", "synthetic-train-001"))
+        with pytest.raises(ExpectedError, match="no longer holds the examples"):
+            histo_jax.evaluate(config, tmp_path)
+    finally:
+        path.write_text(before)
+
+
+def test_test_patches_of_one_class_have_no_scores(make, runs, monkeypatch):
+    def one_class(config):
+        prepared = builder.prepare(config)
+        prepared.tables["test"]["label"] = 0
+        return prepared
+
+    monkeypatch.setattr(evaluation, "prepare", one_class)
+    with pytest.raises(ExpectedError, match="test patches are all labelled 0"):
+        histo_jax.evaluate(make(optimizer_ema_decay=0.5, evaluate_split="test"), runs / "plain")
+
+
+def test_a_test_side_that_shares_a_slide_with_training_is_not_honest(make, runs, monkeypatch):
+    def shared(config):
+        prepared = builder.prepare(config)
+        prepared.tables["test"]["slide"] = prepared.tables["train"]["slide"].iloc[0]
+        return prepared
+
+    config = make(optimizer_ema_decay=0.5, evaluate_split="test")
+    assert histo_jax.evaluate(config, runs / "plain")["honest"]
+    monkeypatch.setattr(evaluation, "prepare", shared)
+    scores = histo_jax.evaluate(
+        make(optimizer_ema_decay=0.5, evaluate_split="test"), runs / "plain"
+    )
+    assert not scores["honest"]
+    assert "optimistic" in scores["note"]
 
 
 def test_a_member_that_is_no_run_is_named(make, tmp_path):

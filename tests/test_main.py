@@ -81,6 +81,14 @@ def test_a_finished_run_exits_at_once_and_says_so(run):
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
 
 
+def test_a_finished_run_is_evaluated_anew_once_where_that_was_changed(run):
+    workdir, options = run
+    changed = [*options, "--config.predict.batch_size=5"]
+    assert "already complete" not in start(*changed).stdout
+    assert '"predict.batch_size": 5' in (workdir / "config.json").read_text()
+    assert "already complete" in start(*changed).stdout
+
+
 def test_prepare_alone_names_the_folder(run, tmp_path):
     _, options = run
     records = tmp_path / "records"

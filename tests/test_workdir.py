@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -71,3 +73,44 @@ def test_settings_come_back_and_those_of_another_version_are_refused(tmp_path):
     path.write_text(json.dumps(values | {"fit.magic": 1}))
     with pytest.raises(ExpectedError, match=r"another version .* holds fit\.magic"):
         workdir.load_config(tmp_path)
+
+
+def test_another_process_in_a_new_folder_leaves_the_first_one_alone(tmp_path):
+    """Both begin before the folder is a run's; the second comes to claim it last."""
+    with workdir.tracked(tmp_path, "run"):
+        workdir.claim(tmp_path, Config())
+        workdir.update_status(tmp_path, state="running", step=7)
+        second = subprocess.run(
+            [sys.executable, "-c", SECOND, tmp_path], capture_output=True, text=True, check=False
+        )
+        assert "is in use by process" in second.stderr
+        assert workdir.status(tmp_path)["state"] == "running"
+
+
+SECOND = """
+import sys
+from pathlib import Path
+from unittest import mock
+from histo_jax import workdir
+from histo_jax.config import Config
+folder = Path(sys.argv[1])
+# As it was when the second process began.
+with mock.patch.object(Path, "exists", lambda path: path.name != "config.json"):
+    tracked = workdir.tracked(folder, "run")
+    tracked.__enter__()
+try:
+    workdir.claim(folder, Config())
+except BaseException as error:
+    print(error, file=sys.stderr)
+    tracked.__exit__(type(error), error, None)
+"""
+
+
+def test_a_folder_that_became_another_run_meanwhile_is_refused(tmp_path):
+    other = Config(seed=1)
+    with workdir.tracked(tmp_path, "fit"):
+        claim_of_another = json.dumps(workdir.plain(other))
+        (tmp_path / "config.json").write_text(claim_of_another)
+        with pytest.raises(ExpectedError, match="belongs to another run: seed was 1"):
+            workdir.claim(tmp_path, Config())
+    assert (tmp_path / "config.json").read_text() == claim_of_another

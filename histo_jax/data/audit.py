@@ -12,10 +12,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
+from histo_jax import preemption
 from histo_jax.data import near
 from histo_jax.data.builder import SQUARES, SUMS, Prepared
 from histo_jax.data.example import IMAGE_SIZE, UNLABELLED
-from histo_jax.data.loader import Source, ordered_batches
+from histo_jax.data.loader import Records, ordered_batches
 from histo_jax.data.splits import OPTIMISTIC, Side, Sides
 
 # Examples that the report lists of each finding.
@@ -49,17 +50,11 @@ _FINDINGS = {
 class _Part(NamedTuple):
     """One side and what was seen of its n images; see `near.hash_images`."""
 
-    side: Side
-    source: Source
+    records: Records
     table: pd.DataFrame
     hashes: np.ndarray
     contrast: np.ndarray
     histograms: np.ndarray  # int64[k, 48]: red, green and blue of the k rows that were wanted
-
-    def images(self, chosen: np.ndarray) -> np.ndarray:
-        """Reads uint8[k, 96, 96, 3] again, for the few that must be compared by pixel."""
-        records = self.source.__getitems__(self.side.rows[chosen].tolist())
-        return np.stack([record["image"] for record in records])
 
 
 def audit(prepared: Prepared, sides: Sides, seed: int) -> dict[str, Any]:
@@ -145,12 +140,12 @@ def _columns(labels: dict[str, str], columns: dict[str, dict[str, Any]]) -> str:
 
 def _look(prepared: Prepared, side: Side, wanted: np.ndarray, bar: tqdm) -> _Part:
     """Reads a side's images once; counts the colours of the rows in bool[n] `wanted`."""
-    source = prepared.source(side.records)
+    records = prepared.records(*side)
     seen: list[tuple[np.ndarray, np.ndarray]] = []
     histograms = []
     # Red falls into bins 0 to 15, green into 16 to 31, blue into 32 to 47.
     shift = np.arange(0, 3 * _BINS, _BINS, dtype=np.uint8)
-    for batch in ordered_batches(source, side.rows, _BATCH):
+    for batch in preemption.stopping(ordered_batches(records.source, side.rows, _BATCH)):
         images = batch["image"][batch["mask"]]
         for image in images[wanted[_BATCH * len(seen) :][: len(images)]]:
             bins = image // (256 // _BINS) + shift
@@ -159,7 +154,7 @@ def _look(prepared: Prepared, side: Side, wanted: np.ndarray, bar: tqdm) -> _Par
         bar.update(len(images))
     hashes, contrast = (np.concatenate(values) for values in zip(*seen, strict=True))
     rows = prepared.tables[side.records].iloc[side.rows]
-    return _Part(side, source, rows, hashes, contrast, np.array(histograms))
+    return _Part(records, rows, hashes, contrast, np.array(histograms))
 
 
 def _describe(part: _Part) -> dict[str, Any]:
@@ -218,7 +213,8 @@ def _near(first: _Part, second: _Part) -> dict[str, Any]:
     alike = np.zeros(len(asked))
     for start in range(0, len(asked), _BATCH):
         part = slice(start, start + _BATCH)
-        alike[part] = near.correlation(first.images(left[part]), second.images(right[part]))
+        pixels = first.records.images(left[part]), second.records.images(right[part])
+        alike[part] = near.correlation(*pixels)
     same = [k for k in np.lexsort((-alike, bits)) if alike[k] >= near.SAME]
     ids = first.table["id"].to_numpy()[left], second.table["id"].to_numpy()[right]
     examples = [

@@ -74,7 +74,7 @@ def raw_files(raw_dir: Path) -> list[Path]:
     """
     places = [_places(raw_dir, split) for split in _FOLDERS]
     return [csv_name for _, csv_name in places] + [
-        path for folder, _ in places for path in sorted(folder.iterdir())
+        path for folder, _ in places for path in sorted(folder.glob("*.tif"))
     ]
 
 

@@ -26,6 +26,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import downloader, resource
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
+from histo_jax import preemption
 from histo_jax.data.example import IMAGE_SHAPE, Example
 from histo_jax.data.tables import read_csv
 from histo_jax.errors import ExpectedError, one_line
@@ -245,7 +246,7 @@ def _unpack(path: Path, target: Path) -> None:
         )
     try:
         with gzip.open(path) as source, target.open("wb") as sink:
-            while some := source.read(1 << 20):
+            for some in preemption.stopping(iter(lambda: source.read(1 << 20), b"")):
                 if sink.tell() + len(some) > size:  # it would fill the disk
                     raise ExpectedError(
                         f"{path} holds more than the {size} bytes that its end announces; "
@@ -259,7 +260,8 @@ def _unpack(path: Path, target: Path) -> None:
 def _download(manager: tfds.download.DownloadManager, url: str) -> Path:
     log.info("downloading %s, unless it is there", url)
     try:
-        return Path(os.fspath(manager.download(url)))
+        with preemption.at_once():
+            return Path(os.fspath(manager.download(url)))
     except NonMatchingChecksumError:
         reason = "its size or SHA-256 is not the published one"
     except (requests.RequestException, tfds.download.DownloadError) as error:
@@ -267,7 +269,7 @@ def _download(manager: tfds.download.DownloadManager, url: str) -> Path:
         while cause.__context__:  # the first one says it in plain words
             cause = cause.__context__
         reason = one_line(cause)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, preemption.Preempted):
         # The thread that downloads would go on, and the process wait for it: hours for 6 GB. It
         # counts every MiB here, and dies of that.
         manager._downloader._pbar_dl_size = None

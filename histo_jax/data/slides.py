@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from histo_jax import files
+from histo_jax import files, preemption
 from histo_jax.config import DataConfig
 from histo_jax.data import pcam
 from histo_jax.data.tables import read_csv
@@ -73,7 +73,9 @@ def _from_patchcamelyon(folder: Path, cache: Path) -> pd.Series:
                     f"{folder}: the _meta.csv beside {split.x.name} is missing; it names the slides"
                 )
             with pcam.unpacked(split, cache) as plain:
-                rows |= {example.id: example.slide for example in pcam.read(plain)}
+                rows |= {
+                    example.id: example.slide for example in preemption.stopping(pcam.read(plain))
+                }
         table = pd.DataFrame({"id": list(rows), "wsi": list(rows.values())})
         files.write_text(cached, table.to_csv(index=False))
     return _from_csv(cached)

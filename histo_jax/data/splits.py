@@ -52,8 +52,8 @@ class Sides:
 
 
 OPTIMISTIC = (
-    "the validation score is optimistic: this data names no slides, or they were not used, so "
-    "neighbours of one slide train and validate"
+    "the score is optimistic: slides are not known, not used or on both sides, so neighbours of "
+    "one slide train and are scored"
 )
 
 
@@ -79,6 +79,8 @@ def make_sides(tables: dict[str, pd.DataFrame], config: Config) -> Sides:
             "config.data.slide_map, or use 'auto' or 'image'"
         )
     by = "slide" if official or (slides_known and data.split_by != "image") else "image"
+    if official and share(tables["train"], tables["validation"]):
+        by = "image"
     if by == "slide" and not official:
         # An example of an unknown slide has no side on which it is safe.
         candidates = np.flatnonzero(slides != "")
@@ -104,6 +106,25 @@ def make_sides(tables: dict[str, pd.DataFrame], config: Config) -> Sides:
                 "needs both classes: give more patches of the other"
             )
     return Sides(train, validation, test, by)
+
+
+def share(first: pd.DataFrame, second: pd.DataFrame) -> bool:
+    """Tells whether two parts of tables have a slide, or pixels of more than one colour, in common.
+
+    Args:
+        first: columns as in `make_sides`.
+        second: likewise.
+    """
+    slides = set(first["slide"]) & set(second["slide"]) - {""}
+    return bool(slides) or not _shared_ids(first, second).empty
+
+
+def _shared_ids(first: pd.DataFrame, second: pd.DataFrame) -> pd.Series:
+    """Ids of `first` that `second` has, too; empty glass of two slides can be equal by chance."""
+    found = first[first["id"].isin(second["id"])]
+    sums, squares = (found[list(names)].to_numpy() for names in (SUMS, SQUARES))
+    one_colour = (sums**2 == IMAGE_SIZE * IMAGE_SIZE * squares).all(axis=1)
+    return found["id"][~one_colour]
 
 
 def _sample(labels: np.ndarray, per_class: int | None, seed: int) -> np.ndarray:
@@ -188,22 +209,39 @@ def fingerprint(tables: dict[str, pd.DataFrame], sides: Sides, config: Config) -
     return digest.hexdigest()
 
 
+def check_fingerprint(
+    known: str, tables: dict[str, pd.DataFrame], sides: Sides, config: Config
+) -> None:
+    """Refuses examples that are not those a run has trained on.
+
+    Args:
+        known: `fingerprint` of the run's examples.
+        tables: see `make_sides`.
+        sides: drawn from them.
+        config: that of the run.
+
+    Raises:
+        ExpectedError: names the folder.
+    """
+    if known != fingerprint(tables, sides, config):
+        raise ExpectedError(
+            f"{config.data.tfds_dir} no longer holds the examples that this run began with, or "
+            "config.data.slide_map has changed: restore them or choose another --workdir"
+        )
+
+
 def refuse_leak(tables: dict[str, pd.DataFrame], sides: Sides, allow: bool) -> None:
     """Refuses to train on pixels that are also in the test set; the ids are the pixels' SHA-1.
 
-    Patches of a single colour are passed over: empty glass of two slides can be equal by chance.
+    Patches of a single colour are passed over.
 
     Raises:
         ExpectedError: there are some, and `allow` is false.
     """
     if sides.test is None:
         return
-    table = tables[sides.train.records].iloc[sides.train.rows]
-    sums = table[list(SUMS)].to_numpy()
-    pixels = IMAGE_SIZE * IMAGE_SIZE
-    one_colour = (sums**2 == pixels * table[list(SQUARES)].to_numpy()).all(axis=1)
-    train = table["id"][~one_colour]
-    shared = train[train.isin(tables[sides.test.records]["id"].iloc[sides.test.rows])]
+    train = tables[sides.train.records].iloc[sides.train.rows]
+    shared = _shared_ids(train, tables[sides.test.records].iloc[sides.test.rows])
     if shared.empty:
         return
     found = f"{len(shared)} training patches are also test patches, the first is {shared.iloc[0]}"

@@ -81,10 +81,12 @@ def difference(
     result: dict[str, dict[str, float | list[float]]] = {}
     for name in first:
         values = np.concatenate([part[name] for part in parts])
-        tails = np.array([np.mean(values <= 0), np.mean(values >= 0)])
+        # Resamples without one of the classes have no score.
+        told = values[~np.isnan(values)]
+        tails = [np.mean(told <= 0), np.mean(told >= 0)] if len(told) else [np.nan]
         result[name] = {
             "difference": float(second[name][0] - first[name][0]),
             "interval": _interval(values),
-            "p": float(np.clip(2 * tails.min(), 1 / RESAMPLES, 1)),
+            "p": float(np.clip(2 * np.min(tails), 1 / RESAMPLES, 1)),
         }
     return result

@@ -46,7 +46,7 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir)
+    folder = Path(workdir).expanduser()
     workdirs.check(folder, config)
     with workdirs.tracked(folder, "explain"):
         trained = members.restore(config, folder, SingleDeviceSharding(jax.local_devices()[0]))

@@ -65,7 +65,7 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir)
+    folder = Path(workdir).expanduser()
     workdirs.check(folder, config)
     split = config.evaluate.split
     table = predictions.read(folder, split)

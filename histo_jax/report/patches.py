@@ -72,8 +72,7 @@ def gather(
         trained: the networks, whose mean is told; with none of them there is no saliency.
         logits: calibrated; None = what the networks say.
     """
-    records = prepared.source(split).__getitems__(rows.tolist())
-    images = np.stack([record["image"] for record in records])
+    images = prepared.records(split, rows).images(np.arange(len(rows)))
     pictures: list[Pixels] | list[None] = [None] * len(rows)
     if trained:
         said, maps = look(trained, images)

@@ -52,12 +52,17 @@ class Checkpoints:
     """The checkpoints of one run: the latest two and the best are kept.
 
     Saving is asynchronous; use it as a context, whose end waits for the last save.
+
+    Args:
+        workdir: folder of the run.
+        read_only: leave the folder as it is: another process may be saving there.
     """
 
-    def __init__(self, workdir: Path) -> None:
+    def __init__(self, workdir: Path, read_only: bool = False) -> None:
         self._directory = (workdir / "checkpoints").absolute()
         self._replaced = self._directory.with_name("replaced")
-        _once(self._tidy_up)
+        if not read_only:
+            _once(self._tidy_up)
         self._manager = ocp.CheckpointManager(
             self._directory,
             # Named here, or the metadata of a folder that this process did not write is empty.
@@ -81,7 +86,8 @@ class Checkpoints:
                         ),
                     ]
                 ),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
             ),
         )
 
@@ -97,7 +103,7 @@ class Checkpoints:
                 _put_aside(path.parents[1], error)
 
     @classmethod
-    def of(cls, workdir: Path) -> "Checkpoints":
+    def of(cls, workdir: Path, read_only: bool = False) -> "Checkpoints":
         """Opens the checkpoints of a run that has some.
 
         Raises:
@@ -105,7 +111,7 @@ class Checkpoints:
         """
         if not any((workdir / "checkpoints").glob("*")):
             raise ExpectedError(f"{workdir} holds no checkpoint: run --mode=fit first")
-        return cls(workdir)
+        return cls(workdir, read_only)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -229,7 +235,7 @@ class Checkpoints:
             place: where each array is to lie.
 
         Raises:
-            ExpectedError: there is no checkpoint, or it is one of another model.
+            ExpectedError: there is no checkpoint, it is damaged, or it is one of another model.
         """
         step = self.best_step()
         if step is None:
@@ -237,7 +243,15 @@ class Checkpoints:
                 f"{self._directory} holds no finished epoch: run --mode=fit further"
             )
         early_stopping = EarlyStopping.create(config.early_stopping)
-        return self.restore(step, abstract_state(config, place), early_stopping)
+        try:
+            return self.restore(step, abstract_state(config, place), early_stopping)
+        except ExpectedError:
+            raise
+        except Exception as error:  # whatever Orbax and TensorStore find wrong
+            raise ExpectedError(
+                f"{self._directory / str(step)}, the best checkpoint, is damaged "
+                f"({one_line(error)}): restore it, or remove it to take the next best"
+            ) from None
 
     def _check_shapes(self, step: int, saved: Any, like: TrainState) -> None:
         def shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -6,6 +6,7 @@ written by the first.
 
 import logging
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,10 @@ from histo_jax.training import sharding
 
 # A process that is silent for so long is taken for dead, and the others end.
 _HEARTBEAT_SECONDS = 20
+# What gRPC, gloo and NCCL say when the other end is gone.
+_LOSS = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|gloo|nccl|connection|heartbeat|barrier", re.I
+)
 
 
 def join(
@@ -57,7 +62,8 @@ def join(
     try:
         jax.distributed.initialize(
             coordinator, count, index,
-            cluster_detection_method="slurm" if kind == "slurm" else None,
+            local_device_ids=_devices_of_a_lone_task(),
+            cluster_detection_method={"slurm": "slurm", "manual": "deactivate"}.get(kind),
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )  # fmt: skip
         _meet()
@@ -67,6 +73,12 @@ def join(
             f"--multihost={kind}: cannot join the other processes: {said}"
         ) from None
     give_roles()
+
+
+def _devices_of_a_lone_task() -> list[int] | None:
+    """None leaves it to JAX, which gives each of SLURM's tasks one device; none named means all."""
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return [] if re.fullmatch(r"1(\(x\d+\))?", tasks) else None
 
 
 def _meet() -> None:
@@ -94,5 +106,9 @@ def is_loss(error: Exception) -> bool:
     JAX notices in one of two ways: a collective fails, with an error like this, or the heartbeats
     stay out, and JAX itself ends the process saying that another task died.
     """
-    is_own = "RESOURCE_EXHAUSTED" in str(error)
-    return isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1 and not is_own
+    return (
+        isinstance(error, jax.errors.JaxRuntimeError)
+        and jax.process_count() > 1
+        and bool(_LOSS.search(str(error)))
+        and "RESOURCE_EXHAUSTED" not in str(error)
+    )

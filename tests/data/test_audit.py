@@ -1,6 +1,8 @@
 import hashlib
 import io
 import json
+import os
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from histo_jax import preemption
 from histo_jax.config import Config
 from histo_jax.data import audit, synthetic
 from histo_jax.data.builder import SQUARES, SUMS, Prepared, prepare
@@ -32,7 +35,7 @@ class Memory(Prepared):
     """Prepared records that never were on disk."""
 
     def __init__(self) -> None:
-        self.tables, self.records = {}, {}
+        self.tables, self.sources = {}, {}
 
     def add(self, split: str, images: np.ndarray, labels: Any = None, slides: Any = "") -> None:
         labels = np.arange(len(images)) % 2 if labels is None else labels
@@ -40,10 +43,10 @@ class Memory(Prepared):
         table = pd.DataFrame({"id": [sha1(image) for image in images]})
         table["label"], table["slide"] = labels, slides
         table[list(SUMS)], table[list(SQUARES)] = pixels.sum(1), (pixels**2).sum(1)
-        self.tables[split], self.records[split] = table, Records(table, images)
+        self.tables[split], self.sources[split] = table, Records(table, images)
 
     def source(self, split: str) -> Records:
-        return self.records[split]
+        return self.sources[split]
 
     def sides(self, by: str = "image") -> Sides:
         """Official sides: all of 'train', 'validation' and, where there is one, 'test'."""
@@ -99,14 +102,14 @@ def test_clean_sides_pass(clean, capsys):
     assert "LEAK" not in text
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     # Every image is read once, and the progress bar keeps quiet off a terminal.
-    assert all((records.reads == 1).all() for records in clean.records.values())
+    assert all((records.reads == 1).all() for records in clean.sources.values())
     assert capsys.readouterr().err == ""
 
 
 def test_an_identical_patch_is_a_leak(clean):
-    images = clean.records["train"].images
-    clean.records["test"].images[3] = images[41]
-    clean.add("test", clean.records["test"].images)
+    images = clean.sources["train"].images
+    clean.sources["test"].images[3] = images[41]
+    clean.add("test", clean.sources["test"].images)
     report = audit.audit(clean, clean.sides(), seed=0)
     assert counts(report, "identical") == [0, 1, 0]
     assert report["pairs"]["train/test"]["identical"]["examples"] == [sha1(images[41])]
@@ -121,9 +124,9 @@ def test_an_identical_patch_is_a_leak(clean):
 @pytest.mark.parametrize("quality", [90, 75])
 @pytest.mark.parametrize(("turns", "flip"), [(0, False), (1, False), (3, True), (2, True)])
 def test_a_turned_and_recompressed_copy_is_warned_of(clean, turns, flip, quality):
-    original = clean.records["train"].images[17]
+    original = clean.sources["train"].images[17]
     copy = np.rot90(original.transpose(1, 0, 2) if flip else original, turns)
-    images = clean.records["validation"].images
+    images = clean.sources["validation"].images
     images[8] = recompress(copy, quality)
     clean.add("validation", images)
     report = audit.audit(clean, clean.sides(), seed=0)
@@ -144,7 +147,7 @@ def test_hashes_that_match_by_chance_are_not_warned_of(clean):
     slope *= 12 / slope.std()
     for split in ("train", "validation"):
         fine = np.kron(rng.choice([-40, 40], (48, 48)), [[1, -1], [-1, 1]])
-        images = clean.records[split].images
+        images = clean.sources[split].images
         images[0] = (150 + slope + fine)[..., None].astype(np.uint8)
         clean.add(split, images)
     near = audit.audit(clean, clean.sides(), seed=0)["pairs"]["train/validation"]["near"]
@@ -153,7 +156,7 @@ def test_hashes_that_match_by_chance_are_not_warned_of(clean):
 
 def test_blank_patches_are_left_out(clean):
     faint = 240 + gaussian_filter(np.random.default_rng(6).standard_normal((96, 96, 3)), (9, 9, 0))
-    images = {split: clean.records[split].images for split in ("train", "validation")}
+    images = {split: clean.sources[split].images for split in ("train", "validation")}
     for offset, split in enumerate(images):
         images[split][0] = np.round(8 * (faint - 240) + 220 + 9 * offset)
         clean.add(split, images[split])
@@ -197,7 +200,7 @@ def test_unknown_slides_are_not_shared_and_that_is_said(clean):
 
 
 def test_repeats_inside_a_side_are_no_leak(clean):
-    images = clean.records["train"].images
+    images = clean.sources["train"].images
     images[5] = images[6] = images[7]
     clean.add("train", images)
     report = audit.audit(clean, clean.sides(), seed=0)
@@ -206,7 +209,7 @@ def test_repeats_inside_a_side_are_no_leak(clean):
 
 
 def test_flat_patches_are_named(clean):
-    images = clean.records["test"].images
+    images = clean.sources["test"].images
     images[2], images[9], images[10] = 246, 33, 128
     # A white edge beside tissue is no white patch, not even where one channel alone shows it.
     images[4], images[5] = 255, 255
@@ -285,3 +288,10 @@ def test_real_patches_pass(sample, tmp_path):
     assert "slides: not known" in audit.table(report)
     # Colours alone tell much, and far from all.
     assert 0.75 < report["control"]["validation_auc"] < 0.95
+
+
+def test_a_signal_ends_an_audit(clean):
+    with preemption.watch():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(preemption.Preempted):
+            audit.audit(clean, clean.sides("slide"), seed=0)

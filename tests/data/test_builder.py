@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import shutil
@@ -48,6 +49,29 @@ def test_prepared_records_need_no_raw_files(tiny_config):
     builder.prepare(tiny_config)
     tiny_config.data.raw_dir = None
     assert len(builder.prepare(tiny_config).tables["train"]) == 40
+
+
+def test_raw_files_that_were_tidied_away_are_not_missed(tiny_config, make_kaggle, tmp_path, caplog):
+    tiny_config.data.tfds_dir = str(tmp_path / "records")
+    tiny_config.data.raw_dir = str(make_kaggle(tmp_path / "raw", train=4, test=1))
+    (tmp_path / "raw" / "train" / ".DS_Store").write_text("")
+    before = builder.prepare(tiny_config)
+    (tmp_path / "raw" / "train" / ".DS_Store").unlink()
+    builder.prepare(tiny_config)
+    assert "as it is" not in caplog.text
+    shutil.rmtree(tmp_path / "raw" / "train")
+    assert builder.prepare(tiny_config).tables["train"].equals(before.tables["train"])
+    assert f"using {before.directory} as it is: {tmp_path}/raw/train is missing" in caplog.text
+
+
+def test_raw_files_beside_downloaded_records_are_not_ignored(tiny_config, make_kaggle, tmp_path):
+    tiny_config.data.tfds_dir = str(tmp_path / "records")
+    tiny_config.data.raw_dir = str(make_kaggle(tmp_path / "raw", train=4, test=1))
+    record = builder.prepare(tiny_config).directory / "prepared.json"
+    downloaded = json.loads(record.read_text()) | {"files": None, "times": None}
+    record.write_text(json.dumps(downloaded))
+    with pytest.raises(ExpectedError, match="holds other files than were prepared"):
+        builder.prepare(tiny_config)
 
 
 def test_records_of_other_raw_files_are_refused(tiny_config, make_kaggle, tmp_path):

@@ -4,7 +4,9 @@ import gzip
 import hashlib
 import http.server
 import io
+import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -19,6 +21,7 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums
 
+from histo_jax import preemption
 from histo_jax.data import pcam
 from histo_jax.data.builder import Histopathology
 from histo_jax.errors import ExpectedError
@@ -475,6 +478,22 @@ ANSWERS = {
 def test_bad_answer(server: Server, manage: Callable, name: str) -> None:
     server.spoil, word = ANSWERS[name]
     refused(manage(), word, "by hand")
+
+
+def test_a_signal_ends_a_download_at_once(server: Server, manage: Callable) -> None:
+    stalled = threading.Event()
+
+    def stall(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stalled.wait(20)
+        handler.answer(len(content), content)
+
+    server.spoil = stall
+    start = time.monotonic()
+    with preemption.watch(), pytest.raises(preemption.Preempted):
+        pcam.download(manage())
+    assert time.monotonic() - start < 10
+    stalled.set()
 
 
 def test_nobody_answers(server: Server, manage: Callable) -> None:

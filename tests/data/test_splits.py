@@ -144,6 +144,7 @@ def test_slides_stay_apart_for_any_seed(seed, slides, share):
 
 def test_official_splits_rule():
     tables = {"train": make_table(100), "validation": make_table(40), "test": make_table(30)}
+    tables["validation"]["id"] = "validation " + tables["validation"]["id"]
     config = Config()
     config.data.samples_per_class = 20
     for rule in ("auto", "slide", "image"):
@@ -181,3 +182,21 @@ def test_training_on_test_patches_is_refused(caplog):
     # The same patch, but of one colour, proves nothing.
     tables["train"][list(SQUARES)] -= 1
     splits.refuse_leak(tables, sides, allow=False)
+
+
+@pytest.mark.parametrize(
+    ("shared", "by"),
+    [("nothing", "slide"), ("slide", "image"), ("pixels", "image"), ("glass", "slide")],
+)
+def test_official_sides_are_honest_only_where_they_share_nothing(shared, by):
+    train, validation = make_table(slides=4), make_table(slides=4)
+    validation["id"] = [f"{i:040x}" for i in range(1000, 1400)]
+    validation["slide"] = "other " + validation["slide"]
+    if shared == "slide":
+        validation.loc[7, "slide"] = train.loc[3, "slide"]
+    elif shared != "nothing":
+        validation.loc[7, "id"] = train.loc[3, "id"]
+    if shared == "glass":  # of one colour
+        train.loc[3, list(SQUARES)] = 9216 * 200**2
+    sides = splits.make_sides({"train": train, "validation": validation}, Config())
+    assert (sides.by, sides.honest) == (by, by == "slide")

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -246,6 +247,46 @@ def test_mistakes_in_joining_are_refused(typed, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(ExpectedError, match=MISTAKES[typed]):
         hosts.join(*typed, *[None] * (4 - len(typed)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "tasks", "visible"),
+    [("slurm", "1(x2)", "all"), ("slurm", "4(x2)", "0"), ("manual", "4(x2)", "all")],
+)
+def test_a_lone_task_of_slurm_takes_all_devices_of_its_node(kind, tasks, visible):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (f"127.0.0.1:{port}", 1, 0) if kind == "manual" else ()
+    code = (
+        "import jax; from histo_jax.training import hosts; "
+        f"hosts.join(*{(kind, *arguments)}); print(jax.config.values['jax_cuda_visible_devices'])"
+    )
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": tasks,
+        "JAX_COORDINATOR_PORT": str(port), "XLA_FLAGS": "",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True
+    )
+    assert visible in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("said", "is_loss"),
+    [
+        ("UNAVAILABLE: failed to connect to all addresses", True),
+        ("INTERNAL: Gloo AllReduce failed: Connection closed by peer", True),
+        ("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited", True),
+        ("INTERNAL: ptxas exited with non-zero error code", False),
+        ("RESOURCE_EXHAUSTED: Out of memory, NCCL allocator", False),
+    ],
+)
+def test_only_what_comes_of_another_process_counts_as_its_loss(said, is_loss, monkeypatch):
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    assert hosts.is_loss(jax.errors.JaxRuntimeError(said)) == is_loss
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,28 @@ def test_a_missing_part_is_put_aside(config, tmp_path, part, caplog):
     assert "checkpoint 2 is damaged and was put aside" in caplog.text
 
 
+def test_a_damaged_best_is_one_line_that_says_what_to_do(config, tmp_path):
+    losses = [0.3, 0.5, 0.4]
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in range(1, 4):
+            checkpoints.save(make(config, step, losses[:step]), losses[step - 1])
+    for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    place = sharding.replicated(sharding.batch_sharding())
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(
+            ExpectedError, match="checkpoints/1, the best checkpoint, is damaged"
+        ) as said,
+    ):
+        checkpoints.restore_best(config, place)
+    assert "\n" not in str(said.value)
+    shutil.rmtree(tmp_path / "checkpoints" / "1")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore_best(config, place), make(config, 3, losses))
+
+
 def test_half_a_directory_is_no_checkpoint(config, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make(config, 1, [0.5]), 0.5)
