@@ -84,12 +84,15 @@ code=$(mktemp -d)
 trap 'rm -rf "$code"' EXIT
 run git archive --format=tar.gz "--output=$code/histo_jax.tar.gz" HEAD
 tpus tpu-vm scp "$code/histo_jax.tar.gz" "$name:histo_jax.tar.gz" --worker=all
+# The usual runtimes are Ubuntu 22.04, whose own Python is 3.10.
+everywhere 'command -v python3.13 || command -v python3.12 || command -v python3.11 || { sudo apt-get update -q && sudo apt-get install -qy python3.11-venv; }'
 everywhere 'mkdir -p histo_jax && tar -xzf histo_jax.tar.gz -C histo_jax && histo_jax/launch/install.sh tpu'
 if [ "$records" ]; then
   everywhere "mkdir -p tensorflow_datasets && gcloud storage rsync --recursive $(printf %q "$records") tensorflow_datasets"
 fi
 if [ "$workdirs" ]; then
-  everywhere "mkdir -p histo_jax/runs && { mountpoint -q histo_jax/runs || gcsfuse --implicit-dirs $(printf %q "$workdirs") histo_jax/runs; }"
+  # Checkpoints are made whole by renaming a folder, which gcsfuse allows up to so many files only.
+  everywhere "mkdir -p histo_jax/runs && { mountpoint -q histo_jax/runs || gcsfuse --implicit-dirs --rename-dir-limit=100000 $(printf %q "$workdirs") histo_jax/runs; }"
 fi
 options=''
 if [ $# -gt 0 ]; then options=$(printf ' %q' "$@"); fi

@@ -155,15 +155,16 @@ def test_tpu_vm_is_made_awaited_used_and_fetched(door, tmp_path):
     calls = [call for call in door.calls() if "describe" not in call]
     assert all(call[:3] == ["gcloud", "compute", "tpus"] for call in calls)
     assert all("--zone=here" in call for call in calls)
-    create, send, install, records, mount, train, fetch = calls
+    create, send, python, install, records, mount, train, fetch = calls
     assert create[3:5] == ["queued-resources", "create"]
     assert {"mine", "--node-id=mine", "--accelerator-type=v5litepod-16", "--spot"} <= set(create)
     assert send[3:5] == ["tpu-vm", "scp"]
     assert "--worker=all" in send
     for call, words in (
+        (python, "install -qy python3.11-venv"),
         (install, "launch/install.sh tpu"),
         (records, "gcloud storage rsync --recursive gs://b/records tensorflow_datasets"),
-        (mount, "gcsfuse --implicit-dirs bucket histo_jax/runs"),
+        (mount, "gcsfuse --implicit-dirs --rename-dir-limit=100000 bucket histo_jax/runs"),
         (train, "histo_jax.main --multihost=tpu --config=configs/pcam.py --workdir=runs/with\\ a"),
     ):
         assert "--worker=all" in call
