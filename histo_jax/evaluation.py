@@ -74,18 +74,18 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
                 "need both classes: use --mode=predict, or --config.evaluate.split=validation"
             )
         if config.predict.checkpoints:
-            members.refuse_trained_on(trained, config, prepared, side)
+            honest = members.refuse_trained_on(trained, config, prepared, side)
             workdirs.claim(folder, config)
         else:
             splits.check_fingerprint(trained[0].fingerprint, prepared.tables, sides, config)
+            train = prepared.tables[sides.train.records].iloc[sides.train.rows]
+            honest = sides.honest if name == "validation" else not splits.share(train, table)
         slides = predictions.slides(table)
         raw = [_logits(config, member, prepared, side) for member in trained]
         calibrated = [m.calibration.apply(z) for m, z in zip(trained, raw, strict=True)]
         logits = np.mean(calibrated, axis=0)
         scores = binary_scores(logits, labels)
         ends = with_intervals(logits, labels, slides, config.seed)
-        train = prepared.tables[sides.train.records].iloc[sides.train.rows]
-        honest = sides.honest if name == "validation" else not splits.share(train, table)
         notes = [splits.OPTIMISTIC] * (not honest) + [_SELECTED] * (name == "validation")
         result: dict[str, Any] = {
             "split": name,

@@ -1,9 +1,9 @@
 """The trained networks that `evaluate` and `predict` use: a run's own, or those of several runs."""
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 from flax import linen as nn
 from jax.sharding import Sharding
 
@@ -75,7 +75,7 @@ def averages(config: Config, member: Member) -> bool:
 
 def refuse_trained_on(
     members: list[Member], config: Config, prepared: Prepared, side: splits.Side
-) -> None:
+) -> bool:
     """Refuses members that have trained on slides, or on patches, that they are to be judged by.
 
     Args:
@@ -84,12 +84,18 @@ def refuse_trained_on(
         prepared: its records.
         side: of these records, to be scored.
 
+    Returns:
+        Whether it is known that none has trained on the slides that are to be scored.
+
     Raises:
         ExpectedError: names the run and how many patches, or that its own records are gone.
     """
     judged = prepared.tables[side.records].iloc[side.rows]
+    honest = True
     for member in members:
-        seen = _trained_on(member, config, prepared)
+        records = _records(member, config, prepared)
+        sides = splits.make_sides(records.tables, member.config)
+        seen = records.tables[sides.train.records].iloc[sides.train.rows]
         known = judged["id"].isin(seen["id"])
         known |= judged["slide"].isin(seen["slide"]) & (judged["slide"] != "")
         if known.any():
@@ -98,28 +104,31 @@ def refuse_trained_on(
                 "to be scored, or on others of their slides: take runs with the same config.seed "
                 "and config.data as this command"
             )
+        named = (seen["slide"] != "").all() and (judged["slide"] != "").all()
+        honest &= bool(named) or (records is prepared and sides.honest)
+    return honest
 
 
-def _trained_on(member: Member, config: Config, prepared: Prepared) -> pd.DataFrame:
-    """Returns the rows of the tables that a member has trained on."""
-    # The command's records are looked at first: the member's own may have been moved since.
+def _records(member: Member, config: Config, prepared: Prepared) -> Prepared:
+    """Returns the records that a member has trained on."""
+
+    def fits(records: Prepared) -> bool:
+        sides = splits.make_sides(records.tables, member.config)
+        return member.fingerprint == splits.fingerprint(records.tables, sides, member.config)
+
+    # The command's are looked at first: the member's own may have been moved since.
     if member.config.data.source == config.data.source:
-        rows, fingerprint = _training_side(member, prepared)
-        if fingerprint == member.fingerprint:
-            return rows
+        with contextlib.suppress(ExpectedError):
+            if fits(prepared):
+                return prepared
     try:
-        rows, fingerprint = _training_side(member, prepare(member.config))
-    except ExpectedError as error:
-        raise ExpectedError(f"what {member.run} has trained on cannot be told: {error}") from None
-    if fingerprint != member.fingerprint:
-        raise ExpectedError(
-            f"what {member.run} has trained on cannot be told: {member.config.data.tfds_dir} no "
-            "longer holds it; restore it, or leave this run out"
-        )
-    return rows
-
-
-def _training_side(member: Member, prepared: Prepared) -> tuple[pd.DataFrame, str]:
-    sides = splits.make_sides(prepared.tables, member.config)
-    rows = prepared.tables[sides.train.records].iloc[sides.train.rows]
-    return rows, splits.fingerprint(prepared.tables, sides, member.config)
+        own = prepare(member.config, write=False)
+        if fits(own):
+            return own
+        reason = f"{own.directory} no longer holds it"
+    except (ExpectedError, OSError) as error:
+        reason = str(error)
+    raise ExpectedError(
+        f"what {member.run} has trained on cannot be told: {reason}; restore its records, or leave "
+        "this run out"
+    )

@@ -38,11 +38,12 @@ class Preempted(SystemExit):
 def _handle(number: int, frame: Any) -> None:
     # An exception from here could come up, and be lost, anywhere: in JAX's callback of the garbage
     # collector, in the middle of a save.
-    global _received
+    global _received, _at_once
     _received = number
     if number == signal.SIGINT:
         os.write(2, b"\nhisto_jax: stopping as soon as possible; Ctrl-C again leaves at once\n")
     if _at_once:
+        _at_once = False
         raise Preempted
 
 
@@ -89,10 +90,10 @@ def watch(ctrl_c: bool = False) -> Iterator[None]:
 def at_once() -> Iterator[None]:
     """Raises `Preempted` as soon as a signal comes, for where nothing is to do but to wait."""
     global _at_once
-    if _received:
-        raise Preempted
-    _at_once = True
     try:
+        _at_once = True
+        if _received:  # before that
+            raise Preempted
         yield
     finally:
         _at_once = False

@@ -134,9 +134,15 @@ def claim(workdir: Path, config: Config) -> None:
         ExpectedError: another process works there.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    held = workdir in _locks
     _lock(workdir)
-    # Another process may have begun and ended a run here since it was looked at.
-    check(workdir, config)
+    try:
+        # Another process may have begun and ended a run here since it was looked at.
+        check(workdir, config)
+    except ExpectedError:
+        if not held:
+            _release(workdir)
+        raise
     if not (workdir / "config.json").exists():
         save_config(workdir, config)
 
@@ -164,6 +170,12 @@ def _lock(workdir: Path) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     _locks[workdir] = file
+
+
+def _release(workdir: Path) -> None:
+    lock = _locks.pop(workdir, None)
+    if lock:
+        lock.close()
 
 
 def status(workdir: Path) -> dict[str, Any]:
@@ -220,9 +232,7 @@ def tracked(workdir: Path, mode: str) -> Iterator[None]:
         raise
     finally:
         _tracked.discard(workdir)
-        lock = _locks.pop(workdir, None)
-        if lock:
-            lock.close()
+        _release(workdir)
 
 
 def is_finished(workdir: Path, config: Config, mode: str) -> bool:

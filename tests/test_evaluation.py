@@ -1,6 +1,7 @@
 """What `evaluate`, `predict` and `compare` make of one run and of several."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -154,11 +155,13 @@ def test_the_folder_of_a_member_is_left_as_it_is(make, runs, tmp_path):
     begun.mkdir()
     replaced.mkdir(parents=True)
     together = make(predict_checkpoints=f"{runs / 'plain'},{runs / 'symmetric'}")
-    histo_jax.evaluate(together, tmp_path / "ensemble")
-    assert begun.exists()
-    assert replaced.exists()
-    begun.rmdir()
-    replaced.rmdir()
+    try:
+        histo_jax.evaluate(together, tmp_path / "ensemble")
+        assert begun.exists()
+        assert replaced.exists()
+    finally:
+        shutil.rmtree(begun, ignore_errors=True)
+        shutil.rmtree(replaced.parent, ignore_errors=True)
 
 
 def test_examples_that_have_changed_since_are_not_scored(make, tmp_path):

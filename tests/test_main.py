@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,14 +82,6 @@ def test_a_finished_run_exits_at_once_and_says_so(run):
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
 
 
-def test_a_finished_run_is_evaluated_anew_once_where_that_was_changed(run):
-    workdir, options = run
-    changed = [*options, "--config.predict.batch_size=5"]
-    assert "already complete" not in start(*changed).stdout
-    assert '"predict.batch_size": 5' in (workdir / "config.json").read_text()
-    assert "already complete" in start(*changed).stdout
-
-
 def test_prepare_alone_names_the_folder(run, tmp_path):
     _, options = run
     records = tmp_path / "records"
@@ -118,3 +111,12 @@ def test_help_lists_every_field():
     text = start("--help").stdout
     for name in ("--workdir", "--mode", "--config.data.raw_dir", "--config.predict.batch_size"):
         assert name in text
+
+
+def test_a_finished_run_is_evaluated_anew_once_where_that_was_changed(run):
+    workdir, options = run
+    changed = [*options, "--config.predict.batch_size=5"]
+    assert "already complete" not in start(*changed).stdout
+    assert '"predict.batch_size": 5' in (workdir / "config.json").read_text()
+    assert re.search(r"predict\.batch_size\D+5\D", (workdir / "report.html").read_text())
+    assert "already complete" in start(*changed).stdout

@@ -82,3 +82,16 @@ def test_a_member_of_another_source_is_judged_by_what_it_has_trained_on(
     said = "has trained on 10 of the 10 patches" if shared else r"run has trained on cannot be told"
     with pytest.raises(ExpectedError, match=said):
         histo_jax.evaluate(config, tmp_path / "judged")
+
+
+def test_slides_that_a_member_may_have_trained_on_make_no_honest_score(
+    pcam_config, make_tiny_config, tmp_path
+):
+    """The member's patches name no slides, so nobody can tell."""
+    kaggle = make_tiny_config()
+    kaggle.fit.epochs = 1
+    histo_jax.fit(kaggle, tmp_path / "run")
+    for name, count in (("train", 24), ("valid", 10)):
+        write(tmp_path / "raw", name, count)
+    pcam_config.predict.checkpoints = str(tmp_path / "run")
+    assert not histo_jax.evaluate(pcam_config, tmp_path / "judged")["honest"]

@@ -107,10 +107,15 @@ except BaseException as error:
 
 
 def test_a_folder_that_became_another_run_meanwhile_is_refused(tmp_path):
-    other = Config(seed=1)
-    with workdir.tracked(tmp_path, "fit"):
-        claim_of_another = json.dumps(workdir.plain(other))
-        (tmp_path / "config.json").write_text(claim_of_another)
-        with pytest.raises(ExpectedError, match="belongs to another run: seed was 1"):
+    of_another = json.dumps(workdir.plain(Config(seed=1)))
+
+    def begin():
+        with workdir.tracked(tmp_path, "fit"):
+            (tmp_path / "config.json").write_text(of_another)
+            files.write_json(tmp_path / "status.json", {"state": "complete"})
             workdir.claim(tmp_path, Config())
-    assert (tmp_path / "config.json").read_text() == claim_of_another
+
+    with pytest.raises(ExpectedError, match="belongs to another run: seed was 1"):
+        begin()
+    assert (tmp_path / "config.json").read_text() == of_another
+    assert workdir.status(tmp_path) == {"state": "complete"}

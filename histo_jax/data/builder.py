@@ -249,14 +249,19 @@ class Prepared:
         return Records(self.source(split), rows, labels)
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, write: bool = True) -> Prepared:
     """Returns the records of `config.data`, writing them first where they are not there yet.
 
     TFDS writes to a temporary folder and renames it, so a break leaves nothing that looks
     finished. Of several processes one writes, and the others wait for it.
 
+    Args:
+        config: all settings.
+        write: false: only those that are there, whatever has become of the raw files.
+
     Raises:
-        ExpectedError: the raw data is missing, wrong, or no longer that of the records.
+        ExpectedError: the raw data is missing, wrong, or no longer that of the records; `write` is
+            false, and no records are there.
         OSError: `data.tfds_dir` cannot be written, or the disk is full.
     """
     data = config.data
@@ -275,6 +280,10 @@ def prepare(config: Config) -> Prepared:
         Histopathology, data_dir=tfds_dir, config=reader, file_format="array_record"
     )
     directory = Path(make().data_dir)
+    if not write:
+        if not (directory / _RECORD).exists():
+            raise ExpectedError(f"{directory} holds no prepared records")
+        return Prepared(make(), data)
     if not (directory / _RECORD).exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with (directory.parent / "lock").open("w") as lock:

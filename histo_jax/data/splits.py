@@ -79,13 +79,13 @@ def make_sides(tables: dict[str, pd.DataFrame], config: Config) -> Sides:
             "config.data.slide_map, or use 'auto' or 'image'"
         )
     by = "slide" if official or (slides_known and data.split_by != "image") else "image"
-    if official and share(tables["train"], tables["validation"]):
-        by = "image"
     if by == "slide" and not official:
         # An example of an unknown slide has no side on which it is safe.
         candidates = np.flatnonzero(slides != "")
     rows = candidates[_sample(all_labels[candidates], data.samples_per_class, config.seed)]
     labels = all_labels[rows]
+    if official and share(table.iloc[rows], tables["validation"]):
+        by = "image"
     if official:
         validation = Side("validation", np.arange(len(tables["validation"])))
         train = Side("train", rows)

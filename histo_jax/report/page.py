@@ -48,6 +48,7 @@ _SCORES = {
     "brier": "Brier score",
     "ece": "calibration error (ECE)",
 }
+_OF_EVALUATION = ("evaluate.", "predict.")
 
 
 def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
@@ -85,6 +86,10 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
         }
         history = folder / "history.csv"
         audited = _read(folder / "audit.json")
+        # Those of training are as `fit` has saved them; those of evaluation are this command's.
+        settings = workdirs.plain(config)
+        saved = _read(folder / "config.json") or settings
+        settings |= {k: v for k, v in saved.items() if not k.startswith(_OF_EVALUATION)}
         text, drawn = render(
             workdir=folder.absolute().name,
             source=config.data.source,
@@ -93,7 +98,7 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
             history=pd.read_csv(history) if history.exists() else None,
             table=table,
             galleries=galleries,
-            settings=_read(folder / "config.json") or workdirs.plain(config),
+            settings=settings,
             records=f"{prepared.directory.parent.name} {prepared.directory.name}",
             fingerprint=splits.fingerprint(prepared.tables, sides, config)[:16],
             audit=audit_table(audited) if audited else None,

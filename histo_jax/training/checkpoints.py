@@ -26,6 +26,8 @@ from histo_jax.training.state import EarlyStopping, TrainState, abstract_state
 log = logging.getLogger("histo_jax")
 
 _METRIC = "validation_loss"
+# Errors that say nothing of a checkpoint: it may be whole.
+_NO_DAMAGE = (ExpectedError, PermissionError, MemoryError, jax.errors.JaxRuntimeError)
 # What Orbax writes beside the arrays, bytes; about 200 kB were measured.
 _OVERHEAD = 500_000
 
@@ -56,6 +58,9 @@ class Checkpoints:
     Args:
         workdir: folder of the run.
         read_only: leave the folder as it is: another process may be saving there.
+
+    Raises:
+        ExpectedError: `read_only`, and a checkpoint is damaged that would be put aside otherwise.
     """
 
     def __init__(self, workdir: Path, read_only: bool = False) -> None:
@@ -63,7 +68,18 @@ class Checkpoints:
         self._replaced = self._directory.with_name("replaced")
         if not read_only:
             _once(self._tidy_up)
-        self._manager = ocp.CheckpointManager(
+        try:
+            self._manager = self._open(read_only)
+        except ValueError as error:
+            if not read_only:
+                raise
+            raise ExpectedError(
+                f"{self._directory} holds a damaged checkpoint ({one_line(error)}): start that run "
+                "again, which puts it aside"
+            ) from None
+
+    def _open(self, read_only: bool) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
             self._directory,
             # Named here, or the metadata of a folder that this process did not write is empty.
             item_handlers={
@@ -88,6 +104,8 @@ class Checkpoints:
                 ),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
+                create=not read_only,
+                save_interval_steps=int(not read_only),
             ),
         )
 
@@ -191,7 +209,7 @@ class Checkpoints:
                 checkpoint = self.restore(step, like, early_stopping)
                 self._manager.reload()
                 return checkpoint
-            except ExpectedError:
+            except _NO_DAMAGE:
                 raise
             except Exception as error:  # whatever Orbax and TensorStore find wrong
                 damaged = self._directory / str(step)
@@ -245,11 +263,16 @@ class Checkpoints:
         early_stopping = EarlyStopping.create(config.early_stopping)
         try:
             return self.restore(step, abstract_state(config, place), early_stopping)
-        except ExpectedError:
+        except _NO_DAMAGE:
             raise
         except Exception as error:  # whatever Orbax and TensorStore find wrong
+            path = self._directory / str(step)
+            if not path.exists():
+                raise ExpectedError(
+                    f"{path} was replaced by a better one while it was read: start again"
+                ) from None
             raise ExpectedError(
-                f"{self._directory / str(step)}, the best checkpoint, is damaged "
+                f"{path}, the best checkpoint, is damaged "
                 f"({one_line(error)}): restore it, or remove it to take the next best"
             ) from None
 

@@ -62,7 +62,7 @@ def join(
     try:
         jax.distributed.initialize(
             coordinator, count, index,
-            local_device_ids=_devices_of_a_lone_task(),
+            local_device_ids=_all_of_a_lone_task(kind),
             cluster_detection_method={"slurm": "slurm", "manual": "deactivate"}.get(kind),
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )  # fmt: skip
@@ -75,10 +75,12 @@ def join(
     give_roles()
 
 
-def _devices_of_a_lone_task() -> list[int] | None:
+def _all_of_a_lone_task(kind: str) -> list[int] | None:
     """None leaves it to JAX, which gives each of SLURM's tasks one device; none named means all."""
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    return [] if re.fullmatch(r"1(\(x\d+\))?", tasks) else None
+    is_slurm = kind == "slurm" or (kind == "auto" and "OMPI_COMM_WORLD_SIZE" not in os.environ)
+    is_lone = is_slurm and bool(re.fullmatch(r"1(\(x\d+\))?", tasks))
+    return [] if is_lone and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
 
 
 def _meet() -> None:

@@ -269,7 +269,12 @@ def test_a_lone_task_of_slurm_takes_all_devices_of_its_node(kind, tasks, visible
         "JAX_COORDINATOR_PORT": str(port), "XLA_FLAGS": "",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, text=True, capture_output=True, check=True
+        [sys.executable, "-c", code],
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=True,
+        timeout=120,
     )
     assert visible in done.stdout.splitlines()
 

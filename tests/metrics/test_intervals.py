@@ -69,3 +69,12 @@ def test_a_better_classifier_is_found_out():
     assert found["difference"] == pytest.approx(wanted)
     assert 0 < found["interval"][0] < wanted < found["interval"][1]
     assert found["p"] <= 1 / 1000
+
+
+def test_resamples_without_a_score_say_nothing_of_chance(monkeypatch):
+    labels = np.array([0.0, 0.0, 1.0, 1.0])
+    first, second = np.array([0.0, 2.0, 1.0, 1.0]), np.array([2.0, 0.0, 1.0, 1.0])
+    # The first resample favours one, the second the other, and the rest have one class only.
+    weights = np.array([[1, 0, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]], np.float64)
+    monkeypatch.setattr(intervals, "_resamples", lambda *_: [weights])
+    assert intervals.difference((first, second), labels, None)["auc"]["p"] == 1

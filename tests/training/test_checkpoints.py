@@ -162,6 +162,34 @@ def test_a_damaged_best_is_one_line_that_says_what_to_do(config, tmp_path):
         assert_equal(checkpoints.restore_best(config, place), make(config, 3, losses))
 
 
+def test_an_error_that_is_no_damage_moves_nothing(config, tmp_path, monkeypatch):
+    place = sharding.replicated(sharding.batch_sharding())
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(config, 1, [0.3]), 0.3)
+        checkpoints.wait()
+
+        def full(*_):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+        monkeypatch.setattr(checkpoints, "restore", full)
+        for restore in (
+            lambda: restore_latest(checkpoints, config),
+            lambda: checkpoints.restore_best(config, place),
+        ):
+            with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
+                restore()
+    assert (tmp_path / "checkpoints" / "1").exists()
+
+
+def test_a_damaged_metric_of_a_run_that_is_only_read_is_one_line(config, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(config, 1, [0.3]), 0.3)
+    (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text("{")
+    with pytest.raises(ExpectedError, match=r"damaged checkpoint .* start that run again"):
+        Checkpoints(tmp_path, read_only=True)
+    assert not (tmp_path / "damaged").exists()
+
+
 def test_half_a_directory_is_no_checkpoint(config, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make(config, 1, [0.5]), 0.5)
