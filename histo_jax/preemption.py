@@ -19,7 +19,6 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 Item = TypeVar("Item")
 
 _received = 0  # the signal's number
-_at_once = False
 
 
 class Preempted(SystemExit):
@@ -38,13 +37,10 @@ class Preempted(SystemExit):
 def _handle(number: int, frame: Any) -> None:
     # An exception from here could come up, and be lost, anywhere: in JAX's callback of the garbage
     # collector, in the middle of a save.
-    global _received, _at_once
+    global _received
     _received = number
     if number == signal.SIGINT:
         os.write(2, b"\nhisto_jax: stopping as soon as possible; Ctrl-C again leaves at once\n")
-    if _at_once:
-        _at_once = False
-        raise Preempted
 
 
 def _leave_at_the_second(pipe: int, numbers: Iterable[int]) -> None:
@@ -84,19 +80,6 @@ def watch(ctrl_c: bool = False) -> Iterator[None]:
         signal.set_wakeup_fd(wakeup)
         os.close(signalled)
         _received = 0
-
-
-@contextlib.contextmanager
-def at_once() -> Iterator[None]:
-    """Raises `Preempted` as soon as a signal comes, for where nothing is to do but to wait."""
-    global _at_once
-    try:
-        _at_once = True
-        if _received:  # before that
-            raise Preempted
-        yield
-    finally:
-        _at_once = False
 
 
 def requested() -> bool:

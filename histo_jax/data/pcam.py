@@ -6,6 +6,7 @@ known, `..._meta.csv`, whose column `wsi` names the slide of each patch. The pub
 SHA-256 are those of TFDS's `patch_camelyon` 2.0.0; they stand in `checksums.tsv`.
 """
 
+import concurrent.futures
 import contextlib
 import gzip
 import hashlib
@@ -14,10 +15,11 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -259,9 +261,21 @@ def _unpack(path: Path, target: Path) -> None:
 
 def _download(manager: tfds.download.DownloadManager, url: str) -> Path:
     log.info("downloading %s, unless it is there", url)
+    # In a thread of its own, as signals are noticed between two looks only.
+    done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            done.set_result(manager.download(url))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
     try:
-        with preemption.at_once():
-            return Path(os.fspath(manager.download(url)))
+        while not concurrent.futures.wait([done], timeout=0.2).done:
+            if preemption.requested():
+                raise preemption.Preempted
+        return Path(os.fspath(done.result()))
     except NonMatchingChecksumError:
         reason = "its size or SHA-256 is not the published one"
     except (requests.RequestException, tfds.download.DownloadError) as error:
