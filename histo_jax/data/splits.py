@@ -116,11 +116,14 @@ def share(first: pd.DataFrame, second: pd.DataFrame) -> bool:
         second: likewise.
     """
     slides = set(first["slide"]) & set(second["slide"]) - {""}
-    return bool(slides) or not _shared_ids(first, second).empty
+    return bool(slides) or not shared_ids(first, second).empty
 
 
-def _shared_ids(first: pd.DataFrame, second: pd.DataFrame) -> pd.Series:
-    """Ids of `first` that `second` has, too; empty glass of two slides can be equal by chance."""
+def shared_ids(first: pd.DataFrame, second: pd.DataFrame) -> pd.Series:
+    """Returns the ids of `first` that `second` has, too, but for patches of one colour.
+
+    Empty glass of two slides can be equal by chance. For the arguments see `share`.
+    """
     found = first[first["id"].isin(second["id"])]
     sums, squares = (found[list(names)].to_numpy() for names in (SUMS, SQUARES))
     one_colour = (sums**2 == IMAGE_SIZE * IMAGE_SIZE * squares).all(axis=1)
@@ -241,7 +244,7 @@ def refuse_leak(tables: dict[str, pd.DataFrame], sides: Sides, allow: bool) -> N
     if sides.test is None:
         return
     train = tables[sides.train.records].iloc[sides.train.rows]
-    shared = _shared_ids(train, tables[sides.test.records].iloc[sides.test.rows])
+    shared = shared_ids(train, tables[sides.test.records].iloc[sides.test.rows])
     if shared.empty:
         return
     found = f"{len(shared)} training patches are also test patches, the first is {shared.iloc[0]}"

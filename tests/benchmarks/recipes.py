@@ -170,13 +170,13 @@ def draw(table: pd.DataFrame) -> None:
 
     table = table[table["seed"] == 0]
     figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    axes.set(xscale="log", xlabel="training patches", ylabel="validation AUC, unseen slides")
     for (network, full), marker in zip(NETWORKS.items(), "os", strict=True):
         part = (table["stage"] == "curve") & table["recipe"].str.startswith(network)
         whole = (table["stage"] == "full") & (table["recipe"] == full)
         rows = table[part | whole].sort_values("training_patches")
         axes.plot(rows["training_patches"], rows["validation_auc"], marker + "-", label=network)
         axes.set_xticks(rows["training_patches"], [f"{n:,}" for n in rows["training_patches"]])
-    axes.set(xscale="log", xlabel="training patches", ylabel="validation AUC, unseen slides")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(title="network, one seed each")
