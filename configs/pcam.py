@@ -2,8 +2,9 @@
 
 python -m histo_jax.main --config=configs/pcam.py --config.data.raw_dir=DIR --workdir=RUN
 
-Measured on a sample of 19,171 training patches, two CPU cores, one seed: 181 img/s, validation AUC
-0.935 and NLL 0.327 on 2,907 patches of other slides, after all 15 epochs.
+Measured on 19,171 training patches and 2,907 validation patches of other slides, two CPU cores,
+three seeds: validation AUC 0.935, 0.941, 0.928, NLL 0.327, 0.312, 0.339; 17 minutes until it
+stopped early after 11 epochs, 217 img/s (one seed; the others took all 15 epochs).
 """
 
 from histo_jax.config import Config
