@@ -93,8 +93,7 @@ def refuse_trained_on(
     judged = prepared.tables[side.records].iloc[side.rows]
     honest = True
     for member in members:
-        records = _records(member, config, prepared)
-        sides = splits.make_sides(records.tables, member.config)
+        records, sides = _origin(member, config, prepared)
         seen = records.tables[sides.train.records].iloc[sides.train.rows]
         known = judged["id"].isin(splits.shared_ids(judged, seen))
         known |= judged["slide"].isin(seen["slide"]) & (judged["slide"] != "")
@@ -109,26 +108,22 @@ def refuse_trained_on(
     return honest
 
 
-def _records(member: Member, config: Config, prepared: Prepared) -> Prepared:
-    """Returns the records that a member has trained on."""
+def _origin(member: Member, config: Config, prepared: Prepared) -> tuple[Prepared, splits.Sides]:
+    """Returns the records that a member comes from, and its sides of them."""
 
-    def fits(records: Prepared) -> bool:
+    def divided(records: Prepared) -> tuple[Prepared, splits.Sides]:
         sides = splits.make_sides(records.tables, member.config)
-        return member.fingerprint == splits.fingerprint(records.tables, sides, member.config)
+        splits.check_fingerprint(member.fingerprint, records.tables, sides, member.config)
+        return records, sides
 
     # The command's are looked at first: the member's own may have been moved since.
     if member.config.data.source == config.data.source:
         with contextlib.suppress(ExpectedError):
-            if fits(prepared):
-                return prepared
+            return divided(prepared)
     try:
-        own = prepare(member.config, write=False)
-        if fits(own):
-            return own
-        reason = f"{own.directory} no longer holds it"
+        return divided(prepare(member.config, write=False))
     except (ExpectedError, OSError) as error:
-        reason = str(error)
-    raise ExpectedError(
-        f"what {member.run} has trained on cannot be told: {reason}; restore its records, or leave "
-        "this run out"
-    )
+        raise ExpectedError(
+            f"what {member.run} has trained on cannot be told ({error}): restore its records, or "
+            "leave this run out"
+        ) from None
