@@ -131,7 +131,7 @@ def claim(workdir: Path, config: Config) -> None:
     """Makes the folder this run's own, if it is not yet: takes its lock and saves the config.
 
     Raises:
-        ExpectedError: another process works there.
+        ExpectedError: another process works there, or it has become another run's since `check`.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     held = workdir in _locks
