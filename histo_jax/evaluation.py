@@ -16,7 +16,7 @@ from histo_jax.data.builder import Prepared, prepare
 from histo_jax.data.example import UNLABELLED
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import binary_scores, with_intervals
-from histo_jax.training import placement, runtime, sharding
+from histo_jax.training import agreement, placement, runtime, sharding
 from histo_jax.training import step as steps
 
 log = logging.getLogger("histo_jax")
@@ -58,6 +58,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         batched = sharding.batch_sharding()
         trained = members.restore(config, folder, sharding.replicated(batched))
         prepared = prepare(config)
+        agreement.check_alike(config, prepared.tables)
         name = config.evaluate.split
         sides = splits.make_sides(prepared.tables, config)
         side = sides.validation if name == "validation" else sides.test

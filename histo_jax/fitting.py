@@ -31,7 +31,7 @@ from histo_jax.data.loader import Batch
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import Calibration, binary_scores
 from histo_jax.models import create_model
-from histo_jax.training import placement, runtime, sharding
+from histo_jax.training import agreement, placement, runtime, sharding
 from histo_jax.training import step as steps
 from histo_jax.training.augmentation import augment
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
@@ -93,8 +93,10 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     with workdirs.tracked(folder, "fit"):
         prepared = prepare(config)
         sides = splits.make_sides(prepared.tables, config)
+        agreement.check_alike(config, prepared.tables)
         _check_sides(config, prepared, sides)
         workdirs.claim(folder, config)
+        agreement.check_shared(folder)
         with Checkpoints(folder) as checkpoints:
             start = _start(config, checkpoints, prepared.tables, sides)
             if start.history:  # the last process may have ended between the save and this file
@@ -298,21 +300,24 @@ class _Run:
         # As the run will be scored: otherwise a network that goes on learning to rank, and grows
         # too sure of itself, would be stopped for what the calibration mends.
         scores = binary_scores(calibration.apply(logits), labels)
-        self.early_stopping = update(self.early_stopping, scores["nll"])
+        decided = [*dataclasses.astuple(calibration), scores["nll"], scores["auc"]]
+        *fitted, nll, auc = agreement.of_first(np.array(decided)).tolist()
+        calibration = Calibration(*fitted)
+        self.early_stopping = update(self.early_stopping, nll)
         norm = jax.jit(optax.tree.norm)(self.state.weights.params)
         loss_sum, self.weight_norm = map(float, _read((self.state.loss_sum, norm)))
         row = {
             "epoch": self.epoch,
             "step": self.step,
             "train_loss": loss_sum / steps_per_epoch,
-            "validation_loss": scores["nll"],
-            "validation_auc": scores["auc"],
+            "validation_loss": nll,
+            "validation_auc": auc,
             "learning_rate": float(self._learning_rate(self.step - 1)),
         }
         self.history.append(row)
         zero = sharding.spread(np.zeros((), np.float32), sharding.replicated(self._batched))
         self.state = self.state.replace(loss_sum=zero)
-        self.save(scores["nll"], calibration)
+        self.save(nll, calibration)
         _write_history(self._folder, self.history)
         return row
 

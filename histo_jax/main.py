@@ -1,5 +1,6 @@
 """The command line: `python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE]`."""
 
+import faulthandler
 import os
 import runpy
 import sys
@@ -238,6 +239,8 @@ def main(_: list[str]) -> None:
 
             flag = flags.FLAGS
             hosts.join(flag.multihost, flag.coordinator, flag.process_count, flag.process_index)
+            # JAX aborts where another process is lost; stacks of all threads would hide its words.
+            faulthandler.disable()
         with preemption.watch(ctrl_c=True):
             _VERBS[flags.FLAGS.mode](config, workdir)
     except preemption.Preempted as error:

@@ -17,7 +17,7 @@ from histo_jax.config import Config, validate
 from histo_jax.data import loader
 from histo_jax.data.builder import prepare
 from histo_jax.errors import ExpectedError
-from histo_jax.training import runtime
+from histo_jax.training import agreement, runtime
 from histo_jax.training.step import make_forward, read_behind
 
 log = logging.getLogger("histo_jax")
@@ -55,6 +55,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         devices = jax.local_devices()
         trained = members.restore(config, folder, SingleDeviceSharding(devices[0]))
         prepared = prepare(config)
+        agreement.check_alike(config, prepared.tables)
         if "test" not in prepared.tables:
             raise NoTestPatchesError(
                 f"{config.data.raw_dir or prepared.directory} has no test patches to predict: "

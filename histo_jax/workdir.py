@@ -23,7 +23,7 @@ log = logging.getLogger("histo_jax")
 _IDENTITY_PREFIXES = (
     "seed", "data.", "model.", "augment.", "optimizer.", "fit.batch_size", "fit.steps_per_",
 )  # fmt: skip
-_WHERE = ("data.raw_dir", "data.tfds_dir", "data.placement")
+WHERE = ("data.raw_dir", "data.tfds_dir", "data.placement")
 
 _is_writer = True
 _tracked: set[Path] = set()
@@ -117,7 +117,7 @@ def check(workdir: Path, config: Config) -> None:
         return
     old = _read_config(workdir)
     for name, value in plain(config).items():
-        counts = name.startswith(_IDENTITY_PREFIXES) and name not in _WHERE
+        counts = name.startswith(_IDENTITY_PREFIXES) and name not in WHERE
         # A schedule spans all epochs, so another number of them makes another run.
         counts |= name == "fit.epochs" and config.optimizer.schedule != "constant"
         if counts and (name not in old or old[name] != value):
@@ -241,4 +241,4 @@ def is_finished(workdir: Path, config: Config, mode: str) -> bool:
         return False
     old = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     new = plain(config)
-    return all(old.get(name) == new[name] for name in new if name not in _WHERE)
+    return all(old.get(name) == new[name] for name in new if name not in WHERE)

@@ -4,9 +4,13 @@ Every process runs the same program on its own devices. What all compute alike, 
 written by the first.
 """
 
+import contextlib
 import logging
 import os
 import re
+import sys
+import threading
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +19,13 @@ from jax.experimental import multihost_utils
 
 from histo_jax import workdir
 from histo_jax.errors import ExpectedError
+from histo_jax.preemption import EXIT_STATUS
 from histo_jax.training import sharding
 
 # A process that is silent for so long is taken for dead, and the others end.
 _HEARTBEAT_SECONDS = 20
+# A node may have to be started first; after the shorter time it is said what is waited for.
+_JOIN_SECONDS, _PATIENT_SECONDS = 300.0, 10.0
 # What gRPC, gloo and NCCL say when the other end is gone.
 _LOSS = re.compile(
     "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|gloo|nccl|connection|heartbeat|barrier", re.I
@@ -38,7 +45,8 @@ def join(
         index: of this one.
 
     Raises:
-        ExpectedError: an argument is missing or wrong, or the others cannot be reached.
+        ExpectedError: an argument is missing or wrong, or the others cannot be reached. Where they
+            do not come within five minutes, the process ends with status 75 instead.
     """
     if kind == "manual" and (coordinator is None or count is None or index is None):
         raise ExpectedError(
@@ -59,13 +67,16 @@ def join(
     jax.config.update("jax_enable_preemption_service", False)
     # On CPU, where it takes part in tests and trials; accelerators have their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    where = f" at {coordinator}" if coordinator else ""
     try:
-        jax.distributed.initialize(
-            coordinator, count, index,
-            local_device_ids=_all_of_a_lone_task(kind),
-            cluster_detection_method={"slurm": "slurm", "manual": "deactivate"}.get(kind),
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-        )  # fmt: skip
+        with _not_for_ever(where):
+            jax.distributed.initialize(
+                coordinator, count, index,
+                local_device_ids=_all_of_a_lone_task(kind),
+                cluster_detection_method={"slurm": "slurm", "manual": "deactivate"}.get(kind),
+                initialization_timeout=2 * int(_JOIN_SECONDS),
+                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            )  # fmt: skip
         _meet()
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
@@ -73,6 +84,34 @@ def join(
             f"--multihost={kind}: cannot join the other processes: {said}"
         ) from None
     give_roles()
+
+
+@contextlib.contextmanager
+def _not_for_ever(where: str) -> Iterator[None]:
+    """Ends the process where the others do not come: JAX's own way is an abort, without a word."""
+
+    def say(text: str) -> None:
+        print(f"histo_jax: {text}", file=sys.stderr, flush=True)
+
+    def give_up() -> None:
+        say(
+            f"the other processes did not come{where} within {_JOIN_SECONDS:.0f} s: start all of "
+            "them, with the same coordinator and count, and let no firewall stand between"
+        )
+        os._exit(EXIT_STATUS)
+
+    timers = [
+        threading.Timer(_PATIENT_SECONDS, say, (f"waiting for the other processes{where}",)),
+        threading.Timer(_JOIN_SECONDS, give_up),
+    ]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 def _all_of_a_lone_task(kind: str) -> list[int] | None:

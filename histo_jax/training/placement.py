@@ -21,7 +21,7 @@ from histo_jax.data import loader
 from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.data.loader import Batch, Records
 from histo_jax.errors import ExpectedError
-from histo_jax.training import memory
+from histo_jax.training import agreement, memory
 from histo_jax.training.sharding import own_rows, replicated, spread
 
 log = logging.getLogger("histo_jax")
@@ -132,7 +132,11 @@ def _choose(wanted: str, needed: int, devices: Sequence[jax.Device]) -> str:
         "device": f"on each of {len(devices)} devices" if len(devices) > 1 else "on the device",
         "host": "in memory",
     }
-    free = {"device": memory.free_on_devices(devices), "host": memory.free_on_host()}
+    # Of the machine that has least: all are to choose alike.
+    free = {
+        "device": agreement.least(memory.free_on_devices(devices)),
+        "host": agreement.least(memory.free_on_host()),
+    }
     said = {name: "unknown" if size is None else _gb(size) for name, size in free.items()}
     if wanted == "auto":
         fits = (name for name, size in free.items() if size and needed <= _SHARE * size)

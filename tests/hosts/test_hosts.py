@@ -3,7 +3,6 @@
 The short forms; `HISTO_JAX_LONG=1` adds the long ones.
 """
 
-import functools
 import json
 import os
 import runpy
@@ -23,7 +22,9 @@ from histo_jax.data.builder import prepare
 from histo_jax.data.loader import training_order
 from histo_jax.data.splits import make_sides
 from histo_jax.errors import ExpectedError
-from histo_jax.training import hosts
+from histo_jax.training import hosts, sharding
+from histo_jax.training.checkpoints import Checkpoints
+from histo_jax.training.state import EarlyStopping, abstract_state
 
 ROOT = Path(__file__).parents[2]
 TRACED = Path(__file__).with_name("traced.py")
@@ -34,7 +35,7 @@ def get_config():
     config.data.source, config.data.raw_dir = "kaggle", {raw!r}
     config.data.tfds_dir, config.data.validation_fraction = {records!r}, 0.25
     config.model.features, config.model.dense = (4, 4, 4, 4, 4), 8
-    config.fit.batch_size, config.fit.steps_per_epoch, config.fit.epochs = 8, 25, 2
+    config.fit.batch_size, config.fit.steps_per_epoch, config.fit.epochs = 12, 25, 2
     config.predict.batch_size = 6
     return config
 """
@@ -52,8 +53,11 @@ def place(tmp_path_factory, make_kaggle):
     return folder
 
 
-def start(place, topology, workdir, *options, die=None):
-    """Starts the run's processes; `die` = (process, moment) kills one, see `traced.py`."""
+def start(place, topology, workdir, *options, die=None, second=()):
+    """Starts the run's processes; `die` = (process, moment) kills one, see `traced.py`.
+
+    The options `second` are the second one's alone.
+    """
     count, devices = topology
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,7 +78,7 @@ def start(place, topology, workdir, *options, die=None):
             subprocess.Popen(
                 [sys.executable, str(TRACED), str(trace), str(die_at),
                  f"--config={place / 'config.py'}", f"--workdir={workdir}",
-                 *(hosts if count > 1 else ()), *options],
+                 *(hosts if count > 1 else ()), *options, *(second if index == 1 else ())],
                 env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )
         )  # fmt: skip
@@ -115,14 +119,23 @@ def submission(workdir):
 
 @pytest.fixture(scope="module")
 def runs(place):
-    """The whole job, or what of it is compared, in each topology."""
+    """The whole job, or what of it is compared, in each topology; "two" is stopped on its way."""
     folder = place / "runs"
     folder.mkdir()
     prepare(config_of(place))
-    beside = start(place, FOUR, folder / "four", "--mode=fit")
-    run(place, ONE, folder / "one")
-    finish(beside)
-    run(place, TWO_BY_TWO, folder / "two")
+    beside = [
+        start(place, topology, folder / name, "--mode=fit")
+        for name, topology in (("one", ONE), ("four", FOUR))
+    ]
+    stopped = start(place, TWO_BY_TWO, folder / "two", "--mode=fit", die=(1, -10))
+    said = [process.communicate(timeout=120)[0] for process in stopped]
+    assert [process.returncode for process in stopped] == [75, 75], said
+    at = max(steps(folder / "two"))
+    assert at < 25
+    assert f"saved at step {at}" in said[0]
+    assert f"resumed from step {at}" in run(place, TWO_BY_TWO, folder / "two")[0]
+    for processes in beside:
+        finish(processes)
     return folder
 
 
@@ -147,18 +160,30 @@ def test_one_step_gives_the_same_gradient_and_statistics(runs, name):
 
 
 def test_only_the_first_process_writes_and_talks(runs):
-    # The rest is in the files, which are those of a run by one process.
-    assert {p.name for p in (runs / "two").iterdir()} == {p.name for p in (runs / "one").iterdir()}
-    assert len(list((runs / "two" / "events").iterdir())) == 1
+    assert {path.name for path in (runs / "two").iterdir()} == {
+        "checkpoints", "config.json", "evaluation.json", "evaluation_validation.json", "events",
+        "history.csv", "lock", "predictions_validation.csv", "report", "report.html", "status.json",
+        "submission.csv",
+    }  # fmt: skip
+    assert len(list((runs / "two" / "events").iterdir())) == 2  # it was started twice
     assert len(pd.read_csv(runs / "two" / "history.csv")) == 2
     assert json.loads((runs / "two" / "status.json").read_text())["state"] == "complete"
 
 
 @pytest.mark.parametrize("topology", [TWO_BY_THREE, ONE, FOUR] if LONG else [TWO_BY_THREE], ids=str)
-def test_a_checkpoint_predicts_the_same_on_each_topology(place, runs, topology, tmp_path):
-    shutil.copytree(runs / "two", tmp_path / "copy")
-    (tmp_path / "copy" / "submission.csv").unlink()
-    run(place, topology, tmp_path / "copy", "--mode=predict")
+def test_a_checkpoint_scores_and_predicts_the_same_on_each_topology(
+    place, runs, topology, tmp_path
+):
+    undone = shutil.ignore_patterns("submission.csv", "evaluation*", "status.json")
+    shutil.copytree(runs / "two", tmp_path / "copy", ignore=undone)
+    assert "already complete at step 50" in run(place, topology, tmp_path / "copy")[0]
+    wanted, got = (
+        json.loads((folder / "evaluation.json").read_text())
+        for folder in (runs / "two", tmp_path / "copy")
+    )
+    assert got["count"] == 10
+    for name, value in wanted.items():
+        assert got[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
     wanted, got = submission(runs / "two"), submission(tmp_path / "copy")
     assert got["id"].tolist() == wanted["id"].tolist()
     assert got["id"].is_unique
@@ -180,29 +205,65 @@ def test_the_order_is_that_of_the_config(place, runs):
     assert {step: ids for step, (ids, _) in steps(runs / "two").items()} == order(place, 1, 50)
 
 
-@pytest.mark.parametrize("begun", ["one", "two"])
-def test_training_goes_on_in_the_same_order_on_another_topology(place, runs, begun, tmp_path):
+def saved_state(place, workdir):
+    """The arrays of the newest checkpoint."""
+    config = config_of(place)
+    like = abstract_state(config, sharding.replicated(sharding.batch_sharding()))
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        saved = checkpoints.restore_latest(like, EarlyStopping.create(config.early_stopping))
+    leaves = jax.tree.leaves(saved.state)
+    assert len(leaves) > 40
+    return leaves
+
+
+MOVES = [("one", TWO_BY_TWO), ("two", ONE)]
+MORE_MOVES = [("one", FOUR), ("four", ONE), ("four", TWO_BY_TWO), ("two", FOUR)]
+
+
+@pytest.mark.parametrize(("begun", "topology"), MOVES + MORE_MOVES if LONG else MOVES, ids=str)
+def test_training_goes_on_in_the_same_order_on_another_topology(
+    place, runs, begun, topology, tmp_path, monkeypatch
+):
     shutil.copytree(runs / begun, tmp_path / "copy")
-    topology = TWO_BY_TWO if begun == "one" else ONE
-    said = run(place, topology, tmp_path / "copy", "--mode=fit", "--config.fit.epochs=3")
+    # The first process decides: the second alone would stop after epoch 3.
+    monkeypatch.setenv("HISTO_JAX_TRACED_GROWTH", "9")
+    options = ("--mode=fit", "--config.fit.epochs=4", "--config.early_stopping.patience=1")
+    said = run(place, topology, tmp_path / "copy", *options)
     assert "resumed from step 50" in said[0]
     went_on = {step: ids for step, (ids, _) in steps(tmp_path / "copy").items()}
-    assert went_on == order(place, 51, 75)
+    assert went_on == order(place, 51, 100)
+    with np.load(tmp_path / "copy.trace0.begin.npz") as restored:
+        for leaf, name in zip(saved_state(place, runs / begun), restored.files, strict=True):
+            np.testing.assert_array_equal(restored[name], leaf)
+
+
+@pytest.mark.skipif(not LONG, reason="starts six processes; HISTO_JAX_LONG=1 runs it")
+def test_processes_that_are_not_alike_are_refused_in_one_line(place, make_kaggle, tmp_path):
+    # As many patches, but others.
+    other = make_kaggle(tmp_path / "raw", train=40, test=7, seed=1)
+    elsewhere = (f"--config.data.raw_dir={other}", f"--config.data.tfds_dir={tmp_path / 'records'}")
+    cases = {
+        "process 1 has other records in its": elsewhere,
+        "process 1 does not see the --workdir=": (f"--workdir={tmp_path / 'other'}",),
+        "process 1 has other settings than process 0": ("--config.fit.epochs=5",),
+    }
+    started = [
+        start(place, TWO_BY_TWO, tmp_path / str(number), "--mode=fit", second=second)
+        for number, second in enumerate(cases.values())
+    ]
+    for wanted, processes in zip(cases, started, strict=True):
+        for process in processes:
+            said = process.communicate(timeout=120)[0]
+            assert process.returncode == 2, said
+            assert said.splitlines()[-1].startswith(f"histo_jax: {wanted}"), said
+    assert not any((tmp_path / "1").glob(".*"))
 
 
 @pytest.mark.parametrize("victim", [0, 1] if LONG else [1])
-def test_a_run_that_is_stopped_and_then_killed_ends_with_the_same_bytes(
+def test_a_run_that_is_killed_ends_with_the_same_bytes_as_one_that_was_stopped(
     place, runs, victim, tmp_path
 ):
-    run_it = functools.partial(start, place, TWO_BY_TWO, tmp_path / "run")
-    processes = run_it("--mode=fit", die=(victim, -10))
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [75, 75], said
-    stopped = max(steps(tmp_path / "run"))
-    assert stopped < 25
-    assert f"saved at step {stopped}" in said[0]
-
-    processes = run_it(die=(victim, 30))
+    processes = start(place, TWO_BY_TWO, tmp_path / "run", die=(victim, 30))
     processes[victim].communicate(timeout=120)
     died = time.monotonic()
     said = processes[1 - victim].communicate(timeout=60)[0]
@@ -210,13 +271,16 @@ def test_a_run_that_is_stopped_and_then_killed_ends_with_the_same_bytes(
     assert processes[1 - victim].returncode not in (0, None)
     # Our own line, or JAX's where it was quicker.
     assert "another process of the run has ended" in said or "another task died" in said
-    if victim:  # the first process tells
-        assert f"resumed from step {stopped}" in said
 
-    said = run(place, TWO_BY_TWO, tmp_path / "run")
+    said = run(place, TWO_BY_TWO, tmp_path / "run", "--mode=fit")
     assert "resumed from step 25" in said[0]
-    for name in ("history.csv", "submission.csv", "evaluation.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (runs / "two" / name).read_bytes()
+    wanted, got = (
+        (place / "history.csv").read_bytes() for place in (runs / "two", tmp_path / "run")
+    )
+    assert got == wanted
+    wanted, got = (saved_state(place, folder) for folder in (runs / "two", tmp_path / "run"))
+    for leaf, other in zip(wanted, got, strict=True):
+        np.testing.assert_array_equal(leaf, other)
 
 
 @pytest.mark.parametrize("victim", [0, 1] if LONG else [0])
@@ -229,6 +293,34 @@ def test_the_rest_ends_when_one_dies_in_prediction(place, runs, victim, tmp_path
     assert processes[1 - victim].returncode not in (0, None)
     assert "another process of the run has ended" in said or "another task died" in said
     assert (tmp_path / "copy" / "submission.csv").read_bytes() == before
+    if LONG:
+        run(place, TWO_BY_TWO, tmp_path / "copy", "--mode=predict")
+        assert (tmp_path / "copy" / "submission.csv").read_bytes() == before
+
+
+def test_others_that_do_not_come_are_not_waited_for_for_ever():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    code = (
+        "import sys; from histo_jax.training import hosts; "
+        "hosts._JOIN_SECONDS, hosts._PATIENT_SECONDS = 2, 1; "
+        f"hosts.join('manual', '{where}', 3, int(sys.argv[1]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # The first of three, and the last: each waits alone.
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, index], env=environment, text=True, stderr=subprocess.PIPE
+        )
+        for index in "02"
+    ]
+    for process in processes:
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 75
+        first, second = said.splitlines()
+        assert first == f"histo_jax: waiting for the other processes at {where}"
+        assert f"did not come at {where} within 2 s: start all" in second
 
 
 @pytest.mark.skipif(not LONG, reason="waits for 45 seconds; HISTO_JAX_LONG=1 runs it")
@@ -300,13 +392,12 @@ def test_only_what_comes_of_another_process_counts_as_its_loss(said, is_loss, mo
     assert hosts.is_loss(jax.errors.JaxRuntimeError(said)) == is_loss
 
 
-@pytest.mark.parametrize(
-    ("typed", "told"), [("manual", MISTAKES["manual",]), ("some", "should be one of")]
-)
-def test_a_mistake_in_joining_is_one_line(place, typed, told, tmp_path):
-    (process,) = start(place, ONE, tmp_path / "run", f"--multihost={typed}")
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 2, said
-    assert len(said.strip().splitlines()) == 1, said
-    assert told in said
+def test_a_mistake_in_joining_is_one_line(place, tmp_path):
+    told = {"manual": MISTAKES["manual",], "some": "should be one of"}
+    started = [start(place, ONE, tmp_path / "run", f"--multihost={typed}") for typed in told]
+    for wanted, (process,) in zip(told.values(), started, strict=True):
+        said = process.communicate(timeout=120)[0]
+        assert process.returncode == 2, said
+        assert len(said.strip().splitlines()) == 1, said
+        assert wanted in said
     assert not (tmp_path / "run").exists()

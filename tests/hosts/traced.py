@@ -3,7 +3,9 @@
 One JSON line a step: its number, the SHA-1 of each of this process's patches, the loss. At step
 DIE_AT the process kills itself, at -1 before its first prediction; at step -DIE_AT it gets SIGTERM;
 0 is never. After step 1 the moments (a tenth of the gradient) and BatchNorm's statistics go into
-TRACE.npz. The first process prepares for HISTO_JAX_TRACED_SECONDS longer.
+TRACE.npz, before the first step of all the state into TRACE.begin.npz. The first process prepares
+for HISTO_JAX_TRACED_SECONDS longer; to another the validation loss seems to grow by
+HISTO_JAX_TRACED_GROWTH each time.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from histo_jax import fitting, prediction
-from histo_jax.training import hosts
+from histo_jax.training import agreement, hosts
 from histo_jax.training import step as steps
 
 TRACE, DIE_AT = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
@@ -31,7 +33,10 @@ def make_train_step(*arguments, make=steps.make_train_step):
 
     def step(state, batch):
         nonlocal number
-        number = (int(state.step) if number is None else number) + 1
+        if number is None:
+            number = int(state.step)
+            np.savez(f"{TRACE}.begin.npz", *jax.tree.leaves(jax.device_get(state)))
+        number += 1
         if number == abs(DIE_AT):
             os.kill(os.getpid(), signal.SIGKILL if DIE_AT > 0 else signal.SIGTERM)
         shards = sorted(batch["image"].addressable_shards, key=lambda s: s.index[0].start or 0)
@@ -62,8 +67,18 @@ def prepare(config, prepare=fitting.prepare):
     return prepare(config)
 
 
+def binary_scores(logits, labels, scores=fitting.binary_scores):
+    found = scores(logits, labels)
+    if jax.process_index():
+        global grown
+        grown += float(os.environ.get("HISTO_JAX_TRACED_GROWTH", 0))
+        found["nll"] += grown
+    return found
+
+
 if not os.environ.get("HISTO_JAX_LONG"):
     hosts._HEARTBEAT_SECONDS = 10  # the tests wait for it
+agreement._SEEN_WITHIN_SECONDS = 2
 steps.make_train_step, prediction.read_behind = make_train_step, read_behind
-fitting.prepare = prepare
+fitting.prepare, fitting.binary_scores, grown = prepare, binary_scores, 0.0
 runpy.run_module("histo_jax.main", run_name="__main__", alter_sys=True)

@@ -1,0 +1,98 @@
+"""What a process that is not like the others is told; `tests/hosts` has real processes."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from histo_jax.config import Config
+from histo_jax.errors import ExpectedError
+from histo_jax.training import agreement
+
+TABLES = {"train": pd.DataFrame({"id": ["a", "b"], "label": [0, 1], "slide": ["s", "t"]})}
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Lets a function run as each of two processes in turn, and then once more, told of both."""
+
+    def run(first, second):
+        gathered = [[], []]
+        for own, function in zip(gathered, (first, second), strict=True):
+
+            def gather(values, own=own):
+                own.append(values)
+                return np.stack([values, values])
+
+            monkeypatch.setattr(agreement, "_gather", gather)
+            function()
+        told = iter(zip(*gathered, strict=True))
+        monkeypatch.setattr(agreement, "_gather", lambda _: np.stack(next(told)))
+        first()
+
+    monkeypatch.setattr(agreement.jax, "process_count", lambda: 2)
+    return run
+
+
+def test_alike_is_what_has_the_same_records_and_settings(both):
+    other = Config()
+    other.data.tfds_dir, other.data.placement = "elsewhere", "disk"
+    both(
+        lambda: agreement.check_alike(Config(), TABLES),
+        lambda: agreement.check_alike(other, dict(reversed(TABLES.items()))),
+    )
+
+
+@pytest.mark.parametrize("change", ["label", "id", "slide", "split"])
+def test_other_records_are_refused(both, change):
+    tables = copy.deepcopy(TABLES)
+    if change == "split":
+        tables = {"test": tables["train"]}
+    else:
+        tables["train"][change] = tables["train"][change].to_numpy()[::-1]
+    with pytest.raises(ExpectedError, match=r"^process 1 has other records in its .*: copy those"):
+        both(
+            lambda: agreement.check_alike(Config(), TABLES),
+            lambda: agreement.check_alike(Config(), tables),
+        )
+
+
+def test_other_settings_are_refused(both):
+    with pytest.raises(ExpectedError, match=r"^process 1 has other settings than process 0: start"):
+        both(
+            lambda: agreement.check_alike(Config(), TABLES),
+            lambda: agreement.check_alike(Config(seed=1), TABLES),
+        )
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_folder_that_another_process_does_not_see_is_refused_by_all(index, monkeypatch, tmp_path):
+    seen = []
+
+    def gather(values):
+        if values.dtype != bool:
+            return values[None]  # the mark's name
+        seen.append(values[0])
+        return np.array([[True], [False]])
+
+    monkeypatch.setattr(agreement.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(agreement.jax, "process_index", lambda: index)
+    monkeypatch.setattr(agreement, "_SEEN_WITHIN_SECONDS", 0)
+    monkeypatch.setattr(agreement, "_gather", gather)
+    with pytest.raises(ExpectedError, match=r"^process 1 does not see the --workdir=.* share$"):
+        agreement.check_shared(tmp_path)
+    # The first makes a mark there, which the other looks for in vain; nothing is left of it.
+    assert seen == [index == 0]
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_least_of_all_counts_and_the_first_decides(both):
+    found = []
+    both(
+        lambda: found.append((agreement.least(7), agreement.of_first(np.array([0.1])).tolist())),
+        lambda: found.append((agreement.least(5), agreement.of_first(np.array([0.2])).tolist())),
+    )
+    assert found[-1] == (5, [0.1])
+    both(lambda: found.append(agreement.least(7)), lambda: found.append(agreement.least(None)))
+    assert found[-1] is None
