@@ -15,7 +15,7 @@ from histo_jax.data import splits
 from histo_jax.data.builder import Prepared, prepare
 from histo_jax.data.example import UNLABELLED
 from histo_jax.errors import ExpectedError
-from histo_jax.metrics import binary_scores, with_intervals
+from histo_jax.metrics import binary_scores, operating_points, with_intervals
 from histo_jax.training import agreement, placement, runtime, sharding
 from histo_jax.training import step as steps
 
@@ -38,9 +38,10 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         `split`; `count` of examples; the scores of `metrics.weighted_scores` with calibrated
-        probabilities, and for each the ends of its 95% interval, `auc_low` and `auc_high`;
-        `interval_over`, 'slides' or 'patches', and how many `resampled`; `nll_uncalibrated`;
-        `prior`, the share of tumour; `split_by`, 'slide' or 'image'; `honest`, whether the score
+        probabilities, and for each the ends of its 95% interval, `auc_low` and `auc_high` (nan with
+        one slide); `interval_over`, 'slides' or 'patches', and how many `resampled`; the
+        probabilities of `metrics.operating_points`; `nll_uncalibrated`; `prior`, the share of
+        tumour; `tta` as set; `split_by`, 'slide' or 'image'; `honest`, whether the score
         speaks of slides that training has not seen, and a `note`; `checkpoint_step`;
         `calibration_scale` and `calibration_shift`; `members`, for each run of an ensemble its
         scores.
@@ -93,10 +94,12 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             **scores,
             **{f"{score}_low": low for score, (low, _) in ends.items()},
             **{f"{score}_high": high for score, (_, high) in ends.items()},
+            **operating_points(logits, labels),
             "interval_over": "patches" if slides is None else "slides",
             "resampled": len(labels) if slides is None else len(np.unique(slides)),
             "nll_uncalibrated": binary_scores(np.mean(raw, axis=0), labels)["nll"],
             "prior": float(labels.mean()),
+            "tta": config.predict.tta,
             "split_by": sides.by,
             "honest": honest,
             "note": "; ".join(notes),

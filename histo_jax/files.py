@@ -12,15 +12,20 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes `text` to a temporary name beside `path`, then renames it to `path`.
+    """Writes `text` as UTF-8; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes `content` to a temporary name beside `path`, then renames it to `path`.
 
     Raises:
         OSError: the folder cannot be written or the disk is full; `path` is as it was.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with part.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -20,9 +20,8 @@ import pandas as pd
 from jax.sharding import NamedSharding
 from optax import Schedule
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
-from histo_jax import preemption
+from histo_jax import preemption, progress
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader, splits
@@ -33,7 +32,7 @@ from histo_jax.metrics import Calibration, binary_scores
 from histo_jax.models import create_model
 from histo_jax.training import agreement, placement, runtime, sharding
 from histo_jax.training import step as steps
-from histo_jax.training.augmentation import augment
+from histo_jax.training.augmentation import augment, mix
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.optimizer import create_optimizer, learning_rate
 from histo_jax.training.placement import TrainingBatch
@@ -106,8 +105,9 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
                 return _table(start.history)
             workdirs.save_config(folder, config)
             workdirs.update_status(
-                folder, state="running", reason=None, finished=[], step=int(start.state.step)
-            )
+                folder, state="running", reason=None, finished=[], step=int(start.state.step),
+                trained_with=runtime.versions(),
+            )  # fmt: skip
             return _table(_train(config, folder, checkpoints, start, prepared, sides))
 
 
@@ -259,34 +259,33 @@ class _Run:
         in_flight, images, timed_from = _InFlight(describe), 0, time.monotonic()
         size = self._config.fit.batch_size
         first = (self.epoch - 1) * steps_per_epoch
-        # disable=None: no bar where nobody watches.
-        bar = tqdm(
+        # Closed before anything is said of a step that failed, or of a signal.
+        with progress.bar(
             desc=f"epoch {self.epoch}/{self._config.fit.epochs}", unit=" img", leave=False,
             total=steps_per_epoch * size, initial=(self.step - first) * size,
-            disable=None if workdirs.is_writer() else True,
-        )  # fmt: skip
-        while self.step < self.epoch * steps_per_epoch:
-            batch = next(batches)
-            batch["request"] = sharding.spread(self._request(), self._batched)
-            self.state, metrics = train_step(self.state, batch)
-            self.step += 1
-            requested = in_flight.add(self.step, metrics)
-            if not math.isnan(in_flight.loss):
-                bar.set_postfix(step=self.step, loss=f"{in_flight.loss:.4f}", refresh=False)
-            bar.update(size)
-            if self._compiled:
-                images += size
-            else:
-                # The first step of a process compiles, so the rate is measured from its end.
-                metrics.loss.block_until_ready()
-                self._compiled, timed_from = True, time.monotonic()
-            if requested:
-                if max(requested, in_flight.drain()) == _LEAVE:
-                    self.leave()
-                self.save()
-        requested = in_flight.drain()
+            is_shown=workdirs.is_writer(),
+        ) as bar:  # fmt: skip
+            while self.step < self.epoch * steps_per_epoch:
+                batch = next(batches)
+                batch["request"] = sharding.spread(self._request(), self._batched)
+                self.state, metrics = train_step(self.state, batch)
+                self.step += 1
+                requested = in_flight.add(self.step, metrics)
+                if not math.isnan(in_flight.loss):
+                    bar.set_postfix(step=self.step, loss=f"{in_flight.loss:.4f}", refresh=False)
+                bar.update(size)
+                if self._compiled:
+                    images += size
+                else:
+                    # The first step of a process compiles, so the rate is measured from its end.
+                    metrics.loss.block_until_ready()
+                    self._compiled, timed_from = True, time.monotonic()
+                if requested:
+                    if max(requested, in_flight.drain()) == _LEAVE:
+                        self.leave()
+                    self.save()
+            requested = in_flight.drain()
         self.gradient_norm = in_flight.gradient_norm
-        bar.close()
         if requested == _LEAVE:
             self.leave()
         return images / (time.monotonic() - timed_from) if images else None
@@ -378,6 +377,7 @@ def _train(
         while not run.is_done:
             began = time.monotonic()
             rate = run.train_epoch(train_step, batches, steps_per_epoch, ids_of)
+            trained = time.monotonic()
             try:
                 validating: Iterable[Batch] = validation.one_pass(batch_size)
                 # Several processes stop together, which only the steps of training decide.
@@ -395,16 +395,22 @@ def _train(
             events.add_scalar("gradient_norm", run.gradient_norm, row["step"])
             events.add_scalar("weight_norm", run.weight_norm, row["step"])
             if row["epoch"] == 1:
-                side = prepared.records(*sides.train)
-                sheet = _training_sheet(config, side.images(np.arange(min(count, _SHEET**2))))
+                records = prepared.records(*sides.train)
+                order = loader.training_order(count, batch_size, config.seed)
+                shown = min(count, _SHEET**2)
+                rows = np.concatenate([order[k] for k in range(-(-shown // batch_size))])[:shown]
+                sheet = _training_sheet(config, records.images(rows))
                 events.add_image("training_patches", sheet, row["step"], dataformats="HWC")
             events.flush()
+            # The first epoch of a process compiles, and may be the rest of one.
+            whole = steps_per_epoch * batch_size / rate if rate else trained - began
+            each = whole + time.monotonic() - trained
             log.info(
                 "epoch %d/%d  loss %.4f  validation loss %.4f  validation AUC %.4f  %s img/s  "
                 "at most %s left",
                 row["epoch"], config.fit.epochs, row["train_loss"], row["validation_loss"],
                 row["validation_auc"], round(rate) if rate else "-",
-                _duration((config.fit.epochs - row["epoch"]) * (time.monotonic() - began)),
+                _duration((config.fit.epochs - row["epoch"]) * each),
             )  # fmt: skip
     if run.early_stopping.should_stop:
         log.info(
@@ -418,8 +424,11 @@ def _training_sheet(config: Config, images: np.ndarray) -> np.ndarray:
     """Puts patches, augmented as in training, side by side on one sheet, uint8."""
     # Outside the epochs, where users may have JAX refuse what goes to the device unasked.
     with jax.transfer_guard_host_to_device("allow"):
-        key = jax.random.key(config.seed)
-        seen = np.asarray(augment(key, jnp.asarray(images), config.augment)).astype(np.uint8)
+        key, mix_key = jax.random.split(jax.random.key(config.seed))
+        seen = augment(key, jnp.asarray(images), config.augment)
+        if config.augment.mixup:
+            seen, _ = mix(mix_key, seen, jnp.zeros(len(images)), config.augment.mixup)
+        seen = np.asarray(seen).astype(np.uint8)
     side = math.isqrt(len(seen))
     rows = seen[: side * side].reshape(side, side, *seen.shape[1:])
     return rows.swapaxes(1, 2).reshape(side * seen.shape[1], side * seen.shape[2], 3)

@@ -2,7 +2,7 @@
 
 import contextlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 from jax.sharding import Sharding
@@ -71,6 +71,27 @@ def restore(config: Config, folder: Path, place: Sharding) -> list[Member]:
 def averages(config: Config, member: Member) -> bool:
     """Whether to average over flips and turns: a symmetric network gives all the same logit."""
     return config.predict.tta and member.config.model.name != "five_block_p4m"
+
+
+def check_evaluated(members: list[Member], scores: dict[str, Any], split: str) -> None:
+    """Refuses networks that are not those which were scored: one has been trained further.
+
+    Args:
+        members: what `restore` returns; none of them, nothing is refused.
+        scores: what `evaluate` has returned.
+        split: that it has scored.
+
+    Raises:
+        ExpectedError: names the run and the remedy.
+    """
+    scored = scores.get("members", [scores])
+    for member, score in zip(members, scored, strict=bool(members)):
+        if member.step != score["checkpoint_step"]:
+            raise ExpectedError(
+                f"the best checkpoint of {member.run} is of step {member.step} and what was "
+                f"evaluated of step {score['checkpoint_step']}: run --mode=evaluate "
+                f"--config.evaluate.split={split} again"
+            )
 
 
 def refuse_trained_on(

@@ -1,6 +1,8 @@
 """What `evaluate` has said of each patch: `predictions_<split>.csv`."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,6 +42,11 @@ def read(folder: Path, split: str) -> pd.DataFrame:
         )
     types = {"id": str, "slide": str}
     return pd.read_csv(path, dtype=types, na_values=[], keep_default_na=False)
+
+
+def read_scores(folder: Path, split: str) -> dict[str, Any]:
+    """Reads the scores that `evaluate` has written beside them."""
+    return json.loads((folder / f"evaluation_{split}.json").read_text(encoding="utf-8"))
 
 
 def side(prepared: Prepared, sides: splits.Sides, split: str, table: pd.DataFrame) -> splits.Side:

@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
-from histo_jax import preemption
+from histo_jax import preemption, progress
 from histo_jax.data import near
 from histo_jax.data.builder import SQUARES, SUMS, Prepared
 from histo_jax.data.example import IMAGE_SIZE, UNLABELLED
@@ -81,7 +81,7 @@ def audit(prepared: Prepared, sides: Sides, seed: int) -> dict[str, Any]:
     wanted["train"] = rank < CONTROL_PATCHES
     wanted["validation"][:] = True
     total = sum(len(side.rows) for side in named.values())
-    with tqdm(total=total, desc="audit", unit=" patches", disable=None) as bar:
+    with progress.bar(total=total, desc="audit", unit=" patches") as bar:
         parts = {name: _look(prepared, side, wanted[name], bar) for name, side in named.items()}
     return {
         "sides": {name: _describe(part) for name, part in parts.items()},

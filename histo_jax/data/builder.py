@@ -25,9 +25,8 @@ import pandas as pd
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import ExampleSerializer
 from tensorflow_datasets.proto import tf_example_pb2
-from tqdm import tqdm
 
-from histo_jax import files, preemption
+from histo_jax import files, preemption, progress
 from histo_jax.config import Config, DataConfig
 from histo_jax.data import kaggle, pcam, slides, synthetic
 from histo_jax.data.example import IMAGE_SHAPE, Example
@@ -185,8 +184,7 @@ class Histopathology(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, reader: _Reader) -> Iterator[dict[str, Any]]:
         rows = []
         ones = np.ones(IMAGE_SHAPE[0] * IMAGE_SHAPE[1])
-        # disable=None: no bar where nobody watches.
-        bar = tqdm(reader.examples, split, reader.total, unit=" img", disable=None)
+        bar = progress.bar(reader.examples, split, reader.total, unit=" img")
         for example in preemption.stopping(bar):
             # Exact in float64, and by a matrix product several times as fast as `sum`.
             pixels = example.image.reshape(-1, 3).astype(np.float64)

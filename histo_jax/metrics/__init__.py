@@ -2,6 +2,6 @@
 
 from histo_jax.metrics.calibration import Calibration
 from histo_jax.metrics.intervals import difference, with_intervals
-from histo_jax.metrics.scores import binary_scores
+from histo_jax.metrics.scores import binary_scores, operating_points
 
-__all__ = ["Calibration", "binary_scores", "difference", "with_intervals"]
+__all__ = ["Calibration", "binary_scores", "difference", "operating_points", "with_intervals"]

@@ -18,12 +18,16 @@ def _resamples(groups: Groups | None, examples: int, seed: int) -> Iterator[Weig
     """Yields weights of the examples, in parts: how often each one's group was drawn.
 
     Groups are drawn with replacement, as many as there are (Field & Welsh, "Bootstrapping clustered
-    data", 2007, the cluster bootstrap); without groups, examples are.
+    data", 2007, the cluster bootstrap); without groups, examples are. One group alone says nothing
+    of how groups differ: nothing is drawn.
     """
     rng = np.random.default_rng(seed)
     members = np.unique(groups, return_inverse=True)[1] if groups is not None else None
     count = examples if members is None else int(members.max()) + 1
     part = max(1, _AT_ONCE // examples)
+    if count == 1:
+        yield np.zeros((1, examples))
+        return
     for first in range(0, RESAMPLES, part):
         rows = min(part, RESAMPLES - first)
         drawn = rng.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
@@ -49,12 +53,21 @@ def with_intervals(
         labels: 0 or 1.
         groups: the slide of each example; None draws examples.
         seed: of the 2,000 resamples.
+
+    Returns:
+        The middle 95% of the resamples' scores; for `ece`, which chance only adds to, and once more
+        in each resample, the basic bootstrap's ends (Davison & Hinkley, "Bootstrap Methods", 1997,
+        5.2), but never below the score itself. nan where there is one group only.
     """
     parts = [
         weighted_scores(logits, labels, weights)
         for weights in _resamples(groups, len(logits), seed)
     ]
-    return {name: _interval(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+    ends = {name: _interval(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+    ece = float(weighted_scores(logits, labels, np.ones((1, len(logits))))["ece"][0])
+    low, high = ends["ece"]
+    ends["ece"] = [np.maximum(0.0, 2 * ece - high), np.maximum(ece, 2 * ece - low)]
+    return ends
 
 
 def difference(

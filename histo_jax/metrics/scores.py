@@ -7,7 +7,8 @@ from jaxtyping import Float, Shaped
 from scipy.special import expit
 
 _BINS = 15  # of equal width, as in Guo et al., "On Calibration of Modern Neural Networks", 2017
-_LEVEL = 0.95
+# Rounding must not exclude the threshold that meets the level of 95% exactly.
+_FEW, _MOST = 0.05 + 1e-9, 0.95 - 1e-9
 
 Values = Float[np.ndarray, " examples"]
 Weights = Float[np.ndarray, "weightings examples"]
@@ -34,13 +35,38 @@ def _ranking_scores(ranked: _Ranked) -> dict[str, np.ndarray]:
     false_alarms = negatives / negatives[:, -1:]
     precision = positives[:, 1:] / np.maximum(positives[:, 1:] + negatives[:, 1:], 1e-300)
     middle = (sensitivity[:, 1:] + sensitivity[:, :-1]) / 2
-    # Rounding must not exclude the threshold that meets the level exactly.
-    few, most = 1 - _LEVEL + 1e-9, _LEVEL - 1e-9
+    reached = np.where(false_alarms <= _FEW, sensitivity, 0).max(1)
+    spared = np.where(sensitivity >= _MOST, 1 - false_alarms, 0).max(1)
+    # A comparison with what is not a number is false, and would pass for a score of 0.
+    has_both = (positives[:, -1] > 0) & (negatives[:, -1] > 0)
     return {
         "auc": (np.diff(false_alarms) * middle).sum(1),
         "average_precision": (np.diff(sensitivity) * precision).sum(1),
-        "sensitivity_at_95_specificity": np.where(false_alarms <= few, sensitivity, 0).max(1),
-        "specificity_at_95_sensitivity": np.where(sensitivity >= most, 1 - false_alarms, 0).max(1),
+        "sensitivity_at_95_specificity": np.where(has_both, reached, np.nan),
+        "specificity_at_95_sensitivity": np.where(has_both, spared, np.nan),
+    }
+
+
+def operating_points(logits: Values, labels: Values) -> dict[str, float]:
+    """Returns the probabilities from which on to call a patch positive for the two 95% scores.
+
+    Args:
+        logits: calibrated.
+        labels: 0 or 1, both of which occur.
+
+    Returns:
+        `probability_at_95_specificity` and `probability_at_95_sensitivity`; nan where only calling
+        nothing positive reaches the level.
+    """
+    logits = logits.astype(np.float64)
+    positives, negatives = (v[0] for v in _rank(logits, labels, np.ones((1, len(logits)))))
+    sensitivity, false_alarms = positives / positives[-1], negatives / negatives[-1]
+    # The first entry is that of calling none.
+    called_from = np.append(np.nan, expit(np.unique(logits)[::-1]))
+    best = np.where(false_alarms <= _FEW, sensitivity, -1).argmax()
+    return {
+        "probability_at_95_specificity": float(called_from[best]),
+        "probability_at_95_sensitivity": float(called_from[(sensitivity >= _MOST).argmax()]),
     }
 
 

@@ -1,5 +1,6 @@
 """Pictures of where the network looked, for chosen patches."""
 
+import io
 import logging
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import pandas as pd
 from jax.sharding import SingleDeviceSharding
 from PIL import Image, ImageDraw
 
-from histo_jax import members, predictions
+from histo_jax import files, members, predictions
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, names, validate
 from histo_jax.data import splits
@@ -36,12 +37,12 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         workdir: folder of a run that `fit` has trained; with `predict.checkpoints` any.
 
     Returns:
-        `id`, `slide`, `label` (-1: not known) and calibrated `probability` of each; also written to
-        `explain/patches.csv`.
+        `id`, `slide`, `label` (-1: not known) and calibrated `probability` of each, as evaluated,
+        or for given ids of one pass, without `predict.tta`; also written to `explain/patches.csv`.
 
     Raises:
         ExpectedError: an id is in no split, or there is no checkpoint; without ids, nothing was
-            evaluated.
+            evaluated, or another checkpoint.
         OSError: a file cannot be written.
     """
     validate(config)
@@ -52,23 +53,25 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         trained = members.restore(config, folder, SingleDeviceSharding(jax.local_devices()[0]))
         prepared = prepare(config)
         if config.explain.ids:
-            chosen = _find(prepared, names(config.explain.ids))
+            found = [
+                patch
+                for split, rows in _find(prepared, names(config.explain.ids)).items()
+                for patch in patches.gather(prepared, split, rows, trained)
+            ]
         else:
-            table = predictions.read(folder, config.evaluate.split)
+            split = config.evaluate.split
+            table = predictions.read(folder, split)
+            members.check_evaluated(trained, predictions.read_scores(folder, split), split)
             sides = splits.make_sides(prepared.tables, config)
-            side = predictions.side(prepared, sides, config.evaluate.split, table)
-            places = np.concatenate(list(patches.galleries(table, config.seed).values()))
-            chosen = {side.records: side.rows[pd.unique(places)]}
-        found = [
-            patch
-            for split, rows in chosen.items()
-            for patch in patches.gather(prepared, split, rows, trained)
-        ]
+            side = predictions.side(prepared, sides, split, table)
+            chosen = pd.unique(np.concatenate(list(patches.galleries(table, config.seed).values())))
+            logits = table["logit"].to_numpy()[chosen]
+            found = patches.gather(prepared, side.records, side.rows[chosen], trained, logits)
         table = pd.DataFrame([patch[:4] for patch in found], columns=patches.Patch._fields[:4])
         if workdirs.is_writer():
             (folder / "explain").mkdir(parents=True, exist_ok=True)
             for patch in found:
-                _draw(patch).save(folder / "explain" / f"{patch.id}.png")
+                files.write_bytes(folder / "explain" / f"{patch.id}.png", _draw(patch))
         workdirs.write_text(folder / "explain" / "patches.csv", table.to_csv(index=False))
     log.info("%d patches in %s", len(table), folder / "explain")
     return table
@@ -90,7 +93,8 @@ def _find(prepared: Prepared, wanted: list[str]) -> dict[str, np.ndarray]:
     return {split: places for split, places in rows.items() if len(places)}
 
 
-def _draw(patch: patches.Patch) -> Image.Image:
+def _draw(patch: patches.Patch) -> bytes:
+    """Returns the patch and what spoke for tumour side by side, as PNG."""
     assert patch.saliency is not None
     side = patch.image.shape[0] * _ENLARGED
     sheet = Image.new("RGB", (2 * side + _ENLARGED, side), "white")
@@ -99,5 +103,10 @@ def _draw(patch: patches.Patch) -> Image.Image:
         enlarged = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left, 0))
         third = side // 3
-        pen.rectangle((left + third, third, left + 2 * third, 2 * third), outline="white")
-    return sheet
+        # Black around white, to be seen on glass and on nuclei; to its end the last pixel counts.
+        for around, color in ((1, "black"), (0, "white")):
+            start, end = third - around, 2 * third - 1 + around
+            pen.rectangle((left + start, start, left + end, end), outline=color)
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    return file.getvalue()

@@ -18,7 +18,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 NEGATIVE, POSITIVE, LINE = "#0072B2", "#D55E00", "#222222"
 _BINS = 15  # those of the calibration error
 _STYLE: Any = {
-    # Text stays text: smaller, and it can be found and read aloud.
+    # Text stays text: smaller, and it can be found.
     "svg.fonttype": "none",
     # The same numbers give the same bytes.
     "svg.hashsalt": "histo_jax",
@@ -45,15 +45,17 @@ def _axes() -> Iterator[tuple[Axes, list[str]]]:
         done.append(text.getvalue().partition("<svg")[2].join(("<svg", "")))
 
 
-def learning_curves(history: pd.DataFrame) -> str:
-    """Returns the losses of training and validation over the epochs, the best marked."""
+def learning_curves(history: pd.DataFrame, used: pd.DataFrame) -> str:
+    """Returns the losses of training and validation over the epochs, those of `used` marked."""
     with _axes() as (axes, done):
-        epochs = history["epoch"].to_numpy()
-        axes.plot(epochs, history["train_loss"], "--", color=NEGATIVE, label="training")
-        axes.plot(epochs, history["validation_loss"], "-", color=POSITIVE, label="validation")
-        best = int(history["validation_loss"].argmin())
-        lowest = history["validation_loss"].to_numpy()[best]
-        axes.plot(epochs[best], lowest, "o", color=LINE, label="used")
+        for name, style, color in (("train", "--", NEGATIVE), ("validation", "-", POSITIVE)):
+            label = name.replace("train", "training")
+            # Points, for one epoch alone makes no line.
+            axes.plot(
+                history["epoch"], history[f"{name}_loss"], style, marker=".", color=color,
+                label=label,
+            )  # fmt: skip
+        axes.plot(used["epoch"], used["validation_loss"], "o", color=LINE, label="used")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="epoch", ylabel="loss, nats", ylim=(0, None))
         axes.legend()
@@ -79,12 +81,22 @@ def roc(logits: np.ndarray, labels: np.ndarray, scores: dict[str, Any]) -> str:
     return done[0]
 
 
-def precision_recall(logits: np.ndarray, labels: np.ndarray) -> str:
-    """Returns the precision-recall curve, and the precision of guessing."""
-    precision, recall, _ = precision_recall_curve(labels, logits)
+def precision_recall(probabilities: np.ndarray, labels: np.ndarray, scores: dict[str, Any]) -> str:
+    """Returns the precision-recall curve with the operating points, and guessing's precision."""
+    precision, recall, _ = precision_recall_curve(labels, probabilities)
     with _axes() as (axes, done):
         axes.plot(*_thinned(recall, precision), color=LINE)
         axes.axhline(labels.mean(), linestyle=":", color="grey", linewidth=1)
+        for name, marker, color in (("specificity", "o", NEGATIVE), ("sensitivity", "s", POSITIVE)):
+            least = scores.get(f"probability_at_95_{name}")
+            if least is not None:
+                # A little less, for what reading text may have lost.
+                called = probabilities >= least - 1e-12
+                axes.plot(
+                    called[labels == 1].mean(), labels[called].mean(), marker, color=color,
+                    label=f"95% {name}",
+                )  # fmt: skip
+        axes.legend(loc="lower left")
         axes.set(xlabel="recall (sensitivity)", ylabel="precision", ylim=(0, 1.02), aspect="equal")
     return done[0]
 

@@ -2,13 +2,11 @@
 
 import base64
 import dataclasses
-import importlib.metadata
 import io
 import itertools
 import json
 import logging
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from histo_jax import members, predictions
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import splits
+from histo_jax.data.audit import has_leak
 from histo_jax.data.audit import table as audit_table
 from histo_jax.data.builder import prepare
 from histo_jax.errors import ExpectedError
@@ -36,7 +35,8 @@ from histo_jax.training import runtime
 
 log = logging.getLogger("histo_jax")
 
-_VERSIONS = ("histo_jax", "jax", "flax", "optax", "numpy")
+# Of the slider, from 0 to 100%.
+_POSITIONS = 1000
 # What the table of scores shows, in this order.
 _SCORES = {
     "auc": "AUC",
@@ -54,14 +54,14 @@ _OF_EVALUATION = ("evaluate.", "predict.")
 def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     """Writes `report.html`, one page without any other file, and its figures into `report/`.
 
-    Shows what `evaluate` has last written for `config.evaluate.split`, and where the networks that
-    it judged looked.
+    Shows what `evaluate` has last written for `config.evaluate.split`, and what spoke for tumour
+    to the networks that it judged.
 
     Returns:
         The page.
 
     Raises:
-        ExpectedError: nothing was evaluated there.
+        ExpectedError: nothing was evaluated there, or another checkpoint than would be used now.
         OSError: a file cannot be written.
     """
     validate(config)
@@ -70,12 +70,13 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     workdirs.check(folder, config)
     split = config.evaluate.split
     table = predictions.read(folder, split)
-    scores = json.loads((folder / f"evaluation_{split}.json").read_text(encoding="utf-8"))
+    scores = predictions.read_scores(folder, split)
     with workdirs.tracked(folder, "report"):
         prepared = prepare(config)
         sides = splits.make_sides(prepared.tables, config)
         side = predictions.side(prepared, sides, split, table)
         trained = _judged(config, folder, scores)
+        members.check_evaluated(trained, scores, split)
         chosen = patches.galleries(table, config.seed)
         # All at once: the networks are compiled for them only one time.
         rows = np.concatenate(list(chosen.values()))
@@ -84,24 +85,35 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
         galleries = {
             title: list(itertools.islice(found, len(places))) for title, places in chosen.items()
         }
-        history = folder / "history.csv"
+        # Several runs have no history in common.
+        history = None if "members" in scores else folder / "history.csv"
         audited = _read(folder / "audit.json")
-        # Those of training are as `fit` has saved them; those of evaluation are this command's.
+        # Those of training are as `fit` has saved them; those of evaluation as it was done.
         settings = workdirs.plain(config)
         saved = _read(folder / "config.json") or settings
         settings |= {k: v for k, v in saved.items() if not k.startswith(_OF_EVALUATION)}
+        settings["predict.tta"] = scores.get("tta", False)
+        settings["predict.checkpoints"] = _runs(scores)
+        seen = prepared.tables[sides.train.records].iloc[sides.train.rows]
         text, drawn = render(
             workdir=folder.absolute().name,
             source=config.data.source,
             split=split,
             scores=scores,
-            history=pd.read_csv(history) if history.exists() else None,
+            history=pd.read_csv(history) if history and history.exists() else None,
             table=table,
             galleries=galleries,
             settings=settings,
             records=f"{prepared.directory.parent.name} {prepared.directory.name}",
             fingerprint=splits.fingerprint(prepared.tables, sides, config)[:16],
+            trained_on={
+                "patches": len(seen),
+                "slides": seen["slide"][seen["slide"] != ""].nunique(),
+            },
+            parameters=[_count_parameters(member) for member in trained],
+            trained_with=workdirs.status(folder).get("trained_with"),
             audit=audit_table(audited) if audited else None,
+            leak=bool(audited and has_leak(audited)),
         )
         if workdirs.is_writer():
             (folder / "report").mkdir(exist_ok=True)
@@ -112,10 +124,13 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     return folder / "report.html"
 
 
+def _runs(scores: dict[str, Any]) -> str:
+    return ",".join(member["run"] for member in scores.get("members", []))
+
+
 def _judged(config: Config, folder: Path, scores: dict[str, Any]) -> list[Member]:
     """The networks that these scores are of; none where they are gone."""
-    runs = ",".join(member["run"] for member in scores.get("members", []))
-    predict = dataclasses.replace(config.predict, checkpoints=runs)
+    predict = dataclasses.replace(config.predict, checkpoints=_runs(scores))
     place = SingleDeviceSharding(jax.local_devices()[0])
     try:
         return members.restore(dataclasses.replace(config, predict=predict), folder, place)
@@ -124,11 +139,16 @@ def _judged(config: Config, folder: Path, scores: dict[str, Any]) -> list[Member
         return []
 
 
+def _count_parameters(member: Member) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(member.weights.params))
+
+
 def render(
     *,
     scores: dict[str, Any],
     history: pd.DataFrame | None,
     table: pd.DataFrame,
+    galleries: dict[str, list[patches.Patch]],
     settings: dict[str, Any],
     **facts: Any,
 ) -> tuple[str, dict[str, str]]:
@@ -138,6 +158,7 @@ def render(
         scores: what `evaluate` has returned.
         history: what `fit` has returned; None = not known.
         table: what `predictions.read` returns.
+        galleries: patches by title.
         settings: by dotted name, as JSON gives them.
         facts: the other words of `page.html`.
     """
@@ -145,19 +166,32 @@ def render(
     probabilities = expit(logits)
     drawn = {
         "roc": figures.roc(logits, labels, scores),
-        "precision_recall": figures.precision_recall(logits, labels),
+        "precision_recall": figures.precision_recall(probabilities, labels, scores),
         "calibration": figures.calibration(probabilities, labels),
         "histogram": figures.histogram(probabilities, labels),
     }
-    if history is not None and len(history):
-        drawn["learning_curves"] = figures.learning_curves(history)
+    said = {
+        "low": float((probabilities[labels == 0] < 0.1).mean()),
+        "high": float((probabilities[labels == 1] >= 0.9).mean()),
+    }
+    epochs: list[Any] = [] if history is None else list(history.itertuples(index=False))
+    if history is not None and epochs:
+        used = history[history["step"] == scores.get("checkpoint_step")]
+        drawn["learning_curves"] = figures.learning_curves(history, used)
     text = _template().render(
         scores=scores,
         score_names=_SCORES,
         figures=drawn,
+        epochs=epochs,
+        used=next((row for row in epochs if row.step == scores.get("checkpoint_step")), None),
+        said=said,
+        galleries=galleries,
+        is_explained=any(p.saliency is not None for shown in galleries.values() for p in shown),
+        wrong=int(patches.is_wrong(logits, labels).sum()),
         slides=_slides(table, probabilities),
         counts=_counts(probabilities, labels),
-        versions=_versions(),
+        positions=_positions(scores),
+        versions=runtime.versions(),
         settings=settings,
         changed=_changed(settings),
         **facts,
@@ -174,6 +208,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters["data_url"] = _data_url
+    environment.filters["commas"] = "{:,}".format
     return environment.get_template("page.html")
 
 
@@ -192,11 +227,6 @@ def _changed(settings: dict[str, Any]) -> dict[str, Any]:
         for name, value in settings.items()
         if name not in default or (value != default[name] and not name.endswith("_dir"))
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in _VERSIONS}
-    return {"python": platform.python_version(), **found}
 
 
 def _slides(table: pd.DataFrame, probabilities: np.ndarray) -> list[dict[str, Any]]:
@@ -222,17 +252,27 @@ def _slides(table: pd.DataFrame, probabilities: np.ndarray) -> list[dict[str, An
 
 
 def _counts(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[int]]:
-    """How many patches of each class are called tumour at each threshold of 0 to 100 percent."""
-    thresholds = np.arange(101) / 100
+    """How many patches of each class are called tumour from each tenth of a percent on."""
     return {
-        name: [int((chosen >= threshold).sum()) for threshold in thresholds]
+        name: [int((chosen >= position / _POSITIONS).sum()) for position in range(_POSITIONS + 1)]
         for name, chosen in (
             ("positives", probabilities[labels == 1]), ("negatives", probabilities[labels == 0]),
         )
     }  # fmt: skip
 
 
+def _positions(scores: dict[str, Any]) -> dict[str, int]:
+    """Where the slider stands for each operating point, rounded so that its 95% hold."""
+    rounded = {"specificity": np.ceil, "sensitivity": np.floor}
+    at = {name: scores.get(f"probability_at_95_{name}") for name in rounded}
+    return {
+        f"95% {name}": int(rounded[name](_POSITIONS * probability))
+        for name, probability in at.items()
+        if probability is not None
+    }
+
+
 def _data_url(image: np.ndarray) -> str:
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=88)
+    Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

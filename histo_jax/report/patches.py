@@ -48,12 +48,18 @@ class Patch(NamedTuple):
 def galleries(table: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
     """Returns which rows of `predictions.read` are worth a look, by the gallery's title."""
     logits = table["logit"].to_numpy()
-    loss = per_patch_loss(logits, table["label"].to_numpy())
+    labels = table["label"].to_numpy()
+    by_loss = np.argsort(-per_patch_loss(logits, labels), kind="stable")
     return {
-        "Most wrong": np.argsort(-loss, kind="stable")[:_SHOWN],
+        "Most wrong": by_loss[is_wrong(logits, labels)[by_loss]][:_SHOWN],
         "Least sure": np.argsort(np.abs(logits), kind="stable")[:_SHOWN],
         "At random": np.random.default_rng(seed).permutation(len(table))[:_SHOWN],
     }
+
+
+def is_wrong(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Returns which patches are called otherwise than labelled at probability 0.5."""
+    return (logits > 0) != (labels == 1)
 
 
 def gather(
@@ -109,7 +115,10 @@ def look(
 
 
 def _colour(image: Pixels, adds: Float32[np.ndarray, "height width"]) -> Pixels:
-    """Colours by squares, with soft edges: single pixels would be noise to the eye."""
+    """Colours by squares, with soft edges: single pixels would be noise to the eye.
+
+    The strongest squares of each patch have full colour, however little they add.
+    """
     height, width = (side // _SQUARE for side in adds.shape)
     squares = adds.reshape(height, _SQUARE, width, _SQUARE).sum((1, 3))
     # The strongest few alone would leave the rest dark.

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32, UInt8
 from tqdm import tqdm
 
-from histo_jax import preemption
+from histo_jax import preemption, progress
 from histo_jax.data import loader
 from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.data.loader import Batch, Records
@@ -117,8 +117,7 @@ def place(wanted: str, sides: Sequence[Records], batched: NamedSharding) -> list
     if placement == "disk":
         return [on_disk(side, batched) for side in sides]
     load = _on_devices if placement == "device" else _in_memory
-    # disable=None: no bar where nobody watches.
-    with tqdm(total=count, desc="loading", unit=" img", disable=None) as bar:
+    with progress.bar(total=count, desc="loading", unit=" img") as bar:
         return [load(side, batched, bar) for side in sides]
 
 

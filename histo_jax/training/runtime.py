@@ -1,7 +1,9 @@
 """How the process is set up before its first step: what was compiled, and freed memory, is kept."""
 
 import ctypes
+import importlib.metadata
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -10,8 +12,19 @@ import jax
 from histo_jax.training import hosts
 
 _CACHE_BYTES = 2**30
+_PACKAGES = ("histo_jax", "jax", "flax", "optax", "numpy")
 # Names of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+
+
+def versions() -> dict[str, str]:
+    """Returns what computes here: Python, the packages that results depend on, the devices."""
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "devices": f"{len(devices)} {devices[0].device_kind}",
+    }
 
 
 def set_up() -> None:

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from histo_jax.metrics import difference, intervals, with_intervals
+from histo_jax.metrics import binary_scores, difference, intervals, with_intervals
+from histo_jax.metrics.scores import weighted_scores
 
 
 def draw(slides, patches, seed):
@@ -43,6 +45,33 @@ def test_slides_widen_the_interval_that_patches_would_give():
     again = with_intervals(logits, labels, groups)
     assert again == by_slide
     assert with_intervals(logits, labels, groups, seed=1) != by_slide
+
+
+def test_one_slide_says_nothing_of_how_slides_differ():
+    logits, labels, _ = draw(30, 50, 0)
+    one = np.zeros(len(labels))
+    assert np.isnan(list(with_intervals(logits, labels, one).values())).all()
+    for values in difference((logits, logits + 0.5 * labels), labels, one).values():
+        assert np.isnan([*values["interval"], values["p"]]).all()
+
+
+@pytest.mark.parametrize(("scale", "few"), [(1.0, 0), (2.5, 0.05)])
+def test_the_interval_of_the_calibration_error_does_not_add_chance_twice(scale, few, monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 300)
+    rng = np.random.default_rng(4)
+    logits = rng.normal(0, 2.5, 500)
+    labels = (rng.random(500) < expit(logits)).astype(np.float64)
+    error = binary_scores(scale * logits, labels)["ece"]
+    low, high = with_intervals(scale * logits, labels, None)["ece"]
+    drawn = [
+        weighted_scores(scale * logits, labels, weights)["ece"]
+        for weights in intervals._resamples(None, 500, 0)
+    ]
+    ends = np.quantile(np.concatenate(drawn), [0.975, 0.025])
+    # Resamples alone would put the error of a calibrated network outside.
+    assert (ends[1] > error) == (scale == 1)
+    assert few <= low <= error <= high
+    assert (low, high) == pytest.approx(np.maximum(2 * error - ends, [0, error]))
 
 
 def test_a_resample_is_whole_slides(monkeypatch):

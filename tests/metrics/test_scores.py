@@ -12,7 +12,7 @@ from sklearn.metrics import (
     roc_curve,
 )
 
-from histo_jax.metrics import binary_scores
+from histo_jax.metrics import binary_scores, operating_points
 from histo_jax.metrics.scores import weighted_scores
 
 
@@ -45,6 +45,32 @@ def test_equals_scikit_learn_for_any_weights(ties):
             assert scores[name][row] == pytest.approx(value, rel=1e-9), name
     assert binary_scores(logits, labels)["auc"] == pytest.approx(scores["auc"][0])
     assert binary_scores(logits, labels)["count"] == 500
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_operating_points_reach_what_the_scores_say(ties):
+    logits, labels = draw(500, ties=ties)
+    scores, points = binary_scores(logits, labels), operating_points(logits, labels)
+    probabilities = expit(logits.astype(np.float64))
+    called = probabilities >= points["probability_at_95_specificity"]
+    assert called[labels == 0].mean() <= 0.05
+    assert called[labels == 1].mean() == pytest.approx(scores["sensitivity_at_95_specificity"])
+    called = probabilities >= points["probability_at_95_sensitivity"]
+    assert called[labels == 1].mean() >= 0.95
+    assert (~called)[labels == 0].mean() == pytest.approx(scores["specificity_at_95_sensitivity"])
+
+
+def test_no_operating_point_where_only_calling_none_reaches_the_level():
+    points = operating_points(np.array([3.0, 2.0, 1.0]), np.array([0.0, 1.0, 1.0]))
+    assert math.isnan(points["probability_at_95_specificity"])
+    assert points["probability_at_95_sensitivity"] == expit(1.0)
+
+
+def test_scores_of_thresholds_are_unknown_without_one_of_the_classes():
+    weights = np.array([[1.0, 0, 0], [0, 1, 1], [0, 0, 0]])
+    found = weighted_scores(np.array([1.0, 2, 3]), np.array([0.0, 1, 1]), weights)
+    for name in ("auc", "sensitivity_at_95_specificity", "specificity_at_95_sensitivity"):
+        assert np.isnan(found[name]).all(), name
 
 
 def test_calibration_error_by_hand():

@@ -47,14 +47,21 @@ def facts():
         scores |= {
             "count": 40,
             "interval_over": "slides",
-            "resampled": 1,
+            "resampled": 30,
+            "prior": 0.5,
+            "tta": False,
             "honest": True,
             "note": "",
+            "checkpoint_step": 7,
+            "probability_at_95_specificity": 0.7312,
+            "probability_at_95_sensitivity": 0.2718,
         }
         return {
             "workdir": "w", "source": "kaggle", "split": "validation", "scores": scores,
             "history": None, "table": table, "galleries": {"Most wrong": [patch]},
             "settings": {"seed": 0}, "records": "r", "fingerprint": "f", "audit": None,
+            "leak": False, "trained_on": {"patches": 4000, "slides": 9}, "parameters": [5000],
+            "trained_with": None,
         } | changes  # fmt: skip
 
     return make

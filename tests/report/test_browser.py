@@ -11,12 +11,17 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
+from histo_jax import predictions
+from histo_jax.report.page import render
+
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 
 @pytest.fixture(scope="module")
 def chromium():
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if path is None:
         message = "needs Chromium on the PATH, as `apt install chromium` brings it"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
@@ -53,17 +58,30 @@ def test_the_slider_changes_the_table(page):
     slider.focus()
     before = page.locator("#tp").inner_text()
     page.keyboard.press("Home")
-    assert page.locator("#percent").inner_text() == "0%"
+    assert page.locator("#percent").inner_text() == "0.0%" == slider.get_attribute("aria-valuetext")
     cells = {name: int(page.locator(f"#{name}").inner_text()) for name in ("tp", "fn", "fp", "tn")}
     positives, negatives = counts["positives"][0], counts["negatives"][0]
     assert cells == {"tp": positives, "fn": 0, "fp": negatives, "tn": 0}
     assert page.locator("#sensitivity").inner_text() == "100.0%"
+    precision = 100 * positives / (positives + negatives)
+    assert page.locator("#precision").inner_text() == f"{precision:.1f}%"
     page.keyboard.press("End")
-    assert page.locator("#tp").inner_text() == str(counts["positives"][100]) != before
+    assert page.locator("#tp").inner_text() == str(counts["positives"][1000]) != before
     for _ in range(37):
         page.keyboard.press("ArrowLeft")
-    assert page.locator("#percent").inner_text() == "63%"
-    assert page.locator("#tn").inner_text() == str(negatives - counts["negatives"][63])
+    assert page.locator("#percent").inner_text() == "96.3%"
+    assert page.locator("#tn").inner_text() == str(negatives - counts["negatives"][963])
+
+
+def test_the_buttons_go_to_the_operating_points(page, run):
+    scores = json.loads((run / "evaluation_validation.json").read_text())
+    for name, other in (("specificity", "sensitivity"), ("sensitivity", "specificity")):
+        page.get_by_role("button", name=f"95% {name}").click()
+        assert float(page.locator(f"#{name}").inner_text().rstrip("%")) >= 95
+        # To a tenth of a percent of probability, and so of a few patches.
+        shown = float(page.locator(f"#{other}").inner_text().rstrip("%")) / 100
+        assert shown <= scores[f"{other}_at_95_{name}"] + 5e-4
+        assert shown == pytest.approx(scores[f"{other}_at_95_{name}"], abs=0.1)
 
 
 def opacity(patch):
@@ -90,6 +108,24 @@ def test_pointing_and_the_keyboard_show_where_the_network_looked(page):
     assert pictures[0][1] != pictures[1][1]
 
 
+def test_a_patch_is_enlarged_by_the_keyboard_and_closed_again(page, run):
+    table = predictions.read(run, "validation")
+    patch = page.locator("button.patch").first
+    patch.focus()
+    page.keyboard.press("Enter")
+    dialog = page.get_by_role("dialog")
+    said = dialog.inner_text()
+    assert any(f"; {name}, " in said for name in table["id"])
+    pictures = dialog.locator("img")
+    assert [picture.is_visible() for picture in pictures.all()] == [True, True]
+    assert pictures.first.bounding_box()["width"] > 200
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    assert Axe().run(page).response["violations"] == []
+    page.keyboard.press("Escape")
+    assert dialog.is_hidden()
+    assert patch.evaluate("patch => patch === document.activeElement")
+
+
 def test_it_passes_the_rules_of_accessibility(page):
     for summary in page.locator("summary").all():
         summary.click()
@@ -103,6 +139,29 @@ def test_it_prints_whole(page, run):
     assert page.locator("input[type=range]").is_hidden()
     assert page.locator("#confusion").is_visible()
     assert page.locator("figure").count() == 5
+
+
+def test_the_audit_is_printed(chromium, facts, tmp_path):
+    path = tmp_path / "audited.html"
+    path.write_text(render(**facts(audit="found of the audit"))[0])
+    page = chromium.new_page()
+    page.goto(path.as_uri())
+    page.emulate_media(media="print")
+    assert page.get_by_text("found of the audit").is_hidden()
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert page.get_by_text("found of the audit").is_visible()
+    assert page.get_by_text("All settings").is_hidden()
+    page.close()
+
+
+def test_without_scripts_nothing_is_missing(chromium, run):
+    page = chromium.new_context(java_script_enabled=False).new_page()
+    page.goto((run / "report.html").as_uri())
+    table = predictions.read(run, "validation")
+    sensitivity = (table["logit"][table["label"] == 1] >= 0).mean()
+    assert page.locator("#sensitivity").inner_text() == f"{100 * sensitivity:.1f}%"
+    assert page.locator("#specificity").inner_text().endswith("%")
+    page.close()
 
 
 def test_html_in_ids_slides_and_settings_is_shown_as_text(chromium, evil_page, tmp_path):

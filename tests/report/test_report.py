@@ -1,20 +1,26 @@
 """The page says what the files say, and nothing in them can break it."""
 
+import contextlib
 import copy
 import html.parser
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.special import expit
-from sklearn.metrics import precision_recall_curve, roc_curve
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import log_loss, precision_recall_curve, roc_auc_score, roc_curve
 
+import histo_jax
 from histo_jax import predictions
 from histo_jax.data.builder import prepare
 from histo_jax.errors import ExpectedError
+from histo_jax.metrics import binary_scores, operating_points
 from histo_jax.report import explain, figures, page, patches, report
 
 
@@ -23,12 +29,17 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.texts, self.open, self.links, self.tags = [], [], [], []
+        self.texts, self.open, self.links, self.tags, self.rows = [], [], [], [], []
         self.feed(text)
+        self.rows = [[" ".join(" ".join(cell).split()) for cell in row] for row in self.rows]
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
         self.links += [v for k, v in attributes if k in ("src", "href", "xlink:href")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append([])
         if tag not in ("meta", "img", "input", "br", "link", "path", "use", "rect"):
             self.open.append(tag)
 
@@ -42,23 +53,63 @@ class Page(html.parser.HTMLParser):
 
     def handle_data(self, data):
         self.texts.append(data)
+        if not {"th", "td"}.isdisjoint(self.open):
+            self.rows[-1][-1].append(data)
 
 
 def text_of(run):
     return (run / "report.html").read_text()
 
 
+def words_of(text):
+    return " ".join(" ".join(Page(text).texts).split())
+
+
 def test_the_answer_comes_first_and_every_score_is_that_of_the_evaluation(run):
     scores = json.loads((run / "evaluation_validation.json").read_text())
-    found = Page(text_of(run))
-    words = " ".join(" ".join(found.texts).split())
-    before, _, after = words.partition("Scores")
+    before = words_of(text_of(run)).partition("Scores")[0]
     assert f"AUC {scores['auc']:.3f}" in before
-    assert f"{scores['auc_low']:.3f} to {scores['auc_high']:.3f}, over slides" in before
-    assert "Honest" in before
-    for name in page._SCORES:
-        assert f"{scores[name]:.4f}" in after, name
-        assert f"{scores[f'{name}_low']:.4f} to {scores[f'{name}_high']:.4f}" in after, name
+    assert f"{scores['auc_low']:.3f} to {scores['auc_high']:.3f}, resampling whole slides" in before
+    assert "few: the truth may lie farther off" in before
+    assert "Honest: no slide of these patches was trained on." in before
+    assert f"{scores['prior']:.0%} of them with tumour" in before
+    rows = {row[0]: row[1:] for row in Page(text_of(run)).rows}
+    for name, title in page._SCORES.items():
+        for level in ("specificity", "sensitivity"):
+            if name.endswith(f"_at_95_{level}"):
+                title += f" from probability {scores[f'probability_at_95_{level}']:.3g} on"
+        interval = f"{scores[f'{name}_low']:.4f} to {scores[f'{name}_high']:.4f}"
+        assert rows[title] == [f"{scores[name]:.4f}", interval], name
+
+
+ANSWERS = {
+    "Honest if the data's own division is:": {"interval_over": "patches"},
+    "Optimistic: neighbours of one slide": {"honest": False},
+    "resampling patches, and so too narrow": {"interval_over": "patches"},
+    "No interval: patches of one slide": {"auc_low": None, "auc_high": None},
+    "The mean of 2 runs: a (AUC 0.612), b (AUC 0.712).": {
+        "members": [{"run": "a", "auc": 0.612}, {"run": "b", "auc": 0.712}]
+    },
+}
+
+
+@pytest.mark.parametrize("wanted", ANSWERS)
+def test_the_answer_says_what_is_known_and_what_not(facts, wanted):
+    made = facts()
+    usual = words_of(page.render(**made)[0])
+    made["scores"] |= ANSWERS[wanted]
+    said = words_of(page.render(**made)[0])
+    assert wanted in said
+    assert wanted not in usual
+    is_known = made["scores"]["honest"] and made["scores"]["interval_over"] == "slides"
+    assert ("Honest: no slide" in said) == is_known
+
+
+def test_a_leak_that_the_audit_found_stands_in_the_answer(facts):
+    for leak, wanted in ((True, "The audit found a leak"), (False, "The audit found no patch")):
+        said = words_of(page.render(**facts(audit="table", leak=leak))[0])
+        assert wanted in said.partition("Scores")[0]
+    assert "The audit found" not in words_of(page.render(**facts())[0])
 
 
 def test_one_file_without_network(run):
@@ -77,9 +128,10 @@ def test_one_file_without_network(run):
 def test_every_picture_has_a_text_and_every_control_a_label(run):
     found = Page(text_of(run))
     buttons = [attributes for tag, attributes in found.tags if tag == "button"]
-    assert len(buttons) == 36
+    assert sum(attributes.get("class") == "patch" for attributes in buttons) > 24
     assert all("alt" in attributes for tag, attributes in found.tags if tag == "img")
-    assert all("tumour, probability" in attributes["aria-label"] for attributes in buttons)
+    named = [a["aria-label"] for a in buttons if a.get("class") == "patch"]
+    assert all("tumour, probability said: 0." in label for label in named)
     labelled = [a["for"] for tag, a in found.tags if tag == "label"]
     assert all(a["id"] in labelled for tag, a in found.tags if tag == "input")
     assert all(a.get("aria-label") for tag, a in found.tags if tag == "figure")
@@ -89,21 +141,51 @@ def test_the_slider_has_the_counts_of_every_threshold(run):
     table = predictions.read(run, "validation")
     probabilities = expit(table["logit"])
     counts = json.loads(re.search(r"const counts = (.*);", text_of(run))[1])
-    for percent in (0, 17, 50, 100):
-        called = probabilities >= percent / 100
-        assert counts["positives"][percent] == (called & (table["label"] == 1)).sum()
-        assert counts["negatives"][percent] == (called & (table["label"] == 0)).sum()
+    for position in (0, 171, 500, 1000):
+        called = probabilities >= position / 1000
+        assert counts["positives"][position] == (called & (table["label"] == 1)).sum()
+        assert counts["negatives"][position] == (called & (table["label"] == 0)).sum()
 
 
 def test_galleries_show_the_most_wrong_and_the_least_sure(config, run):
     table = predictions.read(run, "validation")
     words = text_of(run)
     loss = np.logaddexp(0, np.where(table["label"] == 1, -1, 1) * table["logit"])
+    order = np.argsort(-loss, kind="stable")
+    wrong = (table["logit"] > 0) != (table["label"] == 1)
+    assert f"{wrong.sum()} of {len(table)} are called wrongly at 50%" in words
     gallery = words.partition("Most wrong")[2].partition("Least sure")[0]
-    wanted = table["id"][np.argsort(-loss, kind="stable")[: patches._SHOWN]]
-    assert re.findall(r'class="soft">(\w{12})', gallery) == [i[:12] for i in wanted]
-    slides = words.partition("Slide by slide")[2].partition("Patches")[0]
-    assert all(slide in slides for slide in table["slide"].unique())
+    wanted = table["id"][order][wrong[order]][: patches._SHOWN]
+    found = re.findall(r'<br>\s*<span class="soft">(\w{12})', gallery)
+    assert found == [i[:12] for i in wanted]
+
+
+def test_patches_that_are_called_rightly_are_not_among_the_wrong():
+    table = pd.DataFrame({"logit": [-3.0, 2, -1, 4], "label": [0, 0, 1, 1]})
+    assert patches.galleries(table, 0)["Most wrong"].tolist() == [1, 2]
+
+
+def test_a_network_that_is_never_wrong_has_a_page(facts):
+    text, _ = page.render(**facts(galleries={"Most wrong": []}))
+    assert "integrated gradients" not in text
+
+
+def test_each_slide_has_its_scores_and_the_worst_comes_first(run):
+    table = predictions.read(run, "validation")
+    rows = [row for row in Page(text_of(run)).rows if row[0] in set(table["slide"])]
+    losses = []
+    for row in rows:
+        own = table[table["slide"] == row[0]]
+        losses.append(log_loss(own["label"], expit(own["logit"]), labels=[0, 1]))
+        assert row[1:] == [
+            str(len(own)),
+            f"{own['label'].mean():.0%}",
+            f"{roc_auc_score(own['label'], own['logit']):.3f}",
+            f"{((own['logit'] > 0) == own['label']).mean():.3f}",
+            f"{losses[-1]:.3f}",
+        ]
+    assert len(rows) == table["slide"].nunique() > 1
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_the_audit_is_shown_or_said_to_be_missing(facts):
@@ -120,7 +202,7 @@ def test_without_the_checkpoint_the_page_comes_without_saliency(config, run, tmp
     report(config, tmp_path)
     words = (tmp_path / "report.html").read_text()
     assert "integrated gradients" not in words
-    assert "<button" not in words
+    assert 'class="patch"' not in words
     found = Page(words)
     assert all(attributes.get("alt") for tag, attributes in found.tags if tag == "img")
 
@@ -176,6 +258,126 @@ def test_thinning_a_curve_moves_it_nowhere_by_more_than_a_pixel(curve):
     assert distance.max() < 0.01
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """What the figures draw: their axes, instead of SVG."""
+    kept = []
+
+    @contextlib.contextmanager
+    def axes():
+        kept.append(Figure().add_subplot())
+        yield kept[-1], [""]
+
+    monkeypatch.setattr(figures, "_axes", axes)
+    return kept
+
+
+def lines(axes):
+    return {line.get_label(): line.get_xydata() for line in axes.lines}
+
+
+def test_curves_are_those_of_scikit_learn_and_points_those_of_the_evaluation(drawn):
+    rng = np.random.default_rng(0)
+    labels = (rng.random(300) < 0.4).astype(np.float64)
+    logits = labels + rng.normal(size=300)
+    probabilities = expit(logits)
+    scores = binary_scores(logits, labels) | operating_points(logits, labels)
+    figures.roc(logits, labels, scores)
+    figures.precision_recall(probabilities, labels, scores)
+    figures.calibration(probabilities, labels)
+    figures.histogram(probabilities, labels)
+    roc, recall, calibration, histogram = drawn
+
+    false_alarms, sensitivity, _ = roc_curve(labels, logits)
+    np.testing.assert_array_equal(
+        roc.lines[0].get_xydata(), np.stack([false_alarms, sensitivity], 1)
+    )
+    assert (roc.get_xlabel(), roc.get_ylabel()) == ("1 - specificity", "sensitivity")
+    for level in ("specificity", "sensitivity"):
+        called = probabilities >= scores[f"probability_at_95_{level}"]
+        reached = called[labels == 1].mean()
+        # Drawn at the level itself, which whole patches may only come near to.
+        point = lines(roc)[f"95% {level}"][0]
+        assert point.tolist() == pytest.approx([called[labels == 0].mean(), reached], abs=0.01)
+        point = lines(recall)[f"95% {level}"][0]
+        assert point.tolist() == pytest.approx([reached, labels[called].mean()])
+
+    precision, found, _ = precision_recall_curve(labels, probabilities)
+    np.testing.assert_array_equal(recall.lines[0].get_xydata(), np.stack([found, precision], 1))
+    assert recall.lines[1].get_ydata()[0] == labels.mean()
+    assert (recall.get_xlabel(), recall.get_ylabel()) == ("recall (sensitivity)", "precision")
+
+    true, said = calibration_curve(labels, probabilities, n_bins=15)
+    np.testing.assert_array_equal(calibration.lines[1].get_xydata(), np.stack([said, true], 1))
+    named = (calibration.get_xlabel(), calibration.get_ylabel())
+    assert named == ("probability said", "share with tumour")
+
+    for label, bars in enumerate(histogram.containers):
+        wanted, _ = np.histogram(probabilities[labels == label], np.linspace(0, 1, 31))
+        assert [bar.get_height() for bar in bars] == wanted.tolist()
+        assert bars[0].get_label() == ("without tumour", "with tumour")[label]
+
+
+def test_learning_curves_mark_the_epoch_that_was_scored(drawn):
+    history = pd.DataFrame(
+        {"epoch": [1, 2, 3], "step": [7, 14, 21], "train_loss": [0.7, 0.5, 0.3],
+         "validation_loss": [0.6, 0.4, 0.45]}
+    )  # fmt: skip
+    figures.learning_curves(history, history[history["step"] == 21])
+    curves = lines(drawn[0])
+    assert curves["training"].tolist() == [[1, 0.7], [2, 0.5], [3, 0.3]]
+    assert curves["validation"].tolist() == [[1, 0.6], [2, 0.4], [3, 0.45]]
+    assert curves["used"].tolist() == [[3, 0.45]]
+
+
+def test_orange_is_for_tumour_and_blue_against_it():
+    image = np.full((96, 96, 3), 200, np.uint8)
+    adds = np.ones((96, 96), np.float32)
+    adds[:, 48:] = -1
+    red, _, blue = patches._colour(image, adds).astype(int).transpose(2, 0, 1)
+    assert (red > blue + 100)[:, :40].all()
+    assert (blue > red + 50)[:, 56:].all()
+
+
+def test_the_settings_are_those_that_the_scores_were_made_with(config, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    averaged = copy.deepcopy(config)
+    averaged.predict.tta, averaged.evaluate.split = True, "test"
+    scores = histo_jax.evaluate(averaged, tmp_path / "run")
+    plain = copy.deepcopy(averaged)
+    plain.predict.tta = False
+    report(plain, tmp_path / "run")
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert ["predict.tta", "True"] in Page(text).rows
+    assert f"synthetic, test: {scores['count']} patches" in words_of(text)
+    # With the probabilities that were evaluated, not those of one pass.
+    said = explain(plain, tmp_path / "run").set_index("id")["probability"]
+    table = predictions.read(tmp_path / "run", "test").set_index("id")
+    np.testing.assert_allclose(said, expit(table["logit"][said.index]))
+
+
+def test_the_mean_of_several_runs_is_shown_as_theirs(config, run, tmp_path):
+    together = copy.deepcopy(config)
+    together.predict.checkpoints = f"{run},{run}"
+    histo_jax.evaluate(together, tmp_path / "together")
+    report(config, tmp_path / "together")
+    words = words_of((tmp_path / "together" / "report.html").read_text())
+    assert f"The mean of 2 runs: {run} (AUC" in words
+    assert f"predict.checkpoints {run},{run}" in words
+    assert "Learning curves" not in words
+    assert re.search(r"; ([\d,]+) \+ \1 parameters", words)
+
+
+@pytest.mark.parametrize("verb", [report, explain])
+def test_a_checkpoint_that_was_not_evaluated_is_refused(verb, config, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "evaluation_validation.json"
+    scores = json.loads(path.read_text())
+    path.write_text(json.dumps(scores | {"checkpoint_step": 3}))
+    with pytest.raises(ExpectedError, match=r"of step 3: run --mode=evaluate .*validation again"):
+        verb(config, tmp_path / "run")
+
+
 @pytest.fixture(scope="module")
 def explained(config, run):
     return explain(config, run)
@@ -201,7 +403,8 @@ def test_explain_shows_the_patch_and_beside_it_where_the_network_looked(config, 
     assert drawn.shape == (384, 2 * 384 + 4, 3)
     left, right = drawn[::4, :384:4], drawn[::4, 388::4]
     outside = np.ones((96, 96), bool)
-    outside[32:65, 32:65] = False
+    # The frame: a black pixel around it, of four that make one of the patch.
+    outside[31:65, 31:65] = False
     np.testing.assert_array_equal(left[outside], image[outside])
     assert (right != image).any()
 
