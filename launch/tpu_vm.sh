@@ -99,7 +99,7 @@ if [ $# -gt 0 ]; then options=$(printf ' %q' "$@"); fi
 status=0
 everywhere "cd histo_jax && .venv/bin/python -m histo_jax.main --multihost=tpu$options" || status=$?
 if [ "$fetch" ]; then
-  mkdir -p "$fetch"
+  run mkdir -p "$fetch"
   tpus tpu-vm scp --recurse "$name:histo_jax/runs" "$fetch" --worker=0
 fi
 exit "$status"
