@@ -122,8 +122,8 @@ else
   fi
   run pack "$scratch/histo_jax.tar.gz"
   tpus tpu-vm scp "$scratch/histo_jax.tar.gz" "$name:histo_jax.tar.gz" --worker=all
-  everywhere "mkdir -p histo_jax && flock histo_jax.tar.gz sh -c 'cd histo_jax && find . -mindepth 1 \
-    -maxdepth 1 ! -name runs ! -name .venv ! -name .run -exec rm -rf {} + && tar -xzf ../histo_jax.tar.gz'"
+  everywhere "mkdir -p histo_jax && cd histo_jax && find . -mindepth 1 -maxdepth 1 ! -name runs \
+    ! -name .venv ! -name .run -exec rm -rf {} + && tar -xzf ../histo_jax.tar.gz"
   everywhere "$worker setup $(printf '%q %q' "$bucket" "$records")"
   everywhere "$worker start $(date +%s)-$$$options"
 fi

@@ -97,10 +97,11 @@ if "networkEndpoints" in words[-1] or "networkEndpoints" in words[-2]:
 elif words[3:5] == ["tpu-vm", "ssh"]:
     tries = []
     for broken in range(1 + int(os.environ.get("BROKEN", "0"))):
-        time.sleep(0.1 * broken)
+        time.sleep(0.2 * broken)
         print("SSH: Attempting to connect to worker", file=sys.stderr)
         for home in homes if option("worker") == "all" else [homes[int(option("worker"))]]:
             environment = {**os.environ, "HOME": str(home), "PATH": f"{home}/bin:{folder}/vm"}
+            environment.pop("PYTHONUNBUFFERED", None)
             tries.append(subprocess.Popen(
                 ["bash", "-c", option("command")], cwd=home, env=environment, start_new_session=True
             ))
@@ -447,7 +448,7 @@ def tpu(door, repository):
     program(
         repository / "launch" / "install.sh",
         # Two at a time would break it.
-        'mkdir "$HOME/installing" || exit 3; echo "install.sh $*" >> "$HOME/calls"; sleep 0.2; '
+        'mkdir "$HOME/installing" || exit 3; echo "install.sh $*" >> "$HOME/calls"; sleep 0.5; '
         'mkdir -p .venv/bin runs; cp launch/what .venv/bin/python; rm -r "$HOME/installing"',
     )  # fmt: skip
     shutil.copy(LAUNCH / "tpu_worker.sh", repository / "launch")
