@@ -18,6 +18,7 @@ from histo_jax import files
 
 Finding = tuple[str, str]
 
+_DEV = Path("/dev")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets")
 
 
@@ -42,10 +43,17 @@ def _packages() -> Iterator[Finding]:
     yield "PASS", ", ".join(found)
 
 
+def _tpu() -> Path | None:
+    """Returns a chip's file, on a TPU VM; /dev/vfio/vfio alone is on other machines, too."""
+    chips = [*_DEV.glob("accel[0-9]*"), *_DEV.glob("vfio/[0-9]*")]
+    return min(chips) if chips else None
+
+
 def _driver() -> Iterator[Finding]:
     program = shutil.which("nvidia-smi")
     if program is None:
-        yield "PASS", "no NVIDIA driver, so no GPU is expected"
+        tpu = _tpu()
+        yield "PASS", f"TPU: {tpu}" if tpu else "no NVIDIA driver, so no GPU is expected"
         return
     query = [program, "--query-gpu=name,driver_version,memory.free", "--format=csv,noheader"]
     done = subprocess.run(query, capture_output=True, text=True, check=False)
@@ -71,15 +79,24 @@ def _devices() -> Iterator[Finding]:
     )
     if local[0].platform == "cpu" and shutil.which("nvidia-smi"):
         yield "FAIL", f"{there}, but there is an NVIDIA driver: run launch/install.sh cuda"
+    elif local[0].platform == "cpu" and _tpu():
+        yield "FAIL", f"{there}, but there is a TPU ({_tpu()}): run launch/install.sh tpu"
     elif local[0].platform == "cpu":
-        yield "WARN", f"{there}: training at full size wants a GPU or TPU"
+        yield (
+            "WARN",
+            f"{there}: training at full size wants a GPU or TPU; on a machine that has one, run "
+            "launch/install.sh cuda or tpu",
+        )
     else:
         yield "PASS", there
     free = memory.free_on_devices(local)
+    smaller = "lower --config.fit.batch_size and set --config.data.placement=host"
     if free is None:
-        yield "WARN", "the devices do not tell how much memory is free"
+        yield "WARN", f"the devices do not tell how much memory is free: if it gets full, {smaller}"
+    elif free > 2e9:
+        yield "PASS", f"{free / 1e9:.1f} GB free on each device"
     else:
-        yield "PASS" if free > 2e9 else "WARN", f"{free / 1e9:.1f} GB free on each device"
+        yield "WARN", f"{free / 1e9:.1f} GB free on each device: end other programs, or {smaller}"
 
 
 def _memory() -> Iterator[Finding]:
@@ -93,19 +110,26 @@ def _memory() -> Iterator[Finding]:
 
 def _folders() -> Iterator[Finding]:
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    for folder in (Path("~/tensorflow_datasets").expanduser(), Path(caches), Path.cwd()):
+    for folder, setting in (
+        (Path("~/tensorflow_datasets").expanduser(), "--config.data.tfds_dir"),
+        (Path(caches), "XDG_CACHE_HOME"),
+        (Path.cwd(), "--workdir"),
+    ):
+        elsewhere = f"choose another folder by {setting}"
         existing = files.nearest(folder)
         try:
             with tempfile.TemporaryFile(dir=existing):
                 pass
         except OSError as error:
-            yield "FAIL", f"{folder} cannot be written ({error.strerror}): choose another folder"
+            yield "FAIL", f"{folder} cannot be written ({error.strerror}): {elsewhere}"
             continue
         free = shutil.disk_usage(existing).free
         # PatchCamelyon's records take 9 GB.
+        enough = free > 12e9
+        remedy = "" if enough else f": make room, or {elsewhere}"
         yield (
-            "PASS" if free > 12e9 else "WARN",
-            f"{folder} can be written, {free / 1e9:.0f} GB free",
+            "PASS" if enough else "WARN",
+            f"{folder} can be written, {free / 1e9:.0f} GB free{remedy}",
         )
 
 
@@ -146,9 +170,24 @@ def _collective() -> Iterator[Finding]:
         yield "FAIL", f"a sum over all {count} devices is {found}: check the network between them"
 
 
-_CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    _python, _packages, _driver, _memory, _folders, _devices, _matrix_product, _collective,
-)  # fmt: skip
+_Checks = tuple[Callable[[], Iterator[Finding]], ...]
+_ALONE: _Checks = (_python, _packages, _driver, _memory, _folders)
+_TOGETHER: _Checks = (_devices, _matrix_product, _collective)
+
+
+def _failed(checks: _Checks) -> bool:
+    """Prints every finding and tells whether one is a failure."""
+    failed = False
+    for check in checks:
+        try:
+            for verdict, finding in check():
+                print(f"{verdict}  {finding}", flush=True)
+                failed |= verdict == "FAIL"
+        except Exception as error:  # of a broken installation or device: that is what is looked for
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            print(f"FAIL  {check.__name__.strip('_')}: {said}: run launch/install.sh", flush=True)
+            failed = True
+    return failed
 
 
 def main() -> int:
@@ -162,10 +201,12 @@ def main() -> int:
     parser.add_argument("--process_count", type=int)
     parser.add_argument("--process_index", type=int)
     options = parser.parse_args()
+    failed = _failed(_ALONE)
     if options.multihost:
         from histo_jax.errors import ExpectedError
         from histo_jax.training import hosts
 
+        print("waiting for the other processes", file=sys.stderr, flush=True)
         try:
             hosts.join(
                 options.multihost, options.coordinator, options.process_count,
@@ -174,17 +215,7 @@ def main() -> int:
         except ExpectedError as error:
             print(f"FAIL  {error}")
             return 1
-    failed = False
-    for check in _CHECKS:
-        try:
-            for verdict, finding in check():
-                print(f"{verdict}  {finding}", flush=True)
-                failed |= verdict == "FAIL"
-        except Exception as error:  # of a broken installation or device: that is what is looked for
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            print(f"FAIL  {check.__name__.strip('_')}: {said}: run launch/install.sh", flush=True)
-            failed = True
-    return int(failed)
+    return int(_failed(_TOGETHER) or failed)
 
 
 if __name__ == "__main__":

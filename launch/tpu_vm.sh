@@ -6,20 +6,28 @@
 #   --type=TYPE        accelerator, such as v5litepod-16 (v5litepod-8)
 #   --version=VERSION  runtime of the VMs (v2-alpha-tpuv5-lite)
 #   --spot             cheaper, and can be taken away
-#   --records=gs://..  prepared records, copied to ~/tensorflow_datasets on every worker
+#   --records=gs://..  a data.tfds_dir: its prepared records are copied to ~/tensorflow_datasets on every
+#                      worker
 #   --workdirs=BUCKET  a bucket that every worker sees as ~/histo_jax/runs (by gcsfuse); needed where
 #                      there is more than one worker, for all of them read the checkpoints
 #   --fetch=DIR        copies runs/ of the first worker to DIR at the end
+#   --stop             lets the run save and leave, and does nothing else
 #   --delete           deletes the TPU and does nothing else
 #   --dry-run          only prints what it would do
-# The same command uses the TPU that is there, and the run goes on where it was stopped.
+# The run does not depend on this script, which shows what the first worker says: after Ctrl-C or a
+# broken connection the same command follows the run that is there, or goes on where it was stopped.
+# Code: what git knows, as it is in the working tree, and new files of histo_jax, launch and configs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 name='' zone='' type=v5litepod-8 version=v2-alpha-tpuv5-lite spot='' records='' workdirs='' fetch=''
-delete='' dry_run=''
+verb='' dry_run=''
+fail() { # status, why
+  echo "launch/tpu_vm.sh: $2" >&2
+  exit "$1"
+}
 while [ $# -gt 0 ]; do
   case $1 in
-    --help | -h) sed -n '2,16s/^# //p' launch/tpu_vm.sh; exit ;;
+    --help | -h) sed -n '2,20s/^# //p' launch/tpu_vm.sh; exit ;;
     --name=*) name=${1#*=} ;;
     --zone=*) zone=${1#*=} ;;
     --type=*) type=${1#*=} ;;
@@ -28,18 +36,21 @@ while [ $# -gt 0 ]; do
     --records=*) records=${1#*=} ;;
     --workdirs=*) workdirs=${1#*=} ;;
     --fetch=*) fetch=${1#*=} ;;
-    --delete) delete=1 ;;
+    --stop | --delete) verb=$1 ;;
     --dry-run) dry_run=1 ;;
     --) shift; break ;;
-    *) echo "launch/tpu_vm.sh: unknown setting $1 (see --help)" >&2; exit 2 ;;
+    *) fail 2 "unknown setting $1 (see --help)" ;;
   esac
   shift
 done
-if [ -z "$name" ] || [ -z "$zone" ]; then
-  echo "launch/tpu_vm.sh: --name and --zone are needed (see --help)" >&2
-  exit 2
-fi
+if [ -z "$name" ] || [ -z "$zone" ]; then fail 2 "--name and --zone are needed (see --help)"; fi
+bucket=${workdirs#gs://}
+bucket=${bucket%/}
+case $bucket in */*) fail 2 "--workdirs=$workdirs: name a bucket, not a folder in one" ;; esac
 
+worker=histo_jax/launch/tpu_worker.sh
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
 run() {
   if [ "$dry_run" ]; then printf '%q ' "$@"; echo; else "$@"; fi
 }
@@ -52,54 +63,101 @@ everywhere() { # a shell command
   tpus tpu-vm ssh "$name" --worker=all "--command=$1"
 }
 
-state() {
-  gcloud compute tpus queued-resources describe "$name" "--zone=$zone" '--format=value(state.state)' 2>/dev/null
+ask() { # worker, shell command; what gcloud itself says is shown where it fails
+  if tpus tpu-vm ssh "$name" "--worker=$1" "--command=$2" 2>"$scratch/said"; then return; fi
+  cat "$scratch/said" >&2
+  return 1
 }
 
-if [ "$delete" ]; then
-  tpus queued-resources delete "$name" --force --quiet
-  exit
-fi
+states() { # of the run on each worker
+  ask all "$worker state" | sed -n 's/^histo_jax: //p'
+}
+
+state() { # of the TPU
+  tpus queued-resources describe "$name" '--format=value(state.state)'
+}
+
+# shellcheck disable=SC2329  # called by run
+pack() { # a file; raw data may lie beside the code
+  {
+    git ls-files -z --cached
+    git ls-files -z --others --exclude-standard -- '*.py' histo_jax launch configs
+  } | while IFS= read -r -d '' path; do
+    if [ -e "$path" ]; then printf '%s\0' "$path"; fi
+  done | tar -czf "$1" --null -T -
+}
+
+case $verb in
+  --stop) everywhere "$worker stop"; exit ;;
+  --delete) tpus queued-resources delete "$name" --force --quiet; exit ;;
+esac
 
 found=''
-if [ -z "$dry_run" ]; then found=$(state || true); fi
+if [ -z "$dry_run" ]; then found=$(state 2>/dev/null || true); fi
 if [ -z "$found" ]; then
   tpus queued-resources create "$name" "--node-id=$name" "--accelerator-type=$type" \
     "--runtime-version=$version" ${spot:+"$spot"}
 fi
-if [ -z "$dry_run" ]; then
-  until found=$(state) && [ "$found" = ACTIVE ]; do
-    case $found in
-      FAILED | SUSPENDED)
-        echo "launch/tpu_vm.sh: $name is $found: delete it (--delete) and start again" >&2
-        exit 1
-        ;;
-    esac
-    echo "waiting for $name: ${found:-not there yet}"
-    sleep "${HISTO_JAX_POLL_SECONDS:-30}"
-  done
-fi
+failures=0
+until [ "$dry_run" ] || [ "$found" = ACTIVE ]; do
+  case $found in
+    FAILED | SUSPENDED) fail 1 "$name is $found: delete it (--delete) and start again" ;;
+  esac
+  if [ "$failures" -ge 5 ]; then fail 1 "gcloud says nothing of $name, see above; mend that and start again"; fi
+  echo "waiting for $name: ${found:-not there yet}"
+  sleep "${HISTO_JAX_POLL_SECONDS:-30}"
+  if found=$(state); then failures=0; else failures=$((failures + 1)); fi
+done
 
-code=$(mktemp -d)
-trap 'rm -rf "$code"' EXIT
-run git archive --format=tar.gz "--output=$code/histo_jax.tar.gz" HEAD
-tpus tpu-vm scp "$code/histo_jax.tar.gz" "$name:histo_jax.tar.gz" --worker=all
-# The usual runtimes are Ubuntu 22.04, whose own Python is 3.10.
-everywhere 'command -v python3.13 || command -v python3.12 || command -v python3.11 || { sudo apt-get update -q && sudo apt-get install -qy python3.11-venv; }'
-everywhere 'mkdir -p histo_jax && tar -xzf histo_jax.tar.gz -C histo_jax && histo_jax/launch/install.sh tpu'
-if [ "$records" ]; then
-  everywhere "mkdir -p tensorflow_datasets && gcloud storage rsync --recursive $(printf %q "$records") tensorflow_datasets"
-fi
-if [ "$workdirs" ]; then
-  # Checkpoints are made whole by renaming a folder, which gcsfuse allows up to so many files only.
-  everywhere "mkdir -p histo_jax/runs && { mountpoint -q histo_jax/runs || gcsfuse --implicit-dirs --rename-dir-limit=100000 $(printf %q "$workdirs") histo_jax/runs; }"
-fi
 options=''
 if [ $# -gt 0 ]; then options=$(printf ' %q' "$@"); fi
+if [ -z "$dry_run" ] && [[ $(states 2>/dev/null || true) = *running* ]]; then
+  echo "a run is there already; following that"
+else
+  if [ -z "$dry_run$bucket" ]; then
+    count=$(tpus tpu-vm describe "$name" '--format=value(networkEndpoints.len())' || true)
+    if [ "${count:-1}" -gt 1 ]; then
+      fail 2 "$name has $count workers, and all must see the workdir: give a bucket by --workdirs"
+    fi
+  fi
+  run pack "$scratch/histo_jax.tar.gz"
+  tpus tpu-vm scp "$scratch/histo_jax.tar.gz" "$name:histo_jax.tar.gz" --worker=all
+  everywhere "mkdir -p histo_jax && cd histo_jax && find . -mindepth 1 -maxdepth 1 ! -name runs \
+    ! -name .venv ! -name .run -exec rm -rf {} + && tar -xzf ../histo_jax.tar.gz"
+  everywhere "$worker setup $(printf '%q %q' "$bucket" "$records")"
+  everywhere "$worker start $(date +%s)-$$$options"
+fi
+
 status=0
-everywhere "cd histo_jax && .venv/bin/python -m histo_jax.main --multihost=tpu$options" || status=$?
+if [ -z "$dry_run" ]; then
+  trap 'echo; fail 130 "the run goes on; the same command follows it, and --stop lets it save and leave"' INT
+  lines=0 failures=0
+  while true; do
+    if found=$(states) && text=$(ask 0 "$worker log $lines"); then
+      failures=0
+      # Its last line is the number of lines.
+      sed '$d' <<<"$text"
+      lines=${text##*$'\n'}
+      case $found in *running*) ;; *) break ;; esac
+    elif failures=$((failures + 1)); [ "$failures" -ge 5 ]; then
+      fail 1 "$name does not answer, see above; the same command follows the run, or goes on with it"
+    fi
+    sleep "${HISTO_JAX_POLL_SECONDS:-30}"
+  done
+  trap - INT
+  # One worker's own mistake is the cause of what the others have ended with.
+  status=$(sort -n <<<"$found" | tail -n 1)
+  status=$(grep -x '[12]' <<<"$found" | tail -n 1 || echo "$status")
+  if [ "$status" -ne 0 ] && [ "$(wc -l <<<"$found")" -gt 1 ]; then
+    # shellcheck disable=SC2016  # expanded on the workers
+    everywhere 'tail -n 5 histo_jax/.run/log | sed "s/^/$(hostname): /"' || true
+  fi
+fi
 if [ "$fetch" ]; then
-  mkdir -p "$fetch"
-  tpus tpu-vm scp --recurse "$name:histo_jax/runs" "$fetch" --worker=0
+  run mkdir -p "$fetch"
+  if ! tpus tpu-vm scp --recurse "$name:histo_jax/runs" "$fetch" --worker=0; then
+    echo "launch/tpu_vm.sh: runs/ could not be fetched; the same command tries again" >&2
+    if [ "$status" -eq 0 ]; then status=1; fi
+  fi
 fi
 exit "$status"

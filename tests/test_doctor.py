@@ -1,9 +1,11 @@
 import subprocess
 import sys
+import types
 
 import pytest
 
 from histo_jax import doctor
+from histo_jax.training import memory
 
 
 def run(*arguments):
@@ -25,26 +27,68 @@ def test_every_line_is_a_verdict_and_this_machine_is_well():
 def test_what_cannot_work_fails_with_the_remedy():
     done = run("--multihost=manual")
     assert done.returncode == 1
-    assert done.stdout.startswith("FAIL  --multihost=manual needs --coordinator")
+    *alone, last = done.stdout.splitlines()
+    assert last.startswith("FAIL  --multihost=manual needs --coordinator")
+    # What needs no other process has been said by then: these may not answer for minutes.
+    assert sum("can be written" in line for line in alone) == 3
+    assert not any("devices" in line for line in alone)
     unknown = run("--multihost=some")
     assert unknown.returncode == 2
     assert "invalid choice: 'some'" in unknown.stderr
 
 
-@pytest.mark.parametrize("check", range(len(doctor._CHECKS)))
-def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(check, monkeypatch, capsys):
+@pytest.mark.parametrize("place", ["_ALONE", "_TOGETHER"])
+def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(place, monkeypatch, capsys):
     def broken():
         raise RuntimeError("no such library")
         yield
 
-    checks = [lambda: iter([("PASS", "well")])] * len(doctor._CHECKS)
-    checks[check] = broken
-    monkeypatch.setattr(doctor, "_CHECKS", checks)
+    def well():
+        yield "PASS", "well"
+
+    for name in ("_ALONE", "_TOGETHER"):
+        monkeypatch.setattr(doctor, name, (well, broken, well) if name == place else (well,))
     monkeypatch.setattr(sys, "argv", ["doctor"])
     assert doctor.main() == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[check] == "FAIL  broken: RuntimeError: no such library: run launch/install.sh"
-    assert len(lines) == len(checks)
+    assert lines.count("FAIL  broken: RuntimeError: no such library: run launch/install.sh") == 1
+    assert lines.count("PASS  well") == 3
+
+
+def test_a_tpu_that_jax_does_not_see_is_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_DEV", tmp_path)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    (tmp_path / "vfio").mkdir()
+    (tmp_path / "vfio" / "vfio").write_text("")
+    assert next(doctor._devices())[0] == "WARN"
+    assert next(doctor._driver()) == ("PASS", "no NVIDIA driver, so no GPU is expected")
+    for chip in ("accel0", "vfio/0"):
+        (tmp_path / chip).write_text("")
+        verdict, said = next(doctor._devices())
+        assert verdict == "FAIL"
+        assert said.endswith(f"there is a TPU ({tmp_path / chip}): run launch/install.sh tpu")
+        assert next(doctor._driver()) == ("PASS", f"TPU: {tmp_path / chip}")
+        (tmp_path / chip).unlink()
+
+
+@pytest.mark.parametrize("free", [None, 1_000_000_000])
+def test_little_memory_on_the_devices_has_a_remedy(free, monkeypatch):
+    monkeypatch.setattr(memory, "free_on_devices", lambda devices: free)
+    _, (verdict, said) = doctor._devices()
+    assert verdict == "WARN"
+    assert said.endswith("lower --config.fit.batch_size and set --config.data.placement=host")
+
+
+def test_little_room_has_a_remedy(monkeypatch):
+    monkeypatch.setattr(
+        doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=11_000_000_000)
+    )
+    found = list(doctor._folders())
+    for (verdict, said), setting in zip(
+        found, ("--config.data.tfds_dir", "XDG_CACHE_HOME", "--workdir"), strict=True
+    ):
+        assert verdict == "WARN"
+        assert said.endswith(f"11 GB free: make room, or choose another folder by {setting}")
 
 
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
