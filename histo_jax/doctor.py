@@ -206,7 +206,6 @@ def main() -> int:
         from histo_jax.errors import ExpectedError
         from histo_jax.training import hosts
 
-        print("waiting for the other processes", file=sys.stderr, flush=True)
         try:
             hosts.join(
                 options.multihost, options.coordinator, options.process_count,

@@ -1,16 +1,23 @@
+import functools
+import io
 import json
 import logging
+import re
+import sys
 
 import jax
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 import histo_jax
-from histo_jax import fitting
+from histo_jax import fitting, progress
 from histo_jax.errors import ExpectedError
 from histo_jax.training import step as steps
+from histo_jax.training.augmentation import augment, mix
 from histo_jax.training.checkpoints import Checkpoints
 from histo_jax.training.sharding import batch_sharding, replicated
 
@@ -60,6 +67,62 @@ def test_fit_evaluate_and_predict_from_python(tiny_config, tmp_path, log):
     written = pd.read_csv(tmp_path / "submission.csv")
     assert written.columns.tolist() == ["id", "label"]
     np.testing.assert_allclose(written["label"], table["label"], rtol=1e-7)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("is_ci", [False, True])
+def test_one_live_line_on_a_terminal_and_none_in_ci(tiny_config, tmp_path, monkeypatch, is_ci):
+    (monkeypatch.setenv if is_ci else monkeypatch.delenv)("CI", *(["1"] if is_ci else [False]))
+    monkeypatch.setattr(progress, "tqdm", functools.partial(tqdm, mininterval=0))
+    make = steps.make_train_step
+
+    def poisoned(*arguments):
+        train_step = make(*arguments)
+
+        def step(state, batch):
+            if int(state.step) == 5:
+                batch = batch | {"label": batch["label"] * np.nan}
+            return train_step(state, batch)
+
+        return step
+
+    monkeypatch.setattr(steps, "make_train_step", poisoned)
+    tiny_config.fit.epochs, tiny_config.fit.steps_per_epoch = 1, 8
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with pytest.raises(ExpectedError, match="step 6 is not finite"):
+        histo_jax.fit(tiny_config, tmp_path)
+    if is_ci:
+        assert screen.getvalue() == ""
+        return
+    live = [line for line in screen.getvalue().split("\r") if "epoch" in line]
+    wanted = r"epoch 1/1: .* 32/64 \[00:\d\d<00:\d\d, .* img/s, loss=0\.\d{4}, step=4\]"
+    assert any(re.match(wanted, line) for line in live), live
+    # Wiped away, so that what is said of the failure has a line of its own.
+    assert screen.getvalue().endswith("\r")
+    assert not screen.getvalue().rpartition("\r")[0].rpartition("\r")[2].strip()
+
+
+def test_the_sheet_shows_patches_of_the_first_batches_as_they_are_trained_on(tiny_config, tmp_path):
+    tiny_config.augment.mixup, tiny_config.fit.epochs = 0.5, 1
+    histo_jax.fit(tiny_config, tmp_path)
+    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"images": 0}).Reload()
+    (sheet,) = events.Images("training_patches")
+    shown = np.asarray(Image.open(io.BytesIO(sheet.encoded_image_string)))
+    prepared = fitting.prepare(tiny_config)
+    train = fitting.splits.make_sides(prepared.tables, tiny_config).train
+    order = fitting.loader.training_order(len(train.rows), 8, tiny_config.seed)
+    rows = train.rows[np.concatenate([order[step] for step in range(4)])[:30]]
+    images = jax.numpy.asarray(prepared.records(train.records, rows).images(np.arange(30)))
+    key, mix_key = jax.random.split(jax.random.key(tiny_config.seed))
+    turned = augment(key, images, tiny_config.augment)
+    wanted, _ = mix(mix_key, turned, jax.numpy.zeros(30), tiny_config.augment.mixup)
+    tiles = shown.reshape(5, 96, 5, 96, 3).swapaxes(1, 2).reshape(25, 96, 96, 3)
+    np.testing.assert_array_equal(tiles, np.asarray(wanted[:25]).astype(np.uint8))
 
 
 def test_fit_twice_in_one_process_and_nothing_compiles_again(tiny_config, tmp_path, monkeypatch):
