@@ -209,7 +209,7 @@ def main() -> int:
         try:
             hosts.join(
                 options.multihost, options.coordinator, options.process_count,
-                options.process_index,
+                options.process_index, alone=("FAIL ", 1),
             )  # fmt: skip
         except ExpectedError as error:
             print(f"FAIL  {error}")

@@ -59,7 +59,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         batched = sharding.batch_sharding()
         trained = members.restore(config, folder, sharding.replicated(batched))
         prepared = prepare(config)
-        agreement.check_alike(config, prepared.tables)
+        agreement.check_records(config, prepared.tables)
         name = config.evaluate.split
         sides = splits.make_sides(prepared.tables, config)
         side = sides.validation if name == "validation" else sides.test

@@ -37,11 +37,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes `values` as indented JSON; see `write_text`. Not-a-number becomes null."""
-    finite = {
-        key: None if isinstance(value, float) and value != value else value
-        for key, value in values.items()
-    }
-    write_text(path, json.dumps(finite, indent=2, allow_nan=False) + "\n")
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [finite(inner) for inner in value]
+        return None if isinstance(value, float) and value != value else value
+
+    write_text(path, json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
 
 
 def nearest(path: Path) -> Path:

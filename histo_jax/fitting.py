@@ -92,7 +92,7 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     with workdirs.tracked(folder, "fit"):
         prepared = prepare(config)
         sides = splits.make_sides(prepared.tables, config)
-        agreement.check_alike(config, prepared.tables)
+        agreement.check_records(config, prepared.tables)
         _check_sides(config, prepared, sides)
         workdirs.claim(folder, config)
         agreement.check_shared(folder)

@@ -235,12 +235,13 @@ def main(_: list[str]) -> None:
     try:
         validate(config)
         if flags.FLAGS.multihost:
-            from histo_jax.training import hosts
+            from histo_jax.training import agreement, hosts
 
             flag = flags.FLAGS
             hosts.join(flag.multihost, flag.coordinator, flag.process_count, flag.process_index)
             # JAX aborts where another process is lost; stacks of all threads would hide its words.
             faulthandler.disable()
+            agreement.check_options(config, flag.mode)
         with preemption.watch(ctrl_c=True):
             _VERBS[flags.FLAGS.mode](config, workdir)
     except preemption.Preempted as error:

@@ -55,7 +55,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         devices = jax.local_devices()
         trained = members.restore(config, folder, SingleDeviceSharding(devices[0]))
         prepared = prepare(config)
-        agreement.check_alike(config, prepared.tables)
+        agreement.check_records(config, prepared.tables)
         if "test" not in prepared.tables:
             raise NoTestPatchesError(
                 f"{config.data.raw_dir or prepared.directory} has no test patches to predict: "

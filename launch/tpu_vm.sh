@@ -109,9 +109,18 @@ until [ "$dry_run" ] || [ "$found" = ACTIVE ]; do
   if found=$(state); then failures=0; else failures=$((failures + 1)); fi
 done
 
+aside() { # a command whose output goes to a file: while bash waits for others, they get Ctrl-C alone
+  "$@" >"$scratch/answer" &
+  wait $!
+}
+
+leave_it() { # from here on
+  trap 'echo; fail 130 "the run goes on; the same command follows it, and --stop lets it save and leave"' INT
+}
 options=''
 if [ $# -gt 0 ]; then options=$(printf ' %q' "$@"); fi
 if [ -z "$dry_run" ] && [[ $(states 2>/dev/null || true) = *running* ]]; then
+  leave_it
   echo "a run is there already; following that"
 else
   if [ -z "$dry_run$bucket" ]; then
@@ -122,19 +131,22 @@ else
   fi
   run pack "$scratch/histo_jax.tar.gz"
   tpus tpu-vm scp "$scratch/histo_jax.tar.gz" "$name:histo_jax.tar.gz" --worker=all
-  everywhere "mkdir -p histo_jax && cd histo_jax && find . -mindepth 1 -maxdepth 1 ! -name runs \
+  # Not under a run: what asked for its state may just have failed.
+  everywhere "if [ -e $worker ] && ! $worker idle; then echo 'a run is there already; start again to follow it' >&2; exit 1; fi
+    mkdir -p histo_jax && cd histo_jax && find . -mindepth 1 -maxdepth 1 ! -name runs \
     ! -name .venv ! -name .run -exec rm -rf {} + && tar -xzf ../histo_jax.tar.gz"
   everywhere "$worker setup $(printf '%q %q' "$bucket" "$records")"
-  everywhere "$worker start $(date +%s)-$$$options"
+  leave_it
+  aside everywhere "$worker start $(date +%s)-$$$options"
+  cat "$scratch/answer"
 fi
 
 status=0
 if [ -z "$dry_run" ]; then
-  trap 'echo; fail 130 "the run goes on; the same command follows it, and --stop lets it save and leave"' INT
   lines=0 failures=0
   while true; do
-    if found=$(states) && text=$(ask 0 "$worker log $lines"); then
-      failures=0
+    if aside states && found=$(<"$scratch/answer") && aside ask 0 "$worker log $lines"; then
+      text=$(<"$scratch/answer") failures=0
       # Its last line is the number of lines.
       sed '$d' <<<"$text"
       lines=${text##*$'\n'}
@@ -142,7 +154,7 @@ if [ -z "$dry_run" ]; then
     elif failures=$((failures + 1)); [ "$failures" -ge 5 ]; then
       fail 1 "$name does not answer, see above; the same command follows the run, or goes on with it"
     fi
-    sleep "${HISTO_JAX_POLL_SECONDS:-30}"
+    aside sleep "${HISTO_JAX_POLL_SECONDS:-30}"
   done
   trap - INT
   # One worker's own mistake is the cause of what the others have ended with.

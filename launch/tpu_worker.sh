@@ -2,6 +2,7 @@
 # What launch/tpu_vm.sh calls on every worker. gcloud repeats a command when its connection breaks, so
 # that each of these may come twice, also while the first still works.
 # usage: launch/tpu_worker.sh setup BUCKET RECORDS   installs; mounts the bucket as runs/, copies records
+#        launch/tpu_worker.sh idle                   fails while histo_jax.main runs
 #        launch/tpu_worker.sh start ID OPTION ...    histo_jax.main in the background, unless it runs
 #        launch/tpu_worker.sh state                  running, or the status that it has ended with
 #        launch/tpu_worker.sh log LINES              what it has said after so many lines, and how many
@@ -10,8 +11,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 verb=${1:-}
 case $verb in
-  setup | start | state | log | stop) shift; mkdir -p .run ;;
-  --help | -h) sed -n '2,8s/^# //p' launch/tpu_worker.sh; exit ;;
+  setup | idle | start | state | log | stop) shift; mkdir -p .run ;;
+  --help | -h) sed -n '2,9s/^# //p' launch/tpu_worker.sh; exit ;;
   *) echo "launch/tpu_worker.sh: unknown command $verb (see --help)" >&2; exit 2 ;;
 esac
 
@@ -40,7 +41,8 @@ mount_runs() { # a bucket
   fi
   mkdir -p runs
   # Checkpoints are made whole by renaming a folder, which gcsfuse allows up to so many files only.
-  gcsfuse --implicit-dirs --rename-dir-limit=100000 "$1" runs
+  # It stays, and must not keep the lock of `setup`.
+  gcsfuse --implicit-dirs --rename-dir-limit=100000 "$1" runs 9>&-
 }
 
 case $verb in
@@ -56,6 +58,10 @@ case $verb in
       gcloud storage rsync --recursive "${2%/}/histopathology" ~/tensorflow_datasets/histopathology
     fi
     ;;
+  idle)
+    exec 9>.run/lock
+    flock -n 9
+    ;;
   start)
     # The run, and the shell around it, hold the lock for as long as they live.
     exec 9>.run/lock
@@ -66,8 +72,8 @@ case $verb in
     # shellcheck disable=SC2016  # expanded by that shell
     PYTHONUNBUFFERED=1 setsid bash -c '"$@" & echo $! >.run/pid; s=0; wait $! || s=$?; echo $s >.run/status' \
       run .venv/bin/python -m histo_jax.main --multihost=tpu "$@" </dev/null >.run/log 2>&1 &
-    # Not before it has left the connection's session.
-    until [ -s .run/pid ]; do sleep 0.1; done
+    # Not before it has left the connection's session; on a full disk it never says so.
+    until [ -s .run/pid ] || ! kill -0 $! 2>/dev/null; do sleep 0.1; done
     ;;
   state)
     exec 9>.run/lock

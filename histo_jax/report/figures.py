@@ -96,7 +96,8 @@ def precision_recall(probabilities: np.ndarray, labels: np.ndarray, scores: dict
                     called[labels == 1].mean(), labels[called].mean(), marker, color=color,
                     label=f"95% {name}",
                 )  # fmt: skip
-        axes.legend(loc="lower left")
+        if len(axes.lines) > 2:
+            axes.legend(loc="lower left")
         axes.set(xlabel="recall (sensitivity)", ylabel="precision", ylim=(0, 1.02), aspect="equal")
     return done[0]
 

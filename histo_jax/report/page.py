@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
         settings = workdirs.plain(config)
         saved = _read(folder / "config.json") or settings
         settings |= {k: v for k, v in saved.items() if not k.startswith(_OF_EVALUATION)}
-        settings["predict.tta"] = scores.get("tta", False)
+        settings["predict.tta"] = scores.get("tta", settings["predict.tta"])
         settings["predict.checkpoints"] = _runs(scores)
         seen = prepared.tables[sides.train.records].iloc[sides.train.rows]
         text, drawn = render(
@@ -114,6 +115,9 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
             trained_with=workdirs.status(folder).get("trained_with"),
             audit=audit_table(audited) if audited else None,
             leak=bool(audited and has_leak(audited)),
+            audit_knows_slides=bool(
+                audited and all(pair["shared_slides"] for pair in audited["pairs"].values())
+            ),
         )
         if workdirs.is_writer():
             (folder / "report").mkdir(exist_ok=True)
@@ -190,6 +194,7 @@ def render(
         wrong=int(patches.is_wrong(logits, labels).sum()),
         slides=_slides(table, probabilities),
         counts=_counts(probabilities, labels),
+        thresholds=_thresholds(scores),
         positions=_positions(scores),
         versions=runtime.versions(),
         settings=settings,
@@ -261,15 +266,32 @@ def _counts(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[int
     }  # fmt: skip
 
 
+def _operating_points(scores: dict[str, Any]) -> Iterator[tuple[str, float, Callable[..., Any]]]:
+    """Yields each one's name, its probability, and how to round that so that its 95% hold."""
+    for name, rounding in (("specificity", np.ceil), ("sensitivity", np.floor)):
+        probability = scores.get(f"probability_at_95_{name}")
+        if probability is not None:
+            yield name, probability, rounding
+
+
+def _thresholds(scores: dict[str, Any]) -> dict[str, str]:
+    """The probability of each score's operating point, with three digits next to 0 and to 1."""
+    said = {}
+    for name, probability, rounding in _operating_points(scores):
+        digits = 2 - int(np.floor(np.log10(max(min(probability, 1 - probability), 1e-12))))
+        other = "sensitivity" if name == "specificity" else "specificity"
+        rounded = rounding(probability * 10**digits) / 10**digits
+        said[f"{other}_at_95_{name}"] = f"{rounded:.{digits}f}"
+    return said
+
+
 def _positions(scores: dict[str, Any]) -> dict[str, int]:
-    """Where the slider stands for each operating point, rounded so that its 95% hold."""
-    rounded = {"specificity": np.ceil, "sensitivity": np.floor}
-    at = {name: scores.get(f"probability_at_95_{name}") for name in rounded}
-    return {
-        f"95% {name}": int(rounded[name](_POSITIONS * probability))
-        for name, probability in at.items()
-        if probability is not None
+    """Where the slider stands for each operating point; not where it would call all or none."""
+    at = {
+        f"95% {name}": int(rounding(_POSITIONS * probability))
+        for name, probability, rounding in _operating_points(scores)
     }
+    return {name: position for name, position in at.items() if 0 < position < _POSITIONS}
 
 
 def _data_url(image: np.ndarray) -> str:

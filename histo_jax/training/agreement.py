@@ -43,12 +43,12 @@ def least(size: int | None) -> int | None:
     return None if smallest < 0 else smallest
 
 
-def check_alike(config: Config, tables: dict[str, pd.DataFrame]) -> None:
-    """Refuses processes that were given other settings or hold other records than the first.
+def check_options(config: Config, mode: str) -> None:
+    """Refuses processes that are to do something else than the first, before any of them begins.
 
     Args:
         config: of this process; folders and placement may differ.
-        tables: its records, by split.
+        mode: of its command.
 
     Raises:
         ExpectedError: in all processes alike; names one that differs.
@@ -56,13 +56,27 @@ def check_alike(config: Config, tables: dict[str, pd.DataFrame]) -> None:
     if jax.process_count() == 1:
         return
     settings = {k: v for k, v in workdirs.plain(config).items() if k not in workdirs.WHERE}
+    _refuse_others(
+        "options than", json.dumps([mode, settings]).encode(), "start all with the same command"
+    )
+
+
+def check_records(config: Config, tables: dict[str, pd.DataFrame]) -> None:
+    """Refuses processes that hold other records than the first.
+
+    Args:
+        config: of this process, which says where they lie.
+        tables: its records, by split.
+
+    Raises:
+        ExpectedError: in all processes alike; names one that differs.
+    """
+    if jax.process_count() == 1:
+        return
     records = hashlib.sha256()
     for split, table in sorted(tables.items()):
         rows = pd.util.hash_pandas_object(table[["id", "label", "slide"]], index=False)
         records.update(split.encode() + rows.to_numpy().tobytes())
-    _refuse_others(
-        "settings than", json.dumps(settings).encode(), "start all with the same options"
-    )
     _refuse_others(
         f"records in its {config.data.tfds_dir} than", records.digest(),
         "copy those of one machine to all",

@@ -33,7 +33,11 @@ _LOSS = re.compile(
 
 
 def join(
-    kind: str, coordinator: str | None = None, count: int | None = None, index: int | None = None
+    kind: str,
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    alone: tuple[str, int] = ("histo_jax:", EXIT_STATUS),
 ) -> None:
     """Joins the other processes; to be called before anything that looks at a device.
 
@@ -43,10 +47,11 @@ def join(
         coordinator: 'host:port' of the first process.
         count: of processes.
         index: of this one.
+        alone: first word of what is said where the others do not come, and the status to end with.
 
     Raises:
         ExpectedError: an argument is missing or wrong, or the others cannot be reached. Where they
-            do not come within five minutes, the process ends with status 75 instead.
+            do not come within five minutes, the process ends as `alone` says instead.
     """
     if kind == "manual" and (coordinator is None or count is None or index is None):
         raise ExpectedError(
@@ -69,7 +74,7 @@ def join(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     where = f" at {coordinator}" if coordinator else ""
     try:
-        with _not_for_ever(where):
+        with _not_for_ever(where, *alone):
             jax.distributed.initialize(
                 coordinator, count, index,
                 local_device_ids=_all_of_a_lone_task(kind),
@@ -87,18 +92,19 @@ def join(
 
 
 @contextlib.contextmanager
-def _not_for_ever(where: str) -> Iterator[None]:
+def _not_for_ever(where: str, word: str, status: int) -> Iterator[None]:
     """Ends the process where the others do not come: JAX's own way is an abort, without a word."""
 
-    def say(text: str) -> None:
-        print(f"histo_jax: {text}", file=sys.stderr, flush=True)
+    def say(text: str, word: str = "histo_jax:") -> None:
+        print(word, text, file=sys.stderr, flush=True)
 
     def give_up() -> None:
         say(
             f"the other processes did not come{where} within {_JOIN_SECONDS:.0f} s: start all of "
-            "them, with the same coordinator and count, and let no firewall stand between"
+            "them, with the same coordinator and count, and let no firewall stand between",
+            word,
         )
-        os._exit(EXIT_STATUS)
+        os._exit(status)
 
     timers = [
         threading.Timer(_PATIENT_SECONDS, say, (f"waiting for the other processes{where}",)),

@@ -1,5 +1,6 @@
 """How the process is set up before its first step: what was compiled, and freed memory, is kept."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -19,10 +20,14 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 def versions() -> dict[str, str]:
     """Returns what computes here: Python, the packages that results depend on, the devices."""
-    devices = jax.devices()
+    devices, found = jax.devices(), dict.fromkeys(_PACKAGES, "unknown")
+    for name in _PACKAGES:
+        # A clone that runs without being installed has none.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return {
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        **found,
         "devices": f"{len(devices)} {devices[0].device_kind}",
     }
 

@@ -245,7 +245,7 @@ def test_processes_that_are_not_alike_are_refused_in_one_line(place, make_kaggle
     cases = {
         "process 1 has other records in its": elsewhere,
         "process 1 does not see the --workdir=": (f"--workdir={tmp_path / 'other'}",),
-        "process 1 has other settings than process 0": ("--config.fit.epochs=5",),
+        "process 1 has other options than process 0": ("--config.fit.epochs=5",),
     }
     started = [
         start(place, TWO_BY_TWO, tmp_path / str(number), "--mode=fit", second=second)

@@ -1,5 +1,6 @@
 """The launch scripts, run for real up to the cloud's door: its programs are stand-ins here."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -126,7 +128,8 @@ VM_PROGRAMS = {
     "findmnt": '[ ! -e "$HOME/mounted" ] || cat "$HOME/mounted"',
     "gcloud": 'echo "gcloud $*" >> "$HOME/calls"',
     "lsb_release": "echo jammy",
-    "other-gcsfuse": 'echo "gcsfuse $*" >> "$HOME/calls"',
+    "other-gcsfuse": 'echo "gcsfuse $*" >> "$HOME/calls"; '
+    'setsid sleep 90 </dev/null >/dev/null 2>&1 & echo $! >> "$HOME/mounts"',
     "python3.12": "exit 1",
     # Another program holds the lock the first time.
     "sudo": """echo "sudo $*" >> "$HOME/calls"
@@ -465,7 +468,11 @@ def tpu(door, repository):
 
     start.homes = [door.folder / f"worker{index}" for index in range(2)]
     start.repository = repository
-    return start
+    yield start
+    for home in start.homes:
+        for mount in (home / "mounts").read_text().split() if (home / "mounts").exists() else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(mount), signal.SIGKILL)
 
 
 def test_tpu_vm_is_made_awaited_used_and_fetched(door, tpu, tmp_path):
@@ -550,10 +557,10 @@ def test_tpu_vm_starts_a_run_once_however_often_the_connection_breaks(tpu):
         assert (home / "started").read_text().count("\n") == 2
 
 
-def wait_for(path: Path) -> None:
-    end = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} has not come"
+def wait_for(has_come: Callable[[], bool]) -> None:
+    end = time.monotonic() + 40
+    while not has_come():
+        assert time.monotonic() < end
         time.sleep(0.05)
 
 
@@ -563,16 +570,23 @@ def test_tpu_vm_leaves_the_run_alone_at_ctrl_c_and_follows_it_when_started_again
         first = pool.submit(
             tpu, 'echo begun; until [ -e "$HOME/go" ]; do sleep 0.1; done; echo ended; exit 75'
         )
-        wait_for(home / "started")
+        wait_for((home / "started").exists)
         (script,) = door.started
-        time.sleep(0.5)
         os.killpg(script.pid, signal.SIGINT)
         done = first.result()
         assert done.returncode == 130, done.stderr
         assert "the run goes on; the same command follows it, and --stop" in done.stderr
+        # Where the state cannot be asked for, nothing is changed under the run.
+        (home / "histo_jax" / "old").write_text("")
+        door.answer(**ACTIVE, **{"worker.sh state": [1]})
+        done = tpu("echo another")
+        assert done.returncode == 1
+        assert "a run is there already; start again to follow it" in done.stderr
+        assert (home / "histo_jax" / "old").exists()
+        door.answer(**ACTIVE)
+        followed = len(door.calls())
         second = pool.submit(tpu, "echo another")
-        time.sleep(1)
-        assert not second.done()
+        wait_for(lambda: any("worker.sh log" in str(call) for call in door.calls()[followed:]))
         (home / "go").write_text("")
         done = second.result()
     assert done.returncode == 75
@@ -594,7 +608,7 @@ def test_tpu_vm_stops_a_run_by_one_signal(tpu):
                 'trap \'echo signal >> "$HOME/signals"\' TERM; echo ready > "$HOME/ready"; '
                 "for _ in {1..50}; do sleep 0.1; [ -e $HOME/signals ] && sleep 1 && exit 75; done",
             )
-            wait_for(home / "ready")
+            wait_for((home / "ready").exists)
             for _ in range(2):
                 done = tpu("", "--stop", broken=1)
                 assert done.returncode == 0, done.stderr
@@ -644,6 +658,13 @@ def test_tpu_vm_mounts_a_bucket_once_and_no_other_over_it(door, tpu):
     (tpu.homes[0] / "mounted").write_text("bucket")
     assert tpu("exit 0", "--workdirs=bucket").returncode == 0
     assert "gcsfuse" not in (tpu.homes[0] / "calls").read_text()
+    # The program that holds a mount stays, and does not keep others from starting.
+    (tpu.homes[0] / "mounted").unlink()
+    (tpu.homes[0] / "bin").mkdir()
+    (tpu.homes[0] / "bin" / "gcsfuse").symlink_to(door.folder / "vm" / "other-gcsfuse")
+    for _ in range(2):
+        assert tpu("exit 0", "--workdirs=bucket").returncode == 0
+    (tpu.homes[0] / "mounted").write_text("bucket")
     done = tpu("exit 0", "--workdirs=other")
     assert done.returncode == 2
     assert "bucket is mounted as ~/histo_jax/runs, not other" in done.stderr

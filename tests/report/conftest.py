@@ -60,7 +60,8 @@ def facts():
             "workdir": "w", "source": "kaggle", "split": "validation", "scores": scores,
             "history": None, "table": table, "galleries": {"Most wrong": [patch]},
             "settings": {"seed": 0}, "records": "r", "fingerprint": "f", "audit": None,
-            "leak": False, "trained_on": {"patches": 4000, "slides": 9}, "parameters": [5000],
+            "leak": False, "audit_knows_slides": True,
+            "trained_on": {"patches": 4000, "slides": 9}, "parameters": [5000],
             "trained_with": None,
         } | changes  # fmt: skip
 

@@ -110,6 +110,39 @@ def test_a_leak_that_the_audit_found_stands_in_the_answer(facts):
         said = words_of(page.render(**facts(audit="table", leak=leak))[0])
         assert wanted in said.partition("Scores")[0]
     assert "The audit found" not in words_of(page.render(**facts())[0])
+    said = words_of(page.render(**facts(audit="table", audit_knows_slides=False))[0])
+    assert "The audit found no patch on two sides; slides are not known." in said
+
+
+def test_thresholds_are_said_so_that_their_levels_hold(facts):
+    made = facts()
+    made["scores"] |= {
+        "probability_at_95_specificity": 0.999634, "probability_at_95_sensitivity": 0.00040378,
+    }  # fmt: skip
+    text, _ = page.render(**made)
+    said = words_of(text)
+    assert "sensitivity at 95% specificity from probability 0.999635 on" in said
+    assert "specificity at 95% sensitivity from probability 0.000403 on" in said
+    # The slider knows no such values; it would call none, or all.
+    assert "data-position=" not in text
+    made["scores"] |= {
+        "probability_at_95_specificity": None, "probability_at_95_sensitivity": 0.25,
+    }  # fmt: skip
+    text, _ = page.render(**made)
+    assert re.findall(r'data-position="(\d+)">([^<]+)<', text) == [("250", "95% sensitivity")]
+    assert "from probability 0.250 on" in words_of(text)
+    assert "specificity from probability" not in words_of(text)
+
+
+def test_what_was_evaluated_by_an_earlier_version_has_a_page(config, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "evaluation_validation.json"
+    scores = json.loads(path.read_text())
+    for name in ("tta", "probability_at_95_specificity", "probability_at_95_sensitivity"):
+        del scores[name]
+    path.write_text(json.dumps(scores))
+    report(config, tmp_path / "run")
+    assert "integrated gradients" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_one_file_without_network(run):
@@ -366,6 +399,12 @@ def test_the_mean_of_several_runs_is_shown_as_theirs(config, run, tmp_path):
     assert f"predict.checkpoints {run},{run}" in words
     assert "Learning curves" not in words
     assert re.search(r"; ([\d,]+) \+ \1 parameters", words)
+    assert "The runs, each trained as its own report says, were judged on" in words
+    # Only what was evaluated is explained.
+    with pytest.raises(ExpectedError, match=f"is the mean of {run}, {run}: set"):
+        explain(config, tmp_path / "together")
+    with pytest.raises(ExpectedError, match="is one run alone, not the mean of"):
+        explain(together, run)
 
 
 @pytest.mark.parametrize("verb", [report, explain])

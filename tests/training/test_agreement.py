@@ -39,8 +39,12 @@ def test_alike_is_what_has_the_same_records_and_settings(both):
     other = Config()
     other.data.tfds_dir, other.data.placement = "elsewhere", "disk"
     both(
-        lambda: agreement.check_alike(Config(), TABLES),
-        lambda: agreement.check_alike(other, dict(reversed(TABLES.items()))),
+        lambda: agreement.check_records(Config(), TABLES),
+        lambda: agreement.check_records(other, dict(reversed(TABLES.items()))),
+    )
+    both(
+        lambda: agreement.check_options(Config(), "fit"),
+        lambda: agreement.check_options(other, "fit"),
     )
 
 
@@ -53,16 +57,17 @@ def test_other_records_are_refused(both, change):
         tables["train"][change] = tables["train"][change].to_numpy()[::-1]
     with pytest.raises(ExpectedError, match=r"^process 1 has other records in its .*: copy those"):
         both(
-            lambda: agreement.check_alike(Config(), TABLES),
-            lambda: agreement.check_alike(Config(), tables),
+            lambda: agreement.check_records(Config(), TABLES),
+            lambda: agreement.check_records(Config(), tables),
         )
 
 
-def test_other_settings_are_refused(both):
-    with pytest.raises(ExpectedError, match=r"^process 1 has other settings than process 0: start"):
+@pytest.mark.parametrize(("seed", "mode"), [(1, "fit"), (0, "predict")])
+def test_other_options_are_refused(both, seed, mode):
+    with pytest.raises(ExpectedError, match=r"^process 1 has other options than process 0: start"):
         both(
-            lambda: agreement.check_alike(Config(), TABLES),
-            lambda: agreement.check_alike(Config(seed=1), TABLES),
+            lambda: agreement.check_options(Config(), "fit"),
+            lambda: agreement.check_options(Config(seed=seed), mode),
         )
 
 

@@ -159,6 +159,7 @@ def test_free_memory_within_a_containers_limit(version, monkeypatch, tmp_path):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_loading_shows_a_bar_only_where_somebody_watches(terminal, monkeypatch):
     written = io.StringIO()
+    monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(written, "isatty", lambda: terminal, raising=False)
     with contextlib.redirect_stderr(written):
         placement.place("host", [RECORDS], batch_sharding())
