@@ -8,4 +8,4 @@ launch/install.sh test
 .venv/bin/ruff format --check
 .venv/bin/mypy
 .venv/bin/lint-imports --no-logo
-.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"
+.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder "$@"

@@ -109,18 +109,34 @@ until [ "$dry_run" ] || [ "$found" = ACTIVE ]; do
   if found=$(state); then failures=0; else failures=$((failures + 1)); fi
 done
 
-aside() { # a command whose output goes to a file: while bash waits for others, they get Ctrl-C alone
-  "$@" >"$scratch/answer" &
-  wait $!
+follow() { # until the run has ended on all workers; returns its status
+  local lines=0 failures=0 found text status
+  while true; do
+    if found=$(states) && text=$(ask 0 "$worker log $lines"); then
+      failures=0
+      # Its last line is the number of lines.
+      sed '$d' <<<"$text"
+      lines=${text##*$'\n'}
+      case $found in *running*) ;; *) break ;; esac
+    elif failures=$((failures + 1)); [ "$failures" -ge 5 ]; then
+      fail 1 "$name does not answer, see above; the same command follows the run, or goes on with it"
+    fi
+    sleep "${HISTO_JAX_POLL_SECONDS:-30}"
+  done
+  # One worker's own mistake is the cause of what the others have ended with.
+  status=$(sort -n <<<"$found" | tail -n 1)
+  status=$(grep -x '[12]' <<<"$found" | tail -n 1 || echo "$status")
+  if [ "$status" -ne 0 ] && [ "$(wc -l <<<"$found")" -gt 1 ]; then
+    # shellcheck disable=SC2016  # expanded on the workers
+    everywhere 'tail -n 5 histo_jax/.run/log | sed "s/^/$(hostname): /"' || true
+  fi
+  return "$status"
 }
 
-leave_it() { # from here on
-  trap 'echo; fail 130 "the run goes on; the same command follows it, and --stop lets it save and leave"' INT
-}
 options=''
 if [ $# -gt 0 ]; then options=$(printf ' %q' "$@"); fi
 if [ -z "$dry_run" ] && [[ $(states 2>/dev/null || true) = *running* ]]; then
-  leave_it
+  begin=()
   echo "a run is there already; following that"
 else
   if [ -z "$dry_run$bucket" ]; then
@@ -136,34 +152,19 @@ else
     mkdir -p histo_jax && cd histo_jax && find . -mindepth 1 -maxdepth 1 ! -name runs \
     ! -name .venv ! -name .run -exec rm -rf {} + && tar -xzf ../histo_jax.tar.gz"
   everywhere "$worker setup $(printf '%q %q' "$bucket" "$records")"
-  leave_it
-  aside everywhere "$worker start $(date +%s)-$$$options"
-  cat "$scratch/answer"
+  begin=(everywhere "$worker start $(date +%s)-$$$options")
 fi
 
 status=0
-if [ -z "$dry_run" ]; then
-  lines=0 failures=0
-  while true; do
-    if aside states && found=$(<"$scratch/answer") && aside ask 0 "$worker log $lines"; then
-      text=$(<"$scratch/answer") failures=0
-      # Its last line is the number of lines.
-      sed '$d' <<<"$text"
-      lines=${text##*$'\n'}
-      case $found in *running*) ;; *) break ;; esac
-    elif failures=$((failures + 1)); [ "$failures" -ge 5 ]; then
-      fail 1 "$name does not answer, see above; the same command follows the run, or goes on with it"
-    fi
-    aside sleep "${HISTO_JAX_POLL_SECONDS:-30}"
-  done
+if [ "$dry_run" ]; then
+  "${begin[@]}"
+else
+  # Beside this shell, which only waits: while bash runs a program, that alone may get Ctrl-C.
+  { "${begin[@]}"; follow; } &
+  follower=$!
+  trap 'kill "$follower"; echo; fail 130 "the run goes on; the same command follows it, and --stop lets it save and leave"' INT
+  wait "$follower" || status=$?
   trap - INT
-  # One worker's own mistake is the cause of what the others have ended with.
-  status=$(sort -n <<<"$found" | tail -n 1)
-  status=$(grep -x '[12]' <<<"$found" | tail -n 1 || echo "$status")
-  if [ "$status" -ne 0 ] && [ "$(wc -l <<<"$found")" -gt 1 ]; then
-    # shellcheck disable=SC2016  # expanded on the workers
-    everywhere 'tail -n 5 histo_jax/.run/log | sed "s/^/$(hostname): /"' || true
-  fi
 fi
 if [ "$fetch" ]; then
   run mkdir -p "$fetch"
