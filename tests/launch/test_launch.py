@@ -178,7 +178,9 @@ class Door:
             **variables,
         }  # fmt: skip
         process = subprocess.Popen(
-            ["bash", str(script), *arguments], start_new_session=True,
+            # Tests that run in the background ignore Ctrl-C, and bash cannot undo that.
+            ["env", "--default-signal=INT", "bash", str(script), *arguments],
+            start_new_session=True,
             env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self.started.append(process)
@@ -469,10 +471,11 @@ def tpu(door, repository):
     start.homes = [door.folder / f"worker{index}" for index in range(2)]
     start.repository = repository
     yield start
-    for home in start.homes:
-        for mount in (home / "mounts").read_text().split() if (home / "mounts").exists() else ():
+    # Mounts stay, and a run may do so where a test has failed.
+    for path in door.folder.glob("worker?/*"):
+        for number in path.read_text().split() if path.name in ("mounts", "started") else ():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(mount), signal.SIGKILL)
+                os.kill(int(number), signal.SIGKILL)
 
 
 def test_tpu_vm_is_made_awaited_used_and_fetched(door, tpu, tmp_path):

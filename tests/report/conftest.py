@@ -68,6 +68,23 @@ def facts():
     return make
 
 
+@pytest.fixture(scope="package")
+def many(facts):
+    """What a page of 30,000 patches is made of."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random(30_000) < 0.5).astype(int)
+    table = pd.DataFrame(
+        {
+            "id": [f"{number:040x}" for number in range(30_000)], "label": labels,
+            "slide": [f"slide {number % 100}" for number in range(30_000)],
+            "logit": 2 * labels - 1 + rng.normal(size=30_000),
+        }
+    )  # fmt: skip
+    # Noise, which no picture format makes small.
+    patch = facts()["galleries"]["Most wrong"][0]
+    return facts(table=table, galleries={"Most wrong": [patch] * 36})
+
+
 EVIL = '<script>alert("x")</script><img src="x:" onerror="alert(1)">'
 
 

@@ -6,6 +6,7 @@ Where the system has no Chromium these tests are skipped; under CI (`CI` is set)
 import json
 import os
 import shutil
+import time
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -152,6 +153,22 @@ def test_the_audit_is_printed(chromium, facts, tmp_path):
     assert page.get_by_text("found of the audit").is_visible()
     assert page.get_by_text("All settings").is_hidden()
     page.close()
+
+
+def test_a_page_of_thirty_thousand_patches_opens_and_answers(chromium, many, tmp_path):
+    path = tmp_path / "many.html"
+    path.write_text(render(**many)[0])
+    seconds = []
+    for _ in range(5):
+        page = chromium.new_page()
+        began = time.monotonic()
+        page.goto(path.as_uri())
+        page.get_by_role("button", name="95% sensitivity").click()
+        seconds.append(time.monotonic() - began)
+        assert page.locator("#percent").inner_text() == "27.1%"
+        assert int(page.locator("#tp").inner_text()) > 12_000
+        page.close()
+    print(f"{path.stat().st_size / 1e6:.2f} MB, seconds: {' '.join(f'{s:.2f}' for s in seconds)}")
 
 
 def test_without_scripts_nothing_is_missing(chromium, run):

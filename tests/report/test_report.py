@@ -254,23 +254,11 @@ def test_other_patches_than_were_evaluated_are_refused(config, run, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_thirty_thousand_patches_make_a_small_page_and_the_same_one_each_time(facts):
-    rng = np.random.default_rng(0)
-    labels = (rng.random(30_000) < 0.5).astype(int)
-    table = pd.DataFrame(
-        {
-            "id": [f"{number:040x}" for number in range(30_000)], "label": labels,
-            "slide": [f"slide {number % 100}" for number in range(30_000)],
-            "logit": 2 * labels - 1 + rng.normal(size=30_000),
-        }
-    )  # fmt: skip
-    # Noise, which no picture format makes small.
-    patch = facts()["galleries"]["Most wrong"][0]
-    made = facts(table=table, galleries={"Most wrong": [patch] * 36})
-    text, drawn = page.render(**made)
+def test_thirty_thousand_patches_make_a_small_page_and_the_same_one_each_time(many):
+    text, drawn = page.render(**many)
     assert len(text) < 5e6
     assert sum(map(len, drawn.values())) < 300_000
-    assert (text, drawn) == page.render(**made)
+    assert (text, drawn) == page.render(**many)
 
 
 @pytest.mark.parametrize("curve", [roc_curve, precision_recall_curve])

@@ -116,15 +116,23 @@ def test_any_damaged_file_is_noticed_or_does_no_harm(config, tmp_path, harm):
         if (folder / "damaged").exists():
             put_aside += 1
             assert_equal(found, make(config, 1, [0.5]))
-            # Training goes on from there, over the same step.
-            with Checkpoints(folder) as checkpoints:
-                checkpoints.save(make(config, 2, [0.5, 0.3]), 0.3)
-            with Checkpoints(folder) as checkpoints:
-                assert_equal(restore_latest(checkpoints, config), make(config, 2, [0.5, 0.3]))
         else:
             assert_equal(found, make(config, 2, [0.5, 0.4]))
     # The rest is of no consequence, such as marks of success that repeat the folder's name.
     assert put_aside >= 6
+
+
+def test_training_goes_on_over_the_step_of_a_damaged_checkpoint(config, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(config, 1, [0.5]), 0.5)
+        checkpoints.save(make(config, 2, [0.5, 0.4]), 0.4)
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / "state")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(restore_latest(checkpoints, config), make(config, 1, [0.5]))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(config, 2, [0.5, 0.3]), 0.3)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(restore_latest(checkpoints, config), make(config, 2, [0.5, 0.3]))
 
 
 @pytest.mark.parametrize("part", ["state", "early_stopping", "data", "history"])
