@@ -48,13 +48,12 @@ def _axes() -> Iterator[tuple[Axes, list[str]]]:
 def learning_curves(history: pd.DataFrame, used: pd.DataFrame) -> str:
     """Returns the losses of training and validation over the epochs, those of `used` marked."""
     with _axes() as (axes, done):
-        for name, style, color in (("train", "--", NEGATIVE), ("validation", "-", POSITIVE)):
-            label = name.replace("train", "training")
-            # Points, for one epoch alone makes no line.
-            axes.plot(
-                history["epoch"], history[f"{name}_loss"], style, marker=".", color=color,
-                label=label,
-            )  # fmt: skip
+        # Points, for one epoch alone makes no line.
+        epochs, train, validation = (
+            history[name] for name in ("epoch", "train_loss", "validation_loss")
+        )
+        axes.plot(epochs, train, "--", marker=".", color=NEGATIVE, label="training")
+        axes.plot(epochs, validation, "-", marker=".", color=POSITIVE, label="validation")
         axes.plot(used["epoch"], used["validation_loss"], "o", color=LINE, label="used")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="epoch", ylabel="loss, nats", ylim=(0, None))

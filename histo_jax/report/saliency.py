@@ -23,8 +23,8 @@ def integrated_gradients(
     Sundararajan et al., "Axiomatic Attribution for Deep Networks", 2017. A map's sum is the logit
     less that of bare glass, up to the steps of the integral. On drawn slides, wiping away what it
     marks lowers the logit faster than wiping anywhere and than what Grad-CAM of any block marks
-    (`tests/report/test_saliency.py`). On patches of other kinds Grad-CAM of some block may win, but
-    never of the same.
+    (`tests/report/test_saliency.py`); Grad-CAM won once, of the second block of the quickstart's
+    network.
     """
     variables = {"params": weights.params, "batch_stats": weights.batch_stats}
     end = normalise(weights, images)
