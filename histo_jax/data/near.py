@@ -6,6 +6,7 @@ import numpy as np
 import scipy.fft
 from jaxtyping import Float32, Int, UInt8, UInt64
 
+from histo_jax import symmetries
 from histo_jax.data.example import IMAGE_SIZE
 
 # Hashes match when at most this many of their 64 bits differ: JPEG of quality 75 changed no more
@@ -34,18 +35,16 @@ def hash_images(
     Functions, 3.2.1) as `imagehash.phash` computes it: grey, 32x32, two-dimensional DCT, lowest
     8x8 coefficients, a bit where one is above their median. Here 3x3 means make the image small.
 
-    A flip changes the sign of the odd coefficients and a transposition transposes them, so the
-    hashes of all symmetries come from one transform.
+    The hashes of all symmetries come from one transform.
 
     Returns:
-        hashes, of which column 0 is the image's own and the others are those of its flipped and
-        turned copies; contrast, the standard deviation of the 32x32 means, grey levels (0 to 255).
+        hashes, of the symmetries in the order of `symmetries.ELEMENTS`, so that column 0 is the
+        image's own; contrast, the standard deviation of the 32x32 means, grey levels (0 to 255).
     """
     small = _MEANS @ _grey(images) @ _MEANS.T
     low = _COSINES @ small @ _COSINES.T
-    odd = (-1.0) ** np.arange(8, dtype=np.float32)
-    flipped = [low, low * odd, low * odd[:, None], low * odd * odd[:, None]]
-    eight = np.stack([*flipped, *(b.swapaxes(1, 2) for b in flipped)], axis=1).reshape(-1, 8, 64)
+    transformed = [symmetries.transform_dct(low, *element) for element in symmetries.ELEMENTS]
+    eight = np.stack(transformed, axis=1).reshape(-1, 8, 64)
     bits = eight > np.median(eight, axis=2, keepdims=True)
     return np.packbits(bits, axis=2).view(np.uint64)[..., 0], small.std(axis=(1, 2))
 
@@ -98,9 +97,8 @@ def correlation(
     a, b = (grey - grey.mean(axis=(1, 2), keepdims=True) for grey in map(_grey, (first, second)))
     size = np.linalg.norm(a, axis=(1, 2)) * np.linalg.norm(b, axis=(1, 2))
     products = [
-        np.einsum("nij,nij->n", np.rot90(turned, k, axes=(1, 2)), b)
-        for turned in (a, a.swapaxes(1, 2))
-        for k in range(4)
+        np.einsum("nij,nij->n", symmetries.transform(a, *element), b)
+        for element in symmetries.ELEMENTS
     ]
     return np.max(products, axis=0) / np.maximum(size, np.float32(1e-6))
 
