@@ -10,6 +10,7 @@ import typing
 
 from histo_jax.config import Config
 from histo_jax.errors import ExpectedError
+from histo_jax.registry import register_augmentation, register_loss, register_model
 
 if typing.TYPE_CHECKING:
     from histo_jax.comparison import compare
@@ -18,7 +19,18 @@ if typing.TYPE_CHECKING:
     from histo_jax.prediction import predict
     from histo_jax.report import explain
 
-__all__ = ["Config", "ExpectedError", "compare", "evaluate", "explain", "fit", "predict"]
+__all__ = [
+    "Config",
+    "ExpectedError",
+    "compare",
+    "evaluate",
+    "explain",
+    "fit",
+    "predict",
+    "register_augmentation",
+    "register_loss",
+    "register_model",
+]
 
 # Like Keras, and unlike most libraries, this one shows its progress unasked; silence it with
 # `logging.getLogger("histo_jax").setLevel("WARNING")`.

@@ -7,10 +7,11 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from histo_jax.errors import ExpectedError
+from histo_jax.registry import AUGMENTATIONS, LOSSES, MODELS
 
 SOURCES = ("synthetic", "kaggle", "pcam")
 ON_DAMAGED = ("stop", "skip")
@@ -18,7 +19,6 @@ PLACEMENTS = ("auto", "device", "host", "disk")
 SCHEDULES = ("constant", "one_cycle")
 SPLIT_RULES = ("auto", "slide", "image")
 EVALUATION_SPLITS = ("validation", "test")
-MODELS = ("five_block", "five_block_p4m")
 
 
 def names(text: str) -> list[str]:
@@ -78,7 +78,10 @@ class DataConfig:
 class ModelConfig:
     """The network."""
 
-    name: str = _option("five_block", f"architecture: {', '.join(MODELS)}")
+    name: str = _option(
+        "five_block",
+        f"network: {', '.join(MODELS.names())}, or one that the config file registers",
+    )
     features: tuple[int, ...] = _option(
         (32, 64, 128, 256, 512),
         "channels of each block, for five_block_p4m in each of eight orientations; every block "
@@ -86,6 +89,13 @@ class ModelConfig:
     )
     dense: int = _option(1024, "units of the dense layer before the logit")
     dropout: float = _option(0.4, "share of the dense units dropped in training, 0 to 1")
+    kwargs: dict = dataclasses.field(
+        default_factory=dict,
+        metadata={
+            "help": "fields of any other network than five_block and five_block_p4m, by name, as "
+            'JSON values, such as {"width": 32} for resnet18'
+        },
+    )
 
 
 @dataclasses.dataclass
@@ -99,6 +109,9 @@ class AugmentConfig:
     brightness: float = _option(0.0, "optical density that is added or taken at most")
     mixup: float = _option(
         0.0, "patches are mixed in pairs by shares from Beta(this, this); 0 = they are not"
+    )
+    extra: tuple[str, ...] = _option(
+        (), "augmentations that the config file registers, applied in this order after the others"
     )
 
 
@@ -131,6 +144,11 @@ class FitConfig:
     epochs: int = _option(15, "passes over the training patches at most")
     steps_per_epoch: int | None = _option(
         None, "steps between two validations; None = one pass over the training patches"
+    )
+    loss: str = _option(
+        "binary_cross_entropy",
+        f"what training minimises: {', '.join(LOSSES.names())}, or one that the config file "
+        "registers",
     )
 
 
@@ -223,7 +241,6 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     ("data.on_damaged", lambda v: v in ON_DAMAGED, f"one of {', '.join(ON_DAMAGED)}"),
     ("data.placement", lambda v: v in PLACEMENTS, f"one of {', '.join(PLACEMENTS)}"),
     ("data.synthetic_slides", lambda v: v >= 2, "at least 2"),
-    ("model.name", lambda v: v in MODELS, f"one of {', '.join(MODELS)}"),
     (
         "model.features",
         lambda v: len(v) == 5 and min(v) >= 1,
@@ -231,6 +248,7 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     ),
     ("model.dense", lambda v: v >= 1, "at least 1"),
     ("model.dropout", lambda v: 0 <= v < 1, "from 0 to below 1"),
+    ("model.kwargs", lambda v: _is_json(v), "a dict of finite numbers, text, None, lists, dicts"),
     ("augment.shift", lambda v: 0 <= v <= 4, "from 0 to 4"),
     ("augment.stain", lambda v: 0 <= v < 1, "from 0 to below 1"),
     ("augment.brightness", lambda v: 0 <= v < 1, "from 0 to below 1"),
@@ -273,31 +291,55 @@ def flat(config: Config) -> dict[str, Any]:
 
 def describe() -> list[tuple[str, Any, str]]:
     """Returns `(dotted name, default, help)` of every setting, in order."""
+    defaults = flat(Config())
 
     def walk(kind: Any, prefix: str) -> Iterator[tuple[str, Any, str]]:
         for field in dataclasses.fields(kind):
             if dataclasses.is_dataclass(field.type):
                 yield from walk(field.type, f"{prefix}{field.name}.")
             else:
-                yield prefix + field.name, field.default, field.metadata["help"]
+                yield prefix + field.name, defaults[prefix + field.name], field.metadata["help"]
 
     return list(walk(Config, ""))
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    if isinstance(kind, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(v, typing.get_args(kind)[0]) for v in value)
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the annotated type; a type that cannot be checked fits any value."""
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, option) for option in options)
+    if origin is typing.Literal:
+        return any(value == option and type(value) is type(option) for option in options)
+    if origin is tuple and options[-1] is not ...:
+        return isinstance(value, tuple) and _all_fit(value, options)
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, tuple) and _all_fit(value, options[:1] * len(value))
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+    try:
+        return isinstance(value, tuple if kind is list else origin or kind)
+    except TypeError:
+        return True
 
 
-def _type_name(kind: Any) -> str:
-    return str(kind) if typing.get_args(kind) else kind.__name__
+def _all_fit(values: tuple[Any, ...], kinds: tuple[Any, ...]) -> bool:
+    return len(values) == len(kinds) and all(map(fits, values, kinds))
+
+
+def type_name(kind: Any) -> str:
+    """Returns a type as it is written."""
+    return str(kind).replace("typing.", "") if typing.get_args(kind) else kind.__name__
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    is_number = isinstance(value, float) and math.isfinite(value)
+    return is_number or value is None or isinstance(value, bool | int | str)
 
 
 def _check_types(node: Any, prefix: str) -> None:
@@ -306,9 +348,9 @@ def _check_types(node: Any, prefix: str) -> None:
         raise ExpectedError(f"unknown config field: config.{prefix}{min(unknown)} (see --help)")
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
-        if not _fits(value, field.type):
+        if not fits(value, field.type):
             raise ExpectedError(
-                f"config.{prefix}{field.name} = {value!r} is not of type {_type_name(field.type)}"
+                f"config.{prefix}{field.name} = {value!r} is not of type {type_name(field.type)}"
             )
         if dataclasses.is_dataclass(field.type):
             _check_types(value, f"{prefix}{field.name}.")
@@ -329,3 +371,7 @@ def validate(config: Config) -> None:
     for name, holds, wanted in _LIMITS:
         if values[name] is not None and not holds(values[name]):
             raise ExpectedError(f"config.{name} = {values[name]!r} must be {wanted}")
+    MODELS.check("model.name", config.model.name)
+    LOSSES.check("fit.loss", config.fit.loss)
+    for name in config.augment.extra:
+        AUGMENTATIONS.check("augment.extra", name)

@@ -132,5 +132,5 @@ def _logits(
     batched = sharding.batch_sharding()
     examples = placement.on_disk(prepared.records(*side), batched)
     batches = examples.one_pass(sharding.round_up(config.fit.batch_size))
-    eval_step = steps.make_eval_step(member.model, batched, members.averages(config, member))
+    eval_step = steps.make_eval_step(member.model, batched, members.uses_tta(config, member))
     return steps.collect_logits(eval_step, member.weights, preemption.stopping(batches))[0]

@@ -32,8 +32,10 @@ from histo_jax.metrics import Calibration, binary_scores
 from histo_jax.models import create_model
 from histo_jax.training import agreement, placement, runtime, sharding
 from histo_jax.training import step as steps
-from histo_jax.training.augmentation import augment, mix
+from histo_jax.training.augmentation import make_augment, mixup
+from histo_jax.training.check import check_parts
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
+from histo_jax.training.losses import get_loss
 from histo_jax.training.optimizer import create_optimizer, learning_rate
 from histo_jax.training.placement import TrainingBatch
 from histo_jax.training.state import (
@@ -89,6 +91,7 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     folder = Path(workdir).expanduser()
     workdirs.check(folder, config)
     sharding.check_batch_size(config.fit.batch_size)
+    check_parts(config.model, config.augment, config.fit)
     with workdirs.tracked(folder, "fit"):
         prepared = prepare(config)
         sides = splits.make_sides(prepared.tables, config)
@@ -144,10 +147,10 @@ def _start(
     if checkpoint is None:
         mean, deviation = splits.normalisation(tables[sides.train.records], sides.train.rows)
         model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-        is_averaged = config.optimizer.ema_decay > 0
+        has_ema = config.optimizer.ema_decay > 0
 
         def create() -> TrainState:
-            return create_state(model, optimizer, config.seed, mean, deviation, is_averaged)
+            return create_state(model, optimizer, config.seed, mean, deviation, has_ema)
 
         return Checkpoint(
             # On all devices at once: what lies on one of them cannot go to other processes'.
@@ -358,7 +361,15 @@ def _train(
     steps_per_epoch = config.fit.steps_per_epoch or count // batch_size
     total_steps = config.fit.epochs * steps_per_epoch
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer, total_steps)
-    train_step = steps.make_train_step(config, model, optimizer, batched)
+    train_step = steps.make_train_step(
+        model,
+        optimizer,
+        batched,
+        make_augment(config.augment),
+        get_loss(config.fit.loss),
+        config.optimizer.ema_decay,
+        config.augment.mixup,
+    )
     eval_step = steps.make_eval_step(model, batched)
     train, validation = placement.place(
         config.data.placement,
@@ -383,7 +394,7 @@ def _train(
                 # Several processes stop together, which only the steps of training decide.
                 if jax.process_count() == 1:
                     validating = preemption.stopping(validating)
-                weights = run.state.best_weights
+                weights = run.state.eval_weights
                 outputs = steps.collect_logits(eval_step, weights, validating)
             except preemption.Preempted:
                 run.leave()
@@ -425,9 +436,9 @@ def _training_sheet(config: Config, images: np.ndarray) -> np.ndarray:
     # Outside the epochs, where users may have JAX refuse what goes to the device unasked.
     with jax.transfer_guard_host_to_device("allow"):
         key, mix_key = jax.random.split(jax.random.key(config.seed))
-        seen = augment(key, jnp.asarray(images), config.augment)
+        seen: Any = make_augment(config.augment)(key, jnp.asarray(images))
         if config.augment.mixup:
-            seen, _ = mix(mix_key, seen, jnp.zeros(len(images)), config.augment.mixup)
+            seen, _ = mixup(mix_key, seen, jnp.zeros(len(images)), config.augment.mixup)
         seen = np.asarray(seen).astype(np.uint8)
     side = math.isqrt(len(seen))
     rows = seen[: side * side].reshape(side, side, *seen.shape[1:])

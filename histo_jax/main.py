@@ -1,6 +1,7 @@
 """The command line: `python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE]`."""
 
 import faulthandler
+import json
 import os
 import runpy
 import sys
@@ -64,11 +65,28 @@ class _Bool(flags.BooleanParser):
             raise ValueError("must be true or false") from None
 
 
+class _JsonObject(flags.ArgumentParser):
+    """Parses a dict of plain values."""
+
+    def parse(self, argument: Any) -> dict[str, Any]:
+        try:
+            value = json.loads(argument) if isinstance(argument, str) else argument
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError('must be a JSON object, such as {"width": 32}')
+        return value
+
+    def flag_type(self) -> str:
+        return "JSON object"
+
+
 def _define_flags() -> None:
     config_flags.register_flag_parser_for_type(bool, _Bool())
     config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser()))
     config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser()))
     config_flags.register_flag_parser_for_type(str, _OrNone(flags.ArgumentParser()))
+    config_flags.register_flag_parser_for_type(dict, _JsonObject())
     config_flags.DEFINE_config_file("config", None, "config file", lock_config=False)
     flags.DEFINE_string("workdir", None, "folder of the run")
     flags.DEFINE_enum("mode", "run", MODES, "what to do")

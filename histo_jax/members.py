@@ -61,16 +61,16 @@ def restore(config: Config, folder: Path, place: Sharding) -> list[Member]:
         calibration = Calibration(**best.data.get("calibration", {}))
         members.append(
             Member(
-                str(run), own, create_model(own.model), best.state.best_weights, calibration,
+                str(run), own, create_model(own.model), best.state.eval_weights, calibration,
                 int(best.state.step), best.data["fingerprint"],
             )
         )  # fmt: skip
     return members
 
 
-def averages(config: Config, member: Member) -> bool:
-    """Whether to average over flips and turns: a symmetric network gives all the same logit."""
-    return config.predict.tta and member.config.model.name != "five_block_p4m"
+def uses_tta(config: Config, member: Member) -> bool:
+    """Whether to average over the eight symmetries: a D4-invariant network gives all one logit."""
+    return config.predict.tta and not getattr(member.model, "is_d4_invariant", False)
 
 
 def check_evaluated(members: list[Member], scores: dict[str, Any], split: str) -> None:

@@ -72,7 +72,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         def logits_of(member: members.Member) -> np.ndarray:
             # The weights are handed over as they are; replicated ones would be copied each time.
             forward = jax.pmap(
-                make_forward(member.model, members.averages(config, member)),
+                make_forward(member.model, members.uses_tta(config, member)),
                 in_axes=(None, 0),
                 devices=devices,
             )

@@ -22,6 +22,7 @@ log = logging.getLogger("histo_jax")
 # where things lie, what to evaluate) may change between two starts.
 _IDENTITY_PREFIXES = (
     "seed", "data.", "model.", "augment.", "optimizer.", "fit.batch_size", "fit.steps_per_",
+    "fit.loss",
 )  # fmt: skip
 WHERE = ("data.raw_dir", "data.tfds_dir", "data.placement")
 

@@ -17,7 +17,7 @@ import histo_jax
 from histo_jax import fitting, progress
 from histo_jax.errors import ExpectedError
 from histo_jax.training import step as steps
-from histo_jax.training.augmentation import augment, mix
+from histo_jax.training.augmentation import make_augment, mixup
 from histo_jax.training.checkpoints import Checkpoints
 from histo_jax.training.sharding import batch_sharding, replicated
 
@@ -119,8 +119,8 @@ def test_the_sheet_shows_patches_of_the_first_batches_as_they_are_trained_on(tin
     rows = train.rows[np.concatenate([order[step] for step in range(4)])[:30]]
     images = jax.numpy.asarray(prepared.records(train.records, rows).images(np.arange(30)))
     key, mix_key = jax.random.split(jax.random.key(tiny_config.seed))
-    turned = augment(key, images, tiny_config.augment)
-    wanted, _ = mix(mix_key, turned, jax.numpy.zeros(30), tiny_config.augment.mixup)
+    turned = make_augment(tiny_config.augment)(key, images)
+    wanted, _ = mixup(mix_key, turned, jax.numpy.zeros(30), tiny_config.augment.mixup)
     tiles = shown.reshape(5, 96, 5, 96, 3).swapaxes(1, 2).reshape(25, 96, 96, 3)
     np.testing.assert_array_equal(tiles, np.asarray(wanted[:25]).astype(np.uint8))
 
@@ -194,7 +194,7 @@ def test_normalisation_is_the_runs_own_and_saved(tiny_config, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         weights = checkpoints.restore_best(tiny_config, replicated(batch_sharding())).state.weights
     np.testing.assert_allclose(weights.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(weights.deviation, pixels.std((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(weights.std, pixels.std((0, 1, 2)), rtol=1e-5)
 
 
 def test_changed_examples_under_a_run_are_refused(tiny_config, tmp_path, make_kaggle):

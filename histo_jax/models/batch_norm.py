@@ -1,81 +1,111 @@
 """BatchNorm before a 2x2 maximum: what both forms of the block need of it, and of its gradient.
 
-Channels may be several runs of the same ones, `copies`, as the orientations of a symmetric network
-are: statistics are then shared by the runs.
+Channels may be several orientations of the same features, as in `p4m.py`; all orientations of a
+feature then share its statistics.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int8
 
 # PyTorch's defaults. At Flax's momentum of 0.99 the running statistics lag behind short trainings
 # so far that validation loss says nothing.
 MOMENTUM = 0.9
 EPSILON = 1e-5
 
+Channels = Float[Array, " channels"]
+Values = Float[Array, "*positions channels"]
 
-class Norm(NamedTuple):
-    """The normalisation of a batch, each float[channels].
+
+class FoldedBatchNorm(NamedTuple):
+    """BatchNorm by the statistics of a batch, as one product and one sum: float[channels] each.
 
     Attributes:
         mean: of the batch.
-        variance: of the batch, with the full count below.
-        gain: what values are multiplied by.
-        shift: what is added then.
+        variance: of the batch, the biased estimate.
+        scale: factor of the values: the parameter `scale` over the standard deviation.
+        bias: what is added then: the parameter `bias` less `mean * scale`.
     """
 
-    mean: Any
-    variance: Any
-    gain: Any
-    shift: Any
+    mean: Channels
+    variance: Channels
+    scale: Channels
+    bias: Channels
 
 
-def fold(mean: Any, variance: Any, scale: Any, bias: Any) -> tuple[Any, Any]:
-    """Returns gain and shift."""
-    gain = scale * lax.rsqrt(variance + EPSILON)
-    return gain, bias - mean * gain
+def fold(
+    mean: Channels, variance: Channels, scale: Channels, bias: Channels
+) -> tuple[Channels, Channels]:
+    """Returns the folded scale and bias, so that BatchNorm is `values * scale + bias`."""
+    folded_scale = scale * lax.rsqrt(variance + EPSILON)
+    return folded_scale, bias - mean * folded_scale
 
 
-def _average(sums: Any, count: int, copies: int) -> Any:
-    return jnp.tile(sums.reshape(copies, -1).sum(0) / (copies * count), copies)
+def _mean_over_orientations(sums: Channels, count: int, orientations: int) -> Channels:
+    mean = sums.reshape(orientations, -1).sum(0) / (orientations * count)
+    return jnp.tile(mean, orientations)
 
 
-def measure(sums: Any, squares: Any, count: int, scale: Any, bias: Any, copies: int) -> Norm:
-    """Returns the normalisation from a batch's sums of `count` values and of their squares."""
-    mean = _average(sums, count, copies)
-    variance = jnp.maximum(_average(squares, count, copies) - mean * mean, 0)
-    return Norm(mean, variance, *fold(mean, variance, scale, bias))
+def fold_sums(
+    sums: Channels,
+    squares: Channels,
+    count: int,
+    scale: Channels,
+    bias: Channels,
+    orientations: int,
+) -> FoldedBatchNorm:
+    """Returns BatchNorm folded from a batch's sums of `count` values and of their squares."""
+    mean = _mean_over_orientations(sums, count, orientations)
+    second_moment = _mean_over_orientations(squares, count, orientations)
+    variance = jnp.maximum(second_moment - mean * mean, 0)
+    return FoldedBatchNorm(mean, variance, *fold(mean, variance, scale, bias))
 
 
-def select(window: list[Any], scale: Any) -> tuple[Any, Any]:
-    """Returns which of a window's four arrays becomes the maximum: its value, int8 its place.
+def select_maximum(
+    window: list[Values], scale: Channels
+) -> tuple[Values, Int8[Array, "*positions channels"]]:
+    """Returns the value that is the maximum of a 2x2 window after BatchNorm, and its index.
 
-    Of equal values it is the first.
+    Args:
+        window: the four values of each window before BatchNorm, row by row.
+        scale: the parameter of BatchNorm; its sign decides.
+
+    Returns:
+        the value before BatchNorm; its index in `window`, the first of equal values.
     """
-    # A negative scale turns the order round: what becomes the maximum is the minimum here.
+    # A negative scale reverses the order: the maximum after it is the minimum before it.
     sign = jnp.where(scale < 0, -1, 1).astype(window[0].dtype)
     first, second, third, fourth = (value * sign for value in window)
-    chosen = jnp.maximum(jnp.maximum(first, second), jnp.maximum(third, fourth)) * sign
-    one, two, three, _ = (value == chosen for value in window)
-    which = jnp.where(one, 0, jnp.where(two, 1, jnp.where(three, 2, 3)))
-    return chosen, which.astype(jnp.int8)
+    maximum = jnp.maximum(jnp.maximum(first, second), jnp.maximum(third, fourth)) * sign
+    is_first, is_second, is_third, _ = (value == maximum for value in window)
+    argmax = jnp.where(is_first, 0, jnp.where(is_second, 1, jnp.where(is_third, 2, 3)))
+    return maximum, argmax.astype(jnp.int8)
 
 
 class Gradient(NamedTuple):
-    """That of BatchNorm, each float[channels].
+    """The gradient of BatchNorm, float[channels] each.
 
-    With respect to the input it is `gain * g + slope * input + constant`, where `g`, that of the
-    output, is zero but for the maxima.
+    With respect to the input it is `folded_scale * g + slope * input + constant`, where `g`, that
+    of the output, is zero but for the maxima.
+
+    Attributes:
+        scale: with respect to the parameter `scale`.
+        bias: with respect to the parameter `bias`.
+        slope: see above.
+        constant: see above.
     """
 
-    scale: Any
-    bias: Any
-    slope: Any
-    constant: Any
+    scale: Channels
+    bias: Channels
+    slope: Channels
+    constant: Channels
 
 
-def gradient(norm: Norm, total: Any, weighted: Any, count: int, copies: int) -> Gradient:
+def gradient(
+    norm: FoldedBatchNorm, total: Channels, weighted: Channels, count: int, orientations: int
+) -> Gradient:
     """Returns the gradient from sums over the maxima alone.
 
     Args:
@@ -83,10 +113,12 @@ def gradient(norm: Norm, total: Any, weighted: Any, count: int, copies: int) -> 
         total: sum of the output's gradient.
         weighted: sum of it times `input - mean`.
         count: values of a channel in the batch.
-        copies: runs of channels that share statistics.
+        orientations: how many share their statistics.
     """
-    # gain * (g - mean(g) - normalised * mean(g * normalised))
-    factor = lax.rsqrt(norm.variance + EPSILON)
-    slope = -norm.gain * factor**2 * _average(weighted, count, copies)
-    constant = -norm.gain * _average(total, count, copies) - slope * norm.mean
-    return Gradient(factor * weighted, total, slope, constant)
+    # folded_scale * (g - mean(g) - normalised * mean(g * normalised))
+    inverse_std = lax.rsqrt(norm.variance + EPSILON)
+    weighted_mean = _mean_over_orientations(weighted, count, orientations)
+    slope = -norm.scale * inverse_std**2 * weighted_mean
+    total_mean = _mean_over_orientations(total, count, orientations)
+    constant = -norm.scale * total_mean - slope * norm.mean
+    return Gradient(inverse_std * weighted, total, slope, constant)

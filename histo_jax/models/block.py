@@ -2,77 +2,91 @@
 
 import functools
 import math
-from typing import Any
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
-from histo_jax.models import norm as norms
-from histo_jax.models import tiled
+from histo_jax.models import batch_norm, winograd_block
+from histo_jax.models.batch_norm import FoldedBatchNorm
+
+Image = Float[Array, "batch height width channels"]
+Pooled = Float[Array, "batch h w channels"]
+Channels = Float[Array, " channels"]
 
 
-def _convolve(x: Any, kernel: Any) -> Any:
+def _convolve(
+    x: Image, kernel: Float[Array, "3 3 channels outputs"]
+) -> Float[Array, "batch height width outputs"]:
     return lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
-def _windows(x: Any) -> list[Any]:
+def _windows(x: Image) -> list[Pooled]:
     """Returns the four values of each 2x2 window, row by row."""
     return [x[:, p::2, q::2] for p in (0, 1) for q in (0, 1)]
 
 
-def max_pool(x: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w channels"]:
+def max_pool(x: Image) -> Pooled:
     """Returns the maxima of 2x2 windows; height and width must be even."""
     # Not `reduce_window`: its gradient is several times slower on CPU.
     return functools.reduce(jnp.maximum, _windows(x))
 
 
+class _Saved(NamedTuple):
+    """For the gradient of `norm_pool_relu`: the maxima before BatchNorm and which they are."""
+
+    y: Image
+    maximum: Pooled
+    argmax: Int8[Array, "batch h w channels"]
+    norm: FoldedBatchNorm
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def norm_pool_relu(
-    y: Float[Array, "batch height width channels"],
-    scale: Float[Array, " channels"],
-    bias: Float[Array, " channels"],
-    copies: int,
-) -> tuple[
-    Float[Array, "batch h w channels"], Float[Array, " channels"], Float[Array, " channels"]
-]:
+    y: Image, scale: Channels, bias: Channels, orientations: int
+) -> tuple[Pooled, Channels, Channels]:
     """Returns BatchNorm with the batch's own statistics, 2x2 maximum, ReLU; mean; variance.
 
-    Statistics are float32 whatever the type of `y`, and shared by `copies` runs of channels. The
-    gradient, through the output alone and of equal maxima to the first, is written out: its sums
-    need only the maxima, a quarter of the values, and the whole is read once and written once.
+    Statistics are float32 whatever the type of `y`, and shared by the orientations of a feature.
+    The gradient, through the output alone and of equal maxima to the first, is written out: its
+    sums need only the maxima, a quarter of the values, and the whole is read and written once.
     """
-    return _norm_pool_relu(y, scale, bias, copies)[0]
+    return _norm_pool_relu(y, scale, bias, orientations)[0]
 
 
-def _norm_pool_relu(y: Any, scale: Any, bias: Any, copies: int) -> Any:
+def _norm_pool_relu(
+    y: Image, scale: Channels, bias: Channels, orientations: int
+) -> tuple[tuple[Pooled, Channels, Channels], _Saved]:
     wide = y.astype(scale.dtype)
     sums, squares = wide.sum((0, 1, 2)), (wide * wide).sum((0, 1, 2))
-    norm = norms.measure(sums, squares, math.prod(y.shape[:3]), scale, bias, copies)
-    chosen, which = norms.select(_windows(y), scale)
-    output = nn.relu(chosen * norm.gain + norm.shift).astype(y.dtype)
-    return (output, norm.mean, norm.variance), (y, chosen, which, norm)
+    norm = batch_norm.fold_sums(sums, squares, math.prod(y.shape[:3]), scale, bias, orientations)
+    maximum, argmax = batch_norm.select_maximum(_windows(y), scale)
+    output = nn.relu(maximum * norm.scale + norm.bias).astype(y.dtype)
+    return (output, norm.mean, norm.variance), _Saved(y, maximum, argmax, norm)
 
 
-def _norm_pool_relu_gradient(copies: int, saved: Any, gradients: Any) -> Any:
-    y, chosen, which, norm = saved
-    passed = chosen * norm.gain + norm.shift > 0
-    gradient = jnp.where(passed, gradients[0].astype(norm.gain.dtype), 0)
+def _norm_pool_relu_gradient(
+    orientations: int, saved: _Saved, gradients: tuple[Pooled, Channels, Channels]
+) -> tuple[Image, Channels, Channels]:
+    y, maximum, argmax, norm = saved
+    passed = maximum * norm.scale + norm.bias > 0
+    gradient = jnp.where(passed, gradients[0].astype(norm.scale.dtype), 0)
     total = gradient.sum((0, 1, 2))
-    weighted = (gradient * (chosen - norm.mean)).sum((0, 1, 2))
-    terms = norms.gradient(norm, total, weighted, math.prod(y.shape[:3]), copies)
+    weighted = (gradient * (maximum - norm.mean)).sum((0, 1, 2))
+    terms = batch_norm.gradient(norm, total, weighted, math.prod(y.shape[:3]), orientations)
     batch, height, width, channels = y.shape
     windows = (batch, height // 2, 2, width // 2, 2, channels)
     place = jnp.arange(4, dtype=jnp.int8).reshape(2, 1, 2, 1)
-    chosen_alone = jnp.where(
-        which[:, :, None, :, None] == place, (gradient * norm.gain)[:, :, None, :, None], 0
+    through_maxima = jnp.where(
+        argmax[:, :, None, :, None] == place, (gradient * norm.scale)[:, :, None, :, None], 0
     )
-    y_gradient = chosen_alone + (terms.slope * y.reshape(windows) + terms.constant)
+    y_gradient = through_maxima + (terms.slope * y.reshape(windows) + terms.constant)
     return y_gradient.reshape(y.shape).astype(y.dtype), terms.scale, terms.bias
 
 
@@ -85,29 +99,27 @@ class Block(nn.Module):
     Attributes:
         features: channels of the output.
         dtype: type of the arithmetic; parameters and statistics are float32.
-        is_tiled: whether to compute by `histo_jax.models.tiled`.
+        use_winograd: whether to compute by `histo_jax.models.winograd_block`.
     """
 
     features: int
     dtype: DTypeLike
-    is_tiled: bool
+    use_winograd: bool
 
-    # Runs of `features` channels that share scale, bias and statistics.
-    copies = 1
+    # How many channels each feature has, which share scale, bias and statistics.
+    orientations = 1
 
     def kernel_shape(self, channels: int) -> tuple[int, ...]:
         """Returns the shape of the parameter that the kernel is made of."""
         return (3, 3, channels, self.features)
 
-    def make_kernel(self, weights: Any) -> Float[Array, "3 3 channels outputs"]:
-        """Returns the kernel to `copies * features` channels from that parameter."""
+    def make_kernel(self, weights: Float[Array, "..."]) -> Float[Array, "3 3 channels outputs"]:
+        """Returns the kernel to `orientations * features` channels from that parameter."""
         return weights
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch height width channels"], train: bool
-    ) -> Float[Array, "batch h w outputs"]:
-        """Returns the block's output; `train` uses and notes down the batch's own statistics."""
+    def __call__(self, x: Image, train: bool) -> Float[Array, "batch h w outputs"]:
+        """Returns the block's output; `train` uses the batch's own statistics and updates them."""
         # Without a bias: BatchNorm's own makes it idle.
         shape = self.kernel_shape(x.shape[-1])
         kernel = self.make_kernel(self.param("kernel", nn.initializers.lecun_normal(), shape))
@@ -117,18 +129,20 @@ class Block(nn.Module):
         variance = self.variable("batch_stats", "var", jnp.ones, self.features)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if train:
-            scale, bias = jnp.tile(scale, self.copies), jnp.tile(bias, self.copies)
-            if self.is_tiled:
-                x, *batch = tiled.train_block(x, kernel, scale, bias, self.copies)
+            scale, bias = jnp.tile(scale, self.orientations), jnp.tile(bias, self.orientations)
+            if self.use_winograd:
+                x, *batch = winograd_block.train_block(x, kernel, scale, bias, self.orientations)
             else:
-                x, *batch = norm_pool_relu(_convolve(x, kernel), scale, bias, self.copies)
+                x, *batch = norm_pool_relu(_convolve(x, kernel), scale, bias, self.orientations)
+            momentum = batch_norm.MOMENTUM
             for running, new in zip((mean, variance), batch, strict=True):
                 new = new[: self.features]
-                running.value = norms.MOMENTUM * running.value + (1 - norms.MOMENTUM) * new
+                running.value = momentum * running.value + (1 - momentum) * new
             return x
-        gain, shift = (
-            jnp.tile(v, self.copies) for v in norms.fold(mean.value, variance.value, scale, bias)
+        scale, bias = (
+            jnp.tile(v, self.orientations)
+            for v in batch_norm.fold(mean.value, variance.value, scale, bias)
         )
-        if self.is_tiled:
-            return tiled.infer_block(x, kernel, gain, shift)
-        return nn.relu(max_pool(_convolve(x, kernel) * gain + shift)).astype(self.dtype)
+        if self.use_winograd:
+            return winograd_block.infer_block(x, kernel, scale, bias)
+        return nn.relu(max_pool(_convolve(x, kernel) * scale + bias)).astype(self.dtype)

@@ -6,25 +6,29 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from histo_jax.models.block import Block
+from histo_jax.registry import register_model
 
 
+@register_model("five_block")
 class FiveBlockCNN(nn.Module):
     """`Block` five times; dense, ReLU, dropout, logit.
 
     Attributes:
         features: channels of each block.
         dense: units of the dense layer.
-        dropout: share of the dense units dropped in training.
+        dropout: fraction of the dense units dropped in training.
         dtype: type of the arithmetic; parameters, statistics and logits are float32.
-        is_tiled: whether blocks of 16 channels or more compute by `histo_jax.models.tiled`.
+        use_winograd: whether blocks of 16 channels or more compute by `winograd_block.py`.
     """
 
     features: tuple[int, ...]
     dense: int
     dropout: float
     dtype: DTypeLike = jnp.float32
-    is_tiled: bool = False
+    use_winograd: bool = False
 
+    # These fields are set by the fields of `config.model` of the same names.
+    config_fields = ("features", "dense", "dropout")
     block = Block
 
     def flatten(self, x: Float[Array, "batch h w channels"]) -> Float[Array, "batch values"]:
@@ -45,8 +49,8 @@ class FiveBlockCNN(nn.Module):
         x = images
         for i, features in enumerate(self.features):
             # Tiles pay when their matrix products are not tiny, and take longer to compile.
-            is_tiled = self.is_tiled and features * self.block.copies >= 16
-            x = self.block(features, self.dtype, is_tiled, name=f"Block_{i}")(x, train)
+            use_winograd = self.use_winograd and features * self.block.orientations >= 16
+            x = self.block(features, self.dtype, use_winograd, name=f"Block_{i}")(x, train)
         x = self.flatten(x)
         x = nn.relu(nn.Dense(self.dense, dtype=self.dtype)(x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)

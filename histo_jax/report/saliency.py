@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float32, UInt8
 
 from histo_jax.training.state import Weights
-from histo_jax.training.step import normalise
+from histo_jax.training.step import normalise, predict_logits
 
 STEPS = 24
 # White: glass without tissue, which patches do show; the mean colour is nothing that is seen.
@@ -26,12 +26,11 @@ def integrated_gradients(
     (`tests/report/test_saliency.py`); Grad-CAM won once, of the second block of the quickstart's
     network.
     """
-    variables = {"params": weights.params, "batch_stats": weights.batch_stats}
     end = normalise(weights, images)
     start = normalise(weights, jnp.full_like(images, GLASS))
 
     def total(x: Any) -> Any:
-        logits: Any = model.apply(variables, x)
+        logits = predict_logits(model, weights, x)
         return jnp.sum(logits), logits
 
     def add(sums: Any, share: Any) -> tuple[Any, None]:

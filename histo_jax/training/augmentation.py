@@ -1,8 +1,10 @@
 """Random changes of training batches that keep the label, on the device.
 
-The label speaks of the centre 32x32 alone: flips, quarter turns and shifts of a few pixels keep it.
+The label speaks of the centre 32x32 alone: flips, rotations by 90 degrees and shifts of a few
+pixels keep it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,9 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, PRNGKeyArray, UInt8
 
+from histo_jax import symmetries
 from histo_jax.config import AugmentConfig
+from histo_jax.errors import ExpectedError
+from histo_jax.registry import AUGMENTATIONS
 
 Images = UInt8[Array, "batch height width 3"]
+FloatImages = Float32[Array, "batch height width 3"]
+Augment = Callable[[PRNGKeyArray, Images], Images | FloatImages]
 
 # Optical density of haematoxylin, eosin and a third dye for red, green and blue: Ruifrok &
 # Johnston, "Quantification of histochemical staining by color deconvolution", 2001.
@@ -20,33 +27,27 @@ _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]],
 _UNMIX = np.linalg.inv(_STAINS)
 
 
-def transform(images: Any, transpose: Any, flip_rows: Any, flip_columns: Any) -> Any:
-    """Returns images [batch, side, side, ...] transposed and flipped where the conditions hold."""
-    images = jnp.where(transpose, images.swapaxes(1, 2), images)
-    images = jnp.where(flip_rows, images[:, ::-1], images)
-    return jnp.where(flip_columns, images[:, :, ::-1], images)
-
-
-def turn(key: PRNGKeyArray, images: Images) -> Images:
+def random_d4(key: PRNGKeyArray, images: Images) -> Images:
     """Returns each image in one of the eight symmetries of the square, each equally likely."""
-    return transform(images, *jax.random.bernoulli(key, 0.5, (3, len(images), 1, 1, 1)))
+    element = jax.random.bernoulli(key, 0.5, (3, len(images), 1, 1, 1))
+    return symmetries.transform(images, *element)
 
 
-def shift(key: PRNGKeyArray, images: Images, pixels: int) -> Images:
+def random_shift(key: PRNGKeyArray, images: Images, pixels: int) -> Images:
     """Returns each image moved by up to `pixels` along both axes; its border is mirrored in."""
     edge = (pixels, pixels)
     padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)), "reflect")
     starts = jax.random.randint(key, (len(images), 2), 0, 2 * pixels + 1)
 
-    def cut(image: Any, start: Any) -> Any:
+    def crop(image: Any, start: Any) -> Any:
         return jax.lax.dynamic_slice(image, (*start, 0), images.shape[1:])
 
-    return jax.vmap(cut)(padded, starts)
+    return jax.vmap(crop)(padded, starts)
 
 
-def stain(
+def stain_jitter(
     key: PRNGKeyArray, images: Images, strength: float, brightness: float
-) -> Float32[Array, "batch height width 3"]:
+) -> FloatImages:
     """Returns each image as if stained and lit otherwise; pixels from 0 to 255.
 
     The amounts of the three dyes, each on its own, are multiplied by 1 - `strength` to
@@ -63,33 +64,47 @@ def stain(
     return jnp.clip(256 * jnp.exp(-density) - 1, 0, 255)
 
 
-def augment(key: PRNGKeyArray, images: Images, config: AugmentConfig) -> Any:
-    """Returns the images turned, and as `config` says shifted and stained.
+def make_augment(config: AugmentConfig) -> Augment:
+    """Returns the function from a random key and a batch of square images to changed ones.
 
-    Args:
-        key: random key of the step.
-        images: height and width must be equal.
-        config: what is done besides turning.
-
-    Returns:
-        Pixels from 0 to 255: uint8, or float32 where the stain was changed.
+    It always applies a random symmetry; `config` says what else. It returns pixels from 0 to 255:
+    uint8, or float32 where the stain was changed or a registered augmentation applied.
     """
-    turn_key, shift_key, stain_key = jax.random.split(key, 3)
-    images = turn(turn_key, images)
-    if config.shift:
-        images = shift(shift_key, images, config.shift)
-    if config.stain or config.brightness:
-        return stain(stain_key, images, config.stain, config.brightness)
-    return images
+    extra = [(name, AUGMENTATIONS.get(name)) for name in config.extra]
+
+    def augment(key: PRNGKeyArray, images: Images) -> Images | FloatImages:
+        d4_key, shift_key, stain_key = jax.random.split(key, 3)
+        images = random_d4(d4_key, images)
+        if config.shift:
+            images = random_shift(shift_key, images, config.shift)
+        if config.stain or config.brightness:
+            images = stain_jitter(stain_key, images, config.stain, config.brightness)
+        for index, (name, function) in enumerate(extra):
+            # `fold_in` of 0 to 2 gives the keys above.
+            extra_key = jax.random.fold_in(key, 3 + index)
+            images = _apply(name, function, extra_key, images.astype(jnp.float32))
+        return images
+
+    return augment
 
 
-def mix(
-    key: PRNGKeyArray, images: Any, labels: Float32[Array, " batch"], alpha: float
-) -> tuple[Any, Float32[Array, " batch"]]:
-    """Returns each image, and its label, mixed with the next one's ("mixup", Zhang et al. 2018).
+def _apply(name: str, function: Any, key: PRNGKeyArray, images: FloatImages) -> FloatImages:
+    changed = function(key, images)
+    if jnp.shape(changed) != images.shape:
+        raise ExpectedError(
+            f"augmentation {name!r} returns shape {list(jnp.shape(changed))} for images of shape "
+            f"{list(images.shape)}; it must keep the shape"
+        )
+    return jnp.clip(changed, 0, 255).astype(jnp.float32)
 
-    One share for the batch, from Beta(`alpha`, `alpha`).
+
+def mixup(
+    key: PRNGKeyArray, images: Images | FloatImages, labels: Float32[Array, " batch"], alpha: float
+) -> tuple[FloatImages, Float32[Array, " batch"]]:
+    """Returns each image, and its label, mixed with the next one's (Zhang et al., "mixup", 2018).
+
+    One mixing coefficient for the batch, from Beta(`alpha`, `alpha`).
     """
-    share = jax.random.beta(key, alpha, alpha)
-    images, labels = (share * v + (1 - share) * jnp.roll(v, 1, 0) for v in (images, labels))
+    lam = jax.random.beta(key, alpha, alpha)
+    images, labels = (lam * v + (1 - lam) * jnp.roll(v, 1, 0) for v in (images, labels))
     return images, labels

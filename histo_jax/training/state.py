@@ -1,4 +1,4 @@
-"""What a training knows, as explicit pytrees.
+"""The state of a training, as explicit pytrees.
 
 Shapes of the fields stand in the docstrings: as annotations they would be checked in tests, and
 JAX also fills pytrees with shapes, shardings and tracers.
@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Sharding
-from jaxtyping import Float
+from jaxtyping import Float, PRNGKeyArray
 
 from histo_jax.config import Config, EarlyStoppingConfig
 from histo_jax.data.example import IMAGE_SHAPE
@@ -26,15 +26,20 @@ class Weights(flax.struct.PyTreeNode):
 
     Attributes:
         params: the network's parameters.
-        batch_stats: BatchNorm's running means and variances.
+        collections: its other variables by collection, such as `batch_stats`; a dict that may be empty.
         mean: float32[3], of each channel over the run's own training images, 1 = full range.
-        deviation: float32[3], standard deviation, likewise.
+        std: float32[3], standard deviation, likewise.
     """
 
     params: Any
-    batch_stats: Any
+    collections: Any
     mean: Any
-    deviation: Any
+    std: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All variables, as Flax takes them."""
+        return {"params": self.params, **self.collections}
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -43,7 +48,7 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
         step: int32[], how many steps have been made.
         weights: what is trained, and the normalisation it was trained with.
-        averaged: the moving average of `weights`, or None where none is kept.
+        ema: the exponential moving average of `weights`, or None where none is kept.
         opt_state: the optimizer's moments.
         key: uint32[2], random key of the run; the key of a step is folded from it and `step`.
         loss_sum: float32[], of the batch losses since the epoch began, nats.
@@ -51,27 +56,58 @@ class TrainState(flax.struct.PyTreeNode):
 
     step: Any
     weights: Weights
-    averaged: Any
+    ema: Any
     opt_state: optax.OptState
     key: Any
     loss_sum: Any
 
     @property
-    def best_weights(self) -> Weights:
+    def eval_weights(self) -> Weights:
         """The weights to predict with."""
-        return self.weights if self.averaged is None else self.averaged
+        return self.weights if self.ema is None else self.ema
 
 
-def average(averaged: Weights | None, weights: Weights, step: Any, decay: float) -> Weights | None:
+def update_ema(ema: Weights | None, weights: Weights, step: Any, decay: float) -> Weights | None:
     """Returns the moving average after one more step, BatchNorm's statistics included.
 
     Of the average, `decay` is kept, and less in the first steps, `(1 + step) / (10 + step)`, so
-    that the first weights are soon forgotten.
+    that the first weights are soon forgotten. Of integers, such as counters, the newest are taken.
     """
-    if averaged is None:
+    if ema is None:
         return None
     kept = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda old, new: old + (1 - kept) * (new - old), averaged, weights)
+
+    def update_leaf(old: Any, new: Any) -> Any:
+        if not jnp.issubdtype(new.dtype, jnp.floating):
+            return new
+        return (old + (1 - kept) * (new - old)).astype(new.dtype)
+
+    return jax.tree.map(update_leaf, ema, weights)
+
+
+def init_weights(
+    model: nn.Module,
+    key: PRNGKeyArray,
+    mean: Float[np.ndarray, "3"],
+    std: Float[np.ndarray, "3"],
+) -> Weights:
+    """Returns random weights.
+
+    Args:
+        model: maps float32 images to logits, see `histo_jax.models`.
+        key: random key.
+        mean: channel means of the training images, 1 = full range.
+        std: their standard deviations.
+    """
+    # Compiled: op by op it would take seconds at every start.
+    init = jax.jit(model.init, static_argnames="train")
+    variables = init(key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32), train=False)
+    return Weights(
+        params=variables.get("params", {}),
+        collections={name: values for name, values in variables.items() if name != "params"},
+        mean=jnp.asarray(mean, jnp.float32),
+        std=jnp.asarray(std, jnp.float32),
+    )
 
 
 def create_state(
@@ -79,8 +115,8 @@ def create_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     mean: Float[np.ndarray, "3"],
-    deviation: Float[np.ndarray, "3"],
-    is_averaged: bool = False,
+    std: Float[np.ndarray, "3"],
+    has_ema: bool = False,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -89,24 +125,17 @@ def create_state(
         optimizer: whose moments are made.
         seed: decides the first weights, and by `key` augmentation and dropout.
         mean: channel means of the training images, 1 = full range.
-        deviation: their standard deviations.
-        is_averaged: whether a moving average is kept.
+        std: their standard deviations.
+        has_ema: whether a moving average is kept.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
-    # Compiled: op by op it would take seconds at every start.
-    variables = jax.jit(model.init)(init_key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32))
-    weights = Weights(
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
-        mean=jnp.asarray(mean, jnp.float32),
-        deviation=jnp.asarray(deviation, jnp.float32),
-    )
+    weights = init_weights(model, init_key, mean, std)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         weights=weights,
         # A copy: the step is given both to do with as it likes.
-        averaged=jax.tree.map(jnp.copy, weights) if is_averaged else None,
-        opt_state=optimizer.init(variables["params"]),
+        ema=jax.tree.map(jnp.copy, weights) if has_ema else None,
+        opt_state=optimizer.init(weights.params),
         # Raw words: a typed key is no plain array and could not be saved as one.
         key=jax.random.key_data(key),
         loss_sum=jnp.zeros((), jnp.float32),
@@ -116,9 +145,9 @@ def create_state(
 def abstract_state(config: Config, sharding: Sharding) -> TrainState:
     """Returns the state's shapes and dtypes, each with `sharding`, without computing anything."""
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-    is_averaged = config.optimizer.ema_decay > 0
+    has_ema = config.optimizer.ema_decay > 0
     shapes = jax.eval_shape(
-        lambda: create_state(model, optimizer, 0, np.zeros(3), np.ones(3), is_averaged),
+        lambda: create_state(model, optimizer, 0, np.zeros(3), np.ones(3), has_ema),
     )
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes

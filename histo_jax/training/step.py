@@ -1,7 +1,6 @@
 """The jit-compiled steps: augmentation, forward, loss, gradient, update."""
 
 import collections
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,56 +10,96 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
-from histo_jax.config import Config
+from histo_jax import symmetries
 from histo_jax.data.loader import Batch
-from histo_jax.training.augmentation import Images, augment, mix, transform
+from histo_jax.errors import ExpectedError
+from histo_jax.training.augmentation import Augment, Images, mixup
+from histo_jax.training.losses import Loss
 from histo_jax.training.sharding import replicated
-from histo_jax.training.state import TrainState, Weights, average
+from histo_jax.training.state import TrainState, Weights, update_ema
 
 Forward = Callable[[Weights, Images], Float32[Array, " batch"]]
 
 
-# Whether to transpose, to flip rows, to flip columns: together the eight symmetries of the square.
-_SYMMETRIES = np.array(list(itertools.product((False, True), repeat=3)))
-
-
 def normalise(weights: Weights, images: Any) -> Float32[Array, "batch height width 3"]:
     """Returns pixels, 0 to 255 before, with the training images' mean 0 and deviation 1."""
-    return (images.astype(jnp.float32) / 255 - weights.mean) / weights.deviation
+    return (images.astype(jnp.float32) / 255 - weights.mean) / weights.std
 
 
-def make_forward(model: nn.Module, averaged: bool = False) -> Forward:
+def predict_logits(
+    model: nn.Module, weights: Weights, images: Float32[Array, "batch height width 3"]
+) -> Float32[Array, " batch"]:
+    """Returns the logits of normalised images, without dropout.
+
+    Raises:
+        ExpectedError: the network returns something else than one logit an image.
+    """
+    return _as_logits(model, model.apply(weights.variables, images, train=False), images)
+
+
+def train_logits(
+    model: nn.Module,
+    weights: Weights,
+    images: Float32[Array, "batch height width 3"],
+    key: PRNGKeyArray,
+) -> tuple[Float32[Array, " batch"], dict[str, Any]]:
+    """Returns the logits of normalised images in training, and the updated collections.
+
+    Raises:
+        ExpectedError: the network returns something else than one logit an image.
+    """
+    # Flax takes `params` for random streams of other names, such as those of stochastic depth.
+    rngs = {"dropout": key, "params": jax.random.fold_in(key, 1)}
+    logits, collections = model.apply(
+        weights.variables, images, train=True, mutable=list(weights.collections), rngs=rngs
+    )
+    return _as_logits(model, logits, images), dict(collections)
+
+
+def _as_logits(model: nn.Module, logits: Any, images: Any) -> Float32[Array, " batch"]:
+    shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", type(logits).__name__)
+    if shape != (len(images),) or not jnp.issubdtype(dtype, jnp.floating):
+        got = f"{dtype}{list(shape)}" if shape is not None else f"a {dtype}"
+        raise ExpectedError(
+            f"network {type(model).__name__} returns {got} for images of shape "
+            f"{list(images.shape)}; it must return one logit an image, float32[{len(images)}]"
+        )
+    return logits.astype(jnp.float32)
+
+
+def make_forward(model: nn.Module, tta: bool = False) -> Forward:
     """Returns the function from weights and uint8 images to logits, without dropout.
 
     Args:
         model: maps normalised images to logits.
-        averaged: give the mean of the logits of an image's eight symmetries. One after the other
-            in one program: as one batch they would take eight times the memory.
+        tta: test-time augmentation, the mean of the logits of an image's eight symmetries. One
+            after the other in one program: as one batch they would take eight times the memory.
     """
 
     def forward(weights: Weights, images: Images) -> Float32[Array, " batch"]:
-        variables = {"params": weights.params, "batch_stats": weights.batch_stats}
-        return model.apply(variables, normalise(weights, images))  # type: ignore[return-value]
+        return predict_logits(model, weights, normalise(weights, images))
 
-    def average(weights: Weights, images: Images) -> Float32[Array, " batch"]:
-        logits = jax.lax.map(lambda how: forward(weights, transform(images, *how)), _SYMMETRIES)
-        return logits.mean(0)
+    def forward_tta(weights: Weights, images: Images) -> Float32[Array, " batch"]:
+        def of_element(element: Bool[Array, "3"]) -> Float32[Array, " batch"]:
+            return forward(weights, symmetries.transform(images, *element))
 
-    return average if averaged else forward
+        return jax.lax.map(of_element, np.array(symmetries.ELEMENTS)).mean(0)
+
+    return forward_tta if tta else forward
 
 
-def make_eval_step(model: nn.Module, batched: NamedSharding, averaged: bool = False) -> Forward:
-    """Returns `make_forward` compiled for batches divided over the mesh; logits lie everywhere."""
-    return jax.jit(make_forward(model, averaged), out_shardings=replicated(batched))
+def make_eval_step(model: nn.Module, batched: NamedSharding, tta: bool = False) -> Forward:
+    """Returns `make_forward` compiled for batches sharded over the mesh; logits are replicated."""
+    return jax.jit(make_forward(model, tta), out_shardings=replicated(batched))
 
 
 class Metrics(NamedTuple):
-    """What is seen of a step.
+    """What is known of a step.
 
     Attributes:
-        loss: mean binary cross-entropy of the batch before the update, nats.
+        loss: mean loss of the batch before the update; of binary cross-entropy in nats.
         finite: whether loss and gradient were finite; if not, nothing was updated.
         gradient_norm: length of the gradient of all parameters together.
         request: the largest of the numbers that the processes gave the step.
@@ -73,55 +112,61 @@ class Metrics(NamedTuple):
 
 
 def make_train_step(
-    config: Config,
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     batched: NamedSharding,
+    augment: Augment,
+    loss: Loss,
+    ema_decay: float = 0.0,
+    mixup_alpha: float = 0.0,
 ) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
     """Returns the compiled step `(state, batch) -> (state, metrics)`.
 
     The batch holds `image`, uint8[batch, 96, 96, 3], and `label`, float32[batch] of 0 and 1, both
-    divided over the mesh; BatchNorm and loss see the whole of it; it may hold `request`,
-    int32[devices], divided too. The given state is donated: do not use it again.
+    sharded over the mesh; BatchNorm and loss see the whole of it; it may hold `request`,
+    int32[devices], sharded too. The given state is donated: do not use it again.
+
+    Args:
+        model: maps normalised images to logits.
+        optimizer: turns gradients into updates.
+        batched: shards a batch over the devices.
+        augment: see `make_augment`.
+        loss: of each example, see `get_loss`.
+        ema_decay: what the moving average keeps, if the state has one.
+        mixup_alpha: of `mixup`; 0 = off.
     """
 
     def train_step(state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        augment_key, mix_key, dropout_key = jax.random.split(step_key, 3)
-        images = normalise(state.weights, augment(augment_key, batch["image"], config.augment))
+        augment_key, mixup_key, dropout_key = jax.random.split(step_key, 3)
+        images = normalise(state.weights, augment(augment_key, batch["image"]))
         labels = batch["label"]
-        if config.augment.mixup:
-            images, labels = mix(mix_key, images, labels, config.augment.mixup)
+        if mixup_alpha:
+            images, labels = mixup(mixup_key, images, labels, mixup_alpha)
 
-        def loss_of(params: Any) -> tuple[Float32[Array, ""], Any]:
-            logits, changed = model.apply(
-                {"params": params, "batch_stats": state.weights.batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": dropout_key},
-            )
-            losses = optax.sigmoid_binary_cross_entropy(logits, labels)
-            return losses.mean(), changed["batch_stats"]
+        def mean_loss(params: Any) -> tuple[Float32[Array, ""], Any]:
+            weights = state.weights.replace(params=params)
+            logits, collections = train_logits(model, weights, images, dropout_key)
+            return loss(logits, labels).mean(), collections
 
-        (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+        (value, collections), gradient = jax.value_and_grad(mean_loss, has_aux=True)(
             state.weights.params
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.weights.params)
         weights = state.weights.replace(
-            params=optax.apply_updates(state.weights.params, updates), batch_stats=batch_stats
+            params=optax.apply_updates(state.weights.params, updates), collections=collections
         )
         norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updated = state.replace(
             weights=weights,
-            averaged=average(state.averaged, weights, state.step, config.optimizer.ema_decay),
+            ema=update_ema(state.ema, weights, state.step, ema_decay),
             opt_state=opt_state,
-            loss_sum=state.loss_sum + loss,
+            loss_sum=state.loss_sum + value,
         )
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
         request = batch.get("request", jnp.zeros(1, jnp.int32)).max()
-        return state.replace(step=state.step + 1), Metrics(loss, finite, norm, request)
+        return state.replace(step=state.step + 1), Metrics(value, finite, norm, request)
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(batched))
 

@@ -22,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from configs.quickstart import get_config
 from histo_jax.models import create_model
 from histo_jax.training import sharding
+from histo_jax.training.augmentation import make_augment
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
+from histo_jax.training.losses import get_loss
 from histo_jax.training.optimizer import create_optimizer
 from histo_jax.training.state import EarlyStopping, create_state
 from histo_jax.training.step import make_train_step
@@ -36,7 +38,9 @@ def main(rounds: int) -> None:
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     state = create_state(model, optimizer, 0, np.full(3, 0.5), np.full(3, 0.25))
     state = jax.device_put(state, sharding.replicated(batched))
-    train_step = make_train_step(config, model, optimizer, batched)
+    train_step = make_train_step(
+        model, optimizer, batched, make_augment(config.augment), get_loss(config.fit.loss)
+    )
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (config.fit.batch_size, 96, 96, 3), np.uint8),

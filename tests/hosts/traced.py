@@ -43,7 +43,7 @@ def make_train_step(*arguments, make=steps.make_train_step):
         images = np.concatenate([np.asarray(shard.data) for shard in shards])
         state, metrics = train_step(state, batch)
         if number == 1:
-            noted = {"moments": state.opt_state[0].mu, "statistics": state.weights.batch_stats}
+            noted = {"moments": state.opt_state[0].mu, "statistics": state.weights.collections}
             np.savez(
                 f"{TRACE}.npz", **{k: ravel_pytree(jax.device_get(v))[0] for k, v in noted.items()}
             )

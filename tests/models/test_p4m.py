@@ -27,8 +27,8 @@ def images(sample=None):
         return (file["x"][:4].astype(np.float32) - 178) / 60
 
 
-def make(is_tiled):
-    model = FiveBlockP4M((3, 4, 5, 6, 7), 16, 0.0, is_tiled=is_tiled)
+def make(use_winograd):
+    model = FiveBlockP4M((3, 4, 5, 6, 7), 16, 0.0, use_winograd=use_winograd)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
     # Otherwise statistics and BatchNorm's parameters are the same for every feature.
     leaves, tree = jax.tree.flatten(variables)
@@ -40,11 +40,11 @@ def make(is_tiled):
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("is_tiled", [False, True])
+@pytest.mark.parametrize("use_winograd", [False, True])
 @pytest.mark.parametrize("of", ["noise", "real"])
-def test_each_layer_is_equivariant_and_the_logit_invariant(of, is_tiled, train, request):
+def test_each_layer_is_equivariant_and_the_logit_invariant(of, use_winograd, train, request):
     x = images(request.getfixturevalue("sample") if of == "real" else None)
-    model, variables = make(is_tiled)
+    model, variables = make(use_winograd)
 
     @jax.jit
     def layers(x):
@@ -100,11 +100,11 @@ def test_a_kernel_is_made_of_the_transformed_filters():
     assert found == wanted
 
 
-@pytest.mark.parametrize("is_tiled", [False, True])
-def test_statistics_and_gradients_are_shared_by_the_orientations(is_tiled):
+@pytest.mark.parametrize("use_winograd", [False, True])
+def test_statistics_and_gradients_are_shared_by_the_orientations(use_winograd):
     """Against BatchNorm written out over an axis of orientations, by autodiff."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 12, 12, 8 * 2)), jnp.float32)
-    block = P4MBlock(3, jnp.float32, is_tiled)
+    block = P4MBlock(3, jnp.float32, use_winograd)
     params = jax.jit(block.init, static_argnums=2)(jax.random.key(0), x, False)["params"]
     params = {**params, "scale": jnp.array([1.5, -0.5, 2]), "bias": jnp.array([0.1, 0.2, -0.3])}
     weights = np.random.default_rng(1).normal(size=(4, 6, 6, 24)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The tiled block against the plain formulation, values and gradients."""
+"""The block by Winograd tiles against the plain formulation, values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from histo_jax.models import tiled
+from histo_jax.models import winograd_block
 
 EPSILON = 1e-5
 # Height, channels, features: the image's few channels; 4x4 tiles; 2x2 tiles of an even and of an
@@ -53,9 +53,9 @@ def precision(request):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("at_once", [tiled._AT_ONCE, 24 * 24 * 8])
-def test_training_equals_the_plain_formulation(shape, at_once, precision, monkeypatch):
-    monkeypatch.setattr(tiled, "_AT_ONCE", at_once)
+@pytest.mark.parametrize("chunk_elements", [winograd_block.CHUNK_ELEMENTS, 24 * 24 * 8])
+def test_training_equals_the_plain_formulation(shape, chunk_elements, precision, monkeypatch):
+    monkeypatch.setattr(winograd_block, "CHUNK_ELEMENTS", chunk_elements)
     dtype, tolerance = precision
     *arguments, weights = draw(shape, dtype)
 
@@ -66,7 +66,7 @@ def test_training_equals_the_plain_formulation(shape, at_once, precision, monkey
 
         return jax.jit(jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True))(*arguments)
 
-    (_, outputs), gradients = outputs_and_gradients(lambda *a: tiled.train_block(*a, 1))
+    (_, outputs), gradients = outputs_and_gradients(lambda *a: winograd_block.train_block(*a, 1))
     (_, expected), expected_gradients = outputs_and_gradients(plain_train)
     assert outputs[0].dtype == dtype
     assert_close(expected, outputs, tolerance)
@@ -75,14 +75,14 @@ def test_training_equals_the_plain_formulation(shape, at_once, precision, monkey
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_inference_equals_the_plain_formulation(shape, precision, monkeypatch):
-    monkeypatch.setattr(tiled, "_AT_ONCE", 24 * 24 * 8)
+    monkeypatch.setattr(winograd_block, "CHUNK_ELEMENTS", 24 * 24 * 8)
     dtype, tolerance = precision
-    x, kernel, gain, shift, _ = draw(shape, dtype)
-    y = convolve(x, kernel) * gain + shift
+    x, kernel, scale, bias, _ = draw(shape, dtype)
+    y = convolve(x, kernel) * scale + bias
     expected = jax.nn.relu(
         lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
     )
-    assert_close(expected, jax.jit(tiled.infer_block)(x, kernel, gain, shift), tolerance)
+    assert_close(expected, jax.jit(winograd_block.infer_block)(x, kernel, scale, bias), tolerance)
 
 
 def test_of_equal_maxima_one_gets_the_gradient():
@@ -90,7 +90,7 @@ def test_of_equal_maxima_one_gets_the_gradient():
     kernel, scale = jnp.ones((3, 3, 3, 16)), jnp.ones(16)
 
     def total(bias):
-        return tiled.train_block(x, kernel, scale, bias, 1)[0].sum()
+        return winograd_block.train_block(x, kernel, scale, bias, 1)[0].sum()
 
     np.testing.assert_allclose(jax.grad(total)(jnp.ones(16)), 2 * 2 * 2)
 
@@ -98,6 +98,6 @@ def test_of_equal_maxima_one_gets_the_gradient():
 @pytest.mark.parametrize("images", [1, 7, 60])
 def test_any_number_of_images_is_split_equally(images):
     x = jnp.zeros((images, 48, 48, 1))
-    parts = tiled._split(x, 64)
-    assert parts.shape[0] * parts.shape[1] == images
-    assert parts.shape[1] == 1 or parts[0].size * 64 <= tiled._AT_ONCE
+    chunks = winograd_block._split(x, 64)
+    assert chunks.shape[0] * chunks.shape[1] == images
+    assert chunks.shape[1] == 1 or chunks[0].size * 64 <= winograd_block.CHUNK_ELEMENTS

@@ -27,9 +27,8 @@ def test_it_is_the_formula_and_sums_to_the_logit():
     images = jnp.asarray(rng.integers(0, 256, (2, 96, 96, 3), np.uint8))
     model = FiveBlockCNN((3, 4, 5, 3, 2), 4, 0.0)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
-    weights = Weights(
-        variables["params"], variables["batch_stats"], jnp.full(3, 0.7), jnp.full(3, 0.2)
-    )
+    statistics = {"batch_stats": variables["batch_stats"]}
+    weights = Weights(variables["params"], statistics, jnp.full(3, 0.7), jnp.full(3, 0.2))
     logits, maps = jax.jit(lambda: integrated_gradients(model, weights, images))()
     forward = make_forward(model)
     np.testing.assert_allclose(logits, forward(weights, images), rtol=1e-5)
@@ -61,7 +60,6 @@ def delete(forward, weights, images, maps, share, side=8):
 
 def grad_cam(model, weights, images, block):
     """Features of a block, weighted by how the logit grows with each (Selvaraju et al., 2017)."""
-    variables = {"params": weights.params, "batch_stats": weights.batch_stats}
     x = normalise(weights, images)
 
     def forward(change):
@@ -75,7 +73,7 @@ def grad_cam(model, weights, images, block):
             return output
 
         with nn.intercept_methods(add):
-            logits = model.apply(variables, x)
+            logits = model.apply(weights.variables, x)
         return logits.sum(), seen[0]
 
     features = jax.eval_shape(lambda: forward(0.0)[1])

@@ -22,7 +22,7 @@ def test_augmentation_gives_all_eight_symmetries_equally_often():
         for turns in range(4)
     }
     assert len(wanted) == 8
-    images = augmentation.turn(jax.random.key(0), jnp.asarray(np.repeat(image[None], 4000, 0)))
+    images = augmentation.random_d4(jax.random.key(0), jnp.asarray(np.repeat(image[None], 4000, 0)))
     for one in np.asarray(images):
         wanted[one.tobytes()] += 1
     # 500 expected each; five standard deviations of the binomial are 105.
@@ -34,7 +34,9 @@ def test_shifts_are_equally_likely_and_mirror_the_border():
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), "reflect")
     wanted = {padded[i : i + 16, j : j + 16].tobytes(): 0 for i in range(5) for j in range(5)}
     assert len(wanted) == 25
-    for one in np.asarray(augmentation.shift(KEY, jnp.asarray(np.repeat(image[None], 2500, 0)), 2)):
+    for one in np.asarray(
+        augmentation.random_shift(KEY, jnp.asarray(np.repeat(image[None], 2500, 0)), 2)
+    ):
         wanted[one.tobytes()] += 1
     # 100 expected each; five standard deviations of the binomial are 49.
     assert all(51 < count < 149 for count in wanted.values())
@@ -42,7 +44,7 @@ def test_shifts_are_equally_likely_and_mirror_the_border():
 
 def test_stain_changes_nothing_at_strength_zero():
     images = draw()
-    got = augmentation.stain(KEY, jnp.asarray(images), 0.0, 0.0)
+    got = augmentation.stain_jitter(KEY, jnp.asarray(images), 0.0, 0.0)
     assert np.abs(np.asarray(got) - images).max() < 0.01
 
 
@@ -53,7 +55,7 @@ def test_stain_scales_each_dye_and_adds_light():
     def amounts(pixels):
         return -np.log((np.asarray(pixels, np.float64) + 1) / 256) @ augmentation._UNMIX
 
-    got = augmentation.stain(KEY, jnp.asarray(images), 0.2, 0.0)
+    got = augmentation.stain_jitter(KEY, jnp.asarray(images), 0.2, 0.0)
     factors = (amounts(got) / amounts(images)).reshape(200, 16, 3)
     whole = ((got > 1) & (got < 254)).all((1, 2, 3))  # nothing was clipped
     assert whole.mean() > 0.5
@@ -64,7 +66,7 @@ def test_stain_scales_each_dye_and_adds_light():
     assert 1.15 < one.max() <= 1.2
     assert np.abs(np.corrcoef(one.T)[~np.eye(3, dtype=bool)]).max() < 0.35
 
-    lit = augmentation.stain(KEY, jnp.asarray(images), 0.0, 0.1)
+    lit = augmentation.stain_jitter(KEY, jnp.asarray(images), 0.0, 0.1)
     density = np.log((images + 1.0) / (np.asarray(lit, np.float64) + 1))
     assert np.ptp(density, (1, 2, 3)).max() < 1e-3
     assert -0.1 <= density.min() < -0.08
@@ -73,20 +75,20 @@ def test_stain_scales_each_dye_and_adds_light():
 
 def test_mixing_takes_labels_along_with_images():
     images, labels = draw(8).astype(np.float32), np.arange(8, dtype=np.float32) % 2
-    mixed, mixed_labels = augmentation.mix(KEY, images, jnp.asarray(labels), 0.4)
-    share = float(mixed_labels[1])  # of a tumour patch mixed with one without
-    assert 0 < share < 1
-    wanted = share * images + (1 - share) * np.roll(images, 1, 0)
+    mixed, mixed_labels = augmentation.mixup(KEY, jnp.asarray(images), jnp.asarray(labels), 0.4)
+    lam = float(mixed_labels[1])  # of a tumour patch mixed with one without
+    assert 0 < lam < 1
+    wanted = lam * images + (1 - lam) * np.roll(images, 1, 0)
     np.testing.assert_allclose(mixed, wanted, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("field", ["shift", "stain", "brightness"])
 def test_each_setting_acts_and_is_off_by_default(field):
     images = jnp.asarray(draw())
-    plain = augmentation.augment(KEY, images, AugmentConfig())
+    plain = augmentation.make_augment(AugmentConfig())(KEY, images)
     assert plain.dtype == np.uint8
-    config = AugmentConfig(**{field: 2 if field == "shift" else 0.2})
-    changed = augmentation.augment(KEY, images, config)
+    augment = augmentation.make_augment(AugmentConfig(**{field: 2 if field == "shift" else 0.2}))
+    changed = augment(KEY, images)
     assert changed.shape == images.shape
     assert np.abs(np.asarray(changed) - np.asarray(plain)).max() > 10
-    np.testing.assert_array_equal(changed, augmentation.augment(KEY, images, config))
+    np.testing.assert_array_equal(changed, augment(KEY, images))

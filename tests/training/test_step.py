@@ -4,18 +4,20 @@ import numpy as np
 import optax
 import pytest
 
-from histo_jax.config import Config, ModelConfig
+from histo_jax.config import AugmentConfig, ModelConfig
 from histo_jax.data.loader import Records
 from histo_jax.errors import ExpectedError
 from histo_jax.models import create_model
 from histo_jax.training import sharding, step
+from histo_jax.training.augmentation import make_augment
+from histo_jax.training.losses import get_loss
 from histo_jax.training.placement import on_disk
-from histo_jax.training.state import average, create_state
+from histo_jax.training.state import create_state, update_ema
 
 RNG = np.random.default_rng(0)
 MODEL = create_model(ModelConfig(features=(4, 4, 4, 4, 4), dense=8))
 OPTIMIZER = optax.adam(1e-3)
-MEAN, DEVIATION = np.array([0.7, 0.5, 0.6]), np.array([0.2, 0.3, 0.2])
+MEAN, STD = np.array([0.7, 0.5, 0.6]), np.array([0.2, 0.3, 0.2])
 
 
 def make_batch(size=8):
@@ -25,29 +27,34 @@ def make_batch(size=8):
     }
 
 
+def make_train_step(model, batched, **options):
+    augment, loss = make_augment(AugmentConfig()), get_loss("binary_cross_entropy")
+    return step.make_train_step(model, OPTIMIZER, batched, augment, loss, **options)
+
+
 def start(batched):
-    state = create_state(MODEL, OPTIMIZER, 0, MEAN, DEVIATION)
+    state = create_state(MODEL, OPTIMIZER, 0, MEAN, STD)
     return jax.device_put(state, sharding.replicated(batched))
 
 
-def test_averaging_is_the_mean_logit_of_the_eight_symmetries():
+def test_tta_is_the_mean_logit_of_the_eight_symmetries():
     images = make_batch(3)["image"]
-    weights = create_state(MODEL, OPTIMIZER, 0, MEAN, DEVIATION).weights
-    plain, averaged = (jax.jit(step.make_forward(MODEL, how)) for how in (False, True))
+    weights = create_state(MODEL, OPTIMIZER, 0, MEAN, STD).weights
+    plain, tta = (jax.jit(step.make_forward(MODEL, how)) for how in (False, True))
     logits = [
         plain(weights, jnp.asarray(np.rot90(turned, turns, (1, 2))))
         for turned in (images, images.transpose(0, 2, 1, 3))
         for turns in range(4)
     ]
     assert np.ptp(logits, axis=0).min() > 1e-3
-    np.testing.assert_allclose(averaged(weights, images), np.mean(logits, 0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(tta(weights, images), np.mean(logits, 0), rtol=1e-5, atol=1e-6)
 
 
 def test_normalise_centres_and_scales():
-    state = create_state(MODEL, OPTIMIZER, 0, MEAN, DEVIATION)
+    state = create_state(MODEL, OPTIMIZER, 0, MEAN, STD)
     images = make_batch(2)["image"]
     got = step.normalise(state.weights, jnp.asarray(images))
-    np.testing.assert_allclose(got, (images / 255 - MEAN) / DEVIATION, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got, (images / 255 - MEAN) / STD, rtol=1e-4, atol=1e-5)
 
 
 def test_three_steps_on_four_devices_equal_one():
@@ -55,7 +62,7 @@ def test_three_steps_on_four_devices_equal_one():
     results = []
     for devices in (jax.devices()[:1], jax.devices()):
         batched = sharding.batch_sharding(devices)
-        train_step = step.make_train_step(Config(), MODEL, OPTIMIZER, batched)
+        train_step = make_train_step(MODEL, batched)
         state, losses = start(batched), []
         for batch in batches:
             state, metrics = train_step(state, jax.device_put(batch, batched))
@@ -71,7 +78,7 @@ def test_three_steps_on_four_devices_equal_one():
 
 def test_a_step_is_repeatable_and_counts():
     batched, batch = sharding.batch_sharding(), make_batch()
-    train_step = step.make_train_step(Config(), MODEL, OPTIMIZER, batched)
+    train_step = make_train_step(MODEL, batched)
     runs = []
     for _ in range(2):
         state = start(batched)
@@ -92,23 +99,23 @@ def test_the_first_loss_is_the_cross_entropy_of_the_batch():
     batched, batch = sharding.batch_sharding(jax.devices()[:1]), make_batch()
     # Flat images look the same in all eight symmetries.
     batch["image"][:] = batch["image"][:, :1, :1]
-    state = create_state(model, OPTIMIZER, 0, MEAN, DEVIATION)
+    state = create_state(model, OPTIMIZER, 0, MEAN, STD)
     logits, _ = jax.jit(model.apply, static_argnames=("train", "mutable"))(
-        {"params": state.weights.params, "batch_stats": state.weights.batch_stats},
+        state.weights.variables,
         step.normalise(state.weights, jnp.asarray(batch["image"])),
         train=True,
         mutable=("batch_stats",),
     )
     p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
     wanted = -np.mean(np.where(batch["label"] == 1, np.log(p), np.log(1 - p)))
-    _, metrics = step.make_train_step(Config(), model, OPTIMIZER, batched)(state, batch)
+    _, metrics = make_train_step(model, batched)(state, batch)
     assert float(metrics.loss) == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison):
     batched, batch = sharding.batch_sharding(), make_batch()
-    train_step = step.make_train_step(Config(), MODEL, OPTIMIZER, batched)
+    train_step = make_train_step(MODEL, batched)
     state, metrics = train_step(start(batched), jax.device_put(batch, batched))
     assert metrics.finite
     before = jax.device_get(state)
@@ -150,10 +157,9 @@ def test_batch_sizes_and_devices():
 
 
 def test_the_moving_average_follows_its_formula_with_all_statistics():
-    config, batched = Config(), sharding.batch_sharding()
-    config.optimizer.ema_decay = 0.9
-    train_step = step.make_train_step(config, MODEL, OPTIMIZER, batched)
-    state = create_state(MODEL, OPTIMIZER, 0, MEAN, DEVIATION, is_averaged=True)
+    batched = sharding.batch_sharding()
+    train_step = make_train_step(MODEL, batched, ema_decay=0.9)
+    state = create_state(MODEL, OPTIMIZER, 0, MEAN, STD, has_ema=True)
     wanted = jax.device_get(state.weights)
     state = jax.device_put(state, sharding.replicated(batched))
     for count in range(12):
@@ -163,14 +169,14 @@ def test_the_moving_average_follows_its_formula_with_all_statistics():
             lambda old, new, kept=kept: kept * old + (1 - kept) * np.asarray(new),
             wanted, state.weights,
         )  # fmt: skip
-    assert state.best_weights is state.averaged
+    assert state.eval_weights is state.ema
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6),
-        state.averaged, wanted,
+        state.ema, wanted,
     )  # fmt: skip
     moved = jax.tree.map(
-        lambda one, other: float(jnp.abs(one - other).max()), state.averaged, state.weights
+        lambda one, other: float(jnp.abs(one - other).max()), state.ema, state.weights
     )
-    assert moved.batch_stats["Block_0"]["mean"] > 1e-3
+    assert moved.collections["batch_stats"]["Block_0"]["mean"] > 1e-3
     assert moved.mean == 0
-    assert average(None, state.weights, 0, 0.9) is None
+    assert update_ema(None, state.weights, 0, 0.9) is None

@@ -21,6 +21,8 @@ from histo_jax.config import Config
 from histo_jax.data.builder import Prepared, prepare
 from histo_jax.models import create_model
 from histo_jax.training import sharding
+from histo_jax.training.augmentation import make_augment
+from histo_jax.training.losses import get_loss
 from histo_jax.training.optimizer import create_optimizer
 from histo_jax.training.placement import Examples, place
 from histo_jax.training.state import create_state
@@ -60,7 +62,8 @@ class Peer:
         optimizer = create_optimizer(self._config.optimizer)
         state = create_state(self._model, optimizer, 0, np.full(3, 0.5), np.full(3, 0.25))
         state = jax.device_put(state, sharding.replicated(self._batched))
-        return [make_train_step(self._config, self._model, optimizer, self._batched), state]
+        augment, loss = make_augment(self._config.augment), get_loss(self._config.fit.loss)
+        return [make_train_step(self._model, optimizer, self._batched, augment, loss), state]
 
     @cached_property
     def _prepared(self) -> Prepared:
