@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int8
 
 from histo_jax.models import batch_norm, winograd
-from histo_jax.models.batch_norm import Channels, FoldedBatchNorm
+from histo_jax.models.batch_norm import FoldedBatchNorm
 from histo_jax.models.winograd import Grid, Image, Kernel, Values, interleave
 
 # Values before pooling in one chunk of images, 10 MB in float32: measured best among 2 to 75 MB
@@ -29,7 +29,7 @@ CHUNK_ELEMENTS = 2_500_000
 
 Halved = Float[Array, "images half half features"]
 Features = Float[Array, " features"]
-Chunks = Float[Array, "chunks images height width channels"]
+Chunks = Float[Array, "chunks images_each height width channels"]
 # The four phases of each 2x2 window, by the window's row and column in a tile.
 Windows = list[list[list[Values]]]
 # The maximum of each window and its index there, by the window's row and column in a tile.
@@ -95,7 +95,7 @@ def _train_block(
     transformed = convolution.transform(kernel)
     chunks = _split(x, kernel.shape[-1])
 
-    def convolve(x: Image) -> tuple[Grid | None, Channels, Channels]:
+    def convolve(x: Image) -> tuple[Grid | None, Features, Features]:
         phases = convolution.phases(x, transformed)
         leaves = jax.tree.leaves(phases)
         sums = sum(v.sum((0, 1, 2)) for v in leaves)

@@ -22,7 +22,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def create_optimizer(config: OptimizerConfig, steps: int = 1) -> optax.GradientTransformation:
     """Returns AdamW with optax's moments (0.9, 0.999, 1e-8: Kingma & Ba 2015, and PyTorch's).
 
-    Without weight decay it is Adam. Biases and BatchNorm's parameters do not decay.
+    Without weight decay it is Adam. Biases and the parameters of normalisations do not decay.
 
     Args:
         config: rate, schedule, decay.

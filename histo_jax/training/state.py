@@ -26,7 +26,7 @@ class Weights(flax.struct.PyTreeNode):
 
     Attributes:
         params: the network's parameters.
-        collections: its other variables by collection, such as `batch_stats`; a dict that may be empty.
+        collections: dict of its other variables by collection, such as `batch_stats`; may be empty.
         mean: float32[3], of each channel over the run's own training images, 1 = full range.
         std: float32[3], standard deviation, likewise.
     """

@@ -17,6 +17,7 @@ import histo_jax
 from histo_jax import registry, workdir
 from histo_jax.config import AugmentConfig, Config, validate
 from histo_jax.errors import ExpectedError
+from histo_jax.members import Member, uses_tta
 from histo_jax.models import create_model
 from histo_jax.report.saliency import integrated_gradients
 from histo_jax.training import sharding, step
@@ -183,8 +184,8 @@ class WithoutTrain(Pixel):
         return self.logits(images)
 
 
-class Frozen(Pixel):
-    """Knows its normalisation: the statistics exist in training alone."""
+class Late(Pixel):
+    """Has variables in training alone."""
 
     @nn.compact
     def __call__(self, images, train):
@@ -203,7 +204,7 @@ class Frozen(Pixel):
         (Untrainable, ["network 'mine' has no parameters"]),
         (Growing, ["network 'mine' changes", "(losses)"]),
         (WithoutTrain, ["network 'mine' fails: TypeError", "'train'"]),
-        (Frozen, ["network 'mine' fails: ", "late"]),
+        (Late, ["network 'mine' fails: ", "late"]),
         (lambda images, train: images, ["model 'mine'", "class of flax.linen.Module"]),
     ],
 )
@@ -299,6 +300,17 @@ def test_fields_of_the_five_blocks_are_refused_for_other_networks(field, value):
     refuses(config, [f"config.model.{field} is not used by resnet18", "config.model.kwargs"])
 
 
+@pytest.mark.parametrize(("name", "is_used"), [("five_block", True), ("five_block_p4m", False)])
+def test_tta_is_left_out_for_networks_that_are_invariant(name, is_used):
+    config = Config()
+    config.model.name, config.predict.tta = name, True
+    model = create_model(config.model)
+    member = Member("run", config, model, None, None, 0, "")
+    assert uses_tta(config, member) == is_used
+    config.predict.tta = False
+    assert not uses_tta(config, member)
+
+
 def test_names_belong_to_one_network_each():
     histo_jax.register_model("mine")(Column)
     histo_jax.register_model("mine")(Column)
@@ -314,7 +326,7 @@ def test_names_belong_to_one_network_each():
     assert registry.LOSSES.names() == ["binary_cross_entropy", "mine"]
 
 
-def test_a_registered_loss_is_what_training_minimises():
+def test_a_registered_loss_is_what_training_minimises(tmp_path):
     @histo_jax.register_loss("brier")
     def brier(logits, labels):
         return (jax.nn.sigmoid(logits) - labels) ** 2
@@ -325,7 +337,10 @@ def test_a_registered_loss_is_what_training_minimises():
     check(config)
     first = train(config, 1).metrics
     assert 0 < float(first.loss) < 1
+    workdir.save_config(tmp_path, config)
     config.fit.loss = "binary_cross_entropy"
+    with pytest.raises(ExpectedError, match=r"fit\.loss was 'brier' there"):
+        workdir.check(tmp_path, config)
     assert float(train(config, 1).metrics.loss) > 1.5 * float(first.loss)
 
     histo_jax.register_loss("mean")(lambda logits, labels: brier(logits, labels).mean())
