@@ -72,7 +72,7 @@ def test_a_network_of_a_config_file_trains_saves_predicts_and_explains(tmp_path)
     path = str(Path(__file__).with_name("groupnorm_resnet.py"))
     for _ in range(2):  # the command line executes a config file twice
         config = runpy.run_path(path)["get_config"]()
-    config.model.kwargs = {"widths": [4, 8], "groups": 2}
+    config.model.kwargs = {"widths": [4], "groups": 2}
     config.optimizer.ema_decay = 0.5
     check(config)
 
