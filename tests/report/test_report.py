@@ -445,6 +445,58 @@ def test_explain_takes_ids_of_any_split(config, run):
         explain_ids(config, run, f"{ids[0]},abc")
 
 
+@pytest.fixture
+def explained_run(config, run, explained, tmp_path):
+    """A copy of the run, with the pictures of its galleries and files of the user's own."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "explain" / "mine.png").write_bytes(b"my own picture")
+    return tmp_path / "run"
+
+
+def pictures_and_rows(run):
+    rows = pd.read_csv(run / "explain" / "patches.csv", keep_default_na=False).set_index("id")
+    pictures = {path.stem for path in (run / "explain").glob("*.png")} - {"mine"}
+    assert pictures == set(rows.index)
+    return rows
+
+
+def test_pictures_of_one_checkpoint_accumulate(config, explained, explained_run):
+    before = pictures_and_rows(explained_run)
+    first, other = explained["id"][0], prepare(config).tables["test"]["id"][7]
+    said = explain_ids(config, explained_run, f"{first},{other}")
+    rows = pictures_and_rows(explained_run)
+    assert rows.index.is_unique
+    assert set(rows.index) == {*before.index, other}
+    assert set(said["id"]) == {first, other}
+    assert rows["checkpoint"].nunique() == 1
+    unchanged = before.index.drop(first)
+    pd.testing.assert_frame_equal(rows.loc[unchanged], before.loc[unchanged])
+    # A picture that was deleted has no row any more.
+    (explained_run / "explain" / f"{other}.png").unlink()
+    explain_ids(config, explained_run, first)
+    assert set(pictures_and_rows(explained_run).index) == set(before.index)
+
+
+def as_of_other_weights(rows):
+    return rows.assign(checkpoint=rows["checkpoint"].str[:-1] + "x")
+
+
+def as_of_version_0_1_0(rows):
+    return rows.drop(columns=["tta", "checkpoint"]).iloc[:3]
+
+
+@pytest.mark.parametrize("older", [as_of_other_weights, as_of_version_0_1_0, None])
+def test_pictures_of_another_checkpoint_are_removed(config, explained, explained_run, older):
+    path = explained_run / "explain" / "patches.csv"
+    if older:
+        older(pd.read_csv(path)).to_csv(path, index=False)
+    else:
+        path.write_bytes(b"\xff,damaged")
+    explain_ids(config, explained_run, explained["id"][1])
+    assert pictures_and_rows(explained_run).index.tolist() == [explained["id"][1]]
+    assert (explained_run / "explain" / "mine.png").read_bytes() == b"my own picture"
+
+
 def explain_ids(config, run, ids):
     config = copy.deepcopy(config)
     config.explain.ids = ids
