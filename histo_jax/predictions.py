@@ -11,6 +11,7 @@ from histo_jax import workdir as workdirs
 from histo_jax.data import splits
 from histo_jax.data.builder import Prepared
 from histo_jax.errors import ExpectedError
+from histo_jax.metrics import binary_scores
 
 
 def slides(table: pd.DataFrame) -> np.ndarray | None:
@@ -44,9 +45,26 @@ def read(folder: Path, split: str) -> pd.DataFrame:
     return pd.read_csv(path, dtype=types, na_values=[], keep_default_na=False)
 
 
-def read_scores(folder: Path, split: str) -> dict[str, Any]:
-    """Reads the scores that `evaluate` has written beside them."""
-    return json.loads((folder / f"evaluation_{split}.json").read_text(encoding="utf-8"))
+def read_scores(folder: Path, split: str, table: pd.DataFrame) -> dict[str, Any]:
+    """Reads the scores that `evaluate` has written beside the predictions `table`.
+
+    Raises:
+        ExpectedError: they are missing, damaged, or those of other predictions.
+    """
+    path = folder / f"evaluation_{split}.json"
+    again = f"run --mode=evaluate --config.evaluate.split={split} again"
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        known = [float(scores[name]) for name in ("count", "auc", "nll")]
+    except FileNotFoundError:
+        raise ExpectedError(f"{path} is missing: {again}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ExpectedError(f"{path} is damaged: {again}") from None
+    now = binary_scores(table["logit"].to_numpy(), table["label"].to_numpy(np.float64))
+    # Text may lose the last digit. A process that is killed between the two files leaves others.
+    if not np.allclose([now["count"], now["auc"], now["nll"]], known, rtol=1e-6, atol=1e-9):
+        raise ExpectedError(f"{path} holds the scores of other predictions: {again}")
+    return scores
 
 
 def side(prepared: Prepared, sides: splits.Sides, split: str, table: pd.DataFrame) -> splits.Side:

@@ -69,7 +69,7 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         else:
             split = config.evaluate.split
             table = predictions.read(folder, split)
-            scores = predictions.read_scores(folder, split)
+            scores = predictions.read_scores(folder, split, table)
             members.check_evaluated(trained, scores, split)
             tta = scores.get("tta", False)
             sides = splits.make_sides(prepared.tables, config)

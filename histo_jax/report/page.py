@@ -71,7 +71,7 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     workdirs.check(folder, config)
     split = config.evaluate.split
     table = predictions.read(folder, split)
-    scores = predictions.read_scores(folder, split)
+    scores = predictions.read_scores(folder, split, table)
     with workdirs.tracked(folder, "report"):
         prepared = prepare(config)
         sides = splits.make_sides(prepared.tables, config)
