@@ -76,7 +76,9 @@ def _is_optimistic(folder: Path, split: str, table: pd.DataFrame) -> bool:
     """Whether the run's scores, where they are there, are said to be optimistic."""
     if not (folder / f"evaluation_{split}.json").exists():
         return False
-    return predictions.read_scores(folder, split, table).get("honest") is False
+    scores = predictions.read_scores(folder, split)
+    predictions.check_scores(folder, split, table, scores)
+    return scores.get("honest") is False
 
 
 def _verdict(result: dict[str, Any], optimistic: bool) -> str:

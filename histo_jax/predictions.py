@@ -45,26 +45,40 @@ def read(folder: Path, split: str) -> pd.DataFrame:
     return pd.read_csv(path, dtype=types, na_values=[], keep_default_na=False)
 
 
-def read_scores(folder: Path, split: str, table: pd.DataFrame) -> dict[str, Any]:
-    """Reads the scores that `evaluate` has written beside the predictions `table`.
+def read_scores(folder: Path, split: str) -> dict[str, Any]:
+    """Reads the scores that `evaluate` has written beside them.
 
     Raises:
-        ExpectedError: they are missing, damaged, or those of other predictions.
+        ExpectedError: they are missing or damaged.
     """
     path = folder / f"evaluation_{split}.json"
-    again = f"run --mode=evaluate --config.evaluate.split={split} again"
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
-        known = [float(scores[name]) for name in ("count", "auc", "nll")]
-    except FileNotFoundError:
-        raise ExpectedError(f"{path} is missing: {again}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ExpectedError(f"{path} is damaged: {again}") from None
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise ExpectedError(f"{path} is {what}: {_again(split)}") from None
+
+
+def check_scores(folder: Path, split: str, table: pd.DataFrame, scores: dict[str, Any]) -> None:
+    """Refuses scores that are not those of the predictions beside them.
+
+    A process that is killed between the two files leaves such ones.
+
+    Raises:
+        ExpectedError: names the file.
+    """
     now = binary_scores(table["logit"].to_numpy(), table["label"].to_numpy(np.float64))
-    # Text may lose the last digit. A process that is killed between the two files leaves others.
-    if not np.allclose([now["count"], now["auc"], now["nll"]], known, rtol=1e-6, atol=1e-9):
-        raise ExpectedError(f"{path} holds the scores of other predictions: {again}")
-    return scores
+    for name in ("count", "auc", "nll"):
+        # Text may lose the last digit.
+        if scores.get(name) is None or not np.isclose(scores[name], now[name], rtol=1e-6):
+            raise ExpectedError(
+                f"{folder / f'evaluation_{split}.json'} holds the scores of other predictions: "
+                f"{_again(split)}"
+            )
+
+
+def _again(split: str) -> str:
+    return f"run --mode=evaluate --config.evaluate.split={split} again"
 
 
 def side(prepared: Prepared, sides: splits.Sides, split: str, table: pd.DataFrame) -> splits.Side:

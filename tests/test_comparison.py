@@ -86,11 +86,15 @@ def test_the_verdict_says_what_may_be_wrong_with_it(scored, slides, scores, cave
     assert sum(text in verdict for text in ("unknown", "few", "shared")) == (caveat is not None)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"auc": 0.1}, "holds the scores of other predictions"), ({"nll": None}, "is damaged")],
-)
-def test_scores_of_other_predictions_are_refused(scored, changes, message):
+@pytest.mark.parametrize("changes", [{"auc": 0.1}, {"nll": None}, {"count": 599}])
+def test_scores_of_other_predictions_are_refused(scored, changes):
     """As a process leaves them that is killed between the two files."""
-    with pytest.raises(ExpectedError, match=rf"evaluation_validation.json {message}: run --mode="):
-        verdict_of(scored("a", 30), scored("b", 30, **changes))
+    runs = scored("a", 30), scored("b", 30, **changes)
+    with pytest.raises(ExpectedError, match=r"b/evaluation_validation.json holds .* other pred"):
+        verdict_of(*runs)
+    for text in ("{", "[1]"):
+        Path(runs[1], "evaluation_validation.json").write_text(text)
+        with pytest.raises(ExpectedError, match=r"b/evaluation_validation.json is damaged: run"):
+            verdict_of(*runs)
+    Path(runs[1], "evaluation_validation.json").unlink()
+    assert verdict_of(*runs)[1]

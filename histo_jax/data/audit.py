@@ -1,5 +1,6 @@
 """Proof that training, validation and test share nothing, and what colour alone can tell."""
 
+import hashlib
 import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -103,6 +104,14 @@ def has_leak(report: dict[str, Any]) -> bool:
     )
 
 
+def digest(table: pd.DataFrame) -> str:
+    """Returns a SHA-256 of `id` and `label` of patches: tells whether others were audited."""
+    pairs = zip(table["id"], table["label"], strict=True)
+    return hashlib.sha256(
+        "".join(f"{name} {label}\n" for name, label in pairs).encode()
+    ).hexdigest()
+
+
 def table(report: dict[str, Any]) -> str:
     """Returns the report as plain text for people: counts, what two sides share, conclusions."""
     pairs, control = report["pairs"], report["control"]
@@ -167,6 +176,7 @@ def _describe(part: _Part) -> dict[str, Any]:
     flat = (variance <= _FLAT**2).all(axis=1)
     ids = rows["id"].to_numpy()
     return {
+        "digest": digest(rows),
         "patches": len(rows),
         "without_tumour": int((labels == 0).sum()),
         "with_tumour": int((labels == 1).sum()),

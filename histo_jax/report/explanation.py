@@ -69,11 +69,12 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         else:
             split = config.evaluate.split
             table = predictions.read(folder, split)
-            scores = predictions.read_scores(folder, split, table)
+            scores = predictions.read_scores(folder, split)
             members.check_evaluated(trained, scores, split)
             tta = scores.get("tta", False)
             sides = splits.make_sides(prepared.tables, config)
             side = predictions.side(prepared, sides, split, table)
+            predictions.check_scores(folder, split, table, scores)
             chosen = pd.unique(np.concatenate(list(patches.galleries(table, config.seed).values())))
             logits = table["logit"].to_numpy()[chosen]
             found = patches.gather(prepared, side.records, side.rows[chosen], trained, logits)

@@ -56,7 +56,7 @@ def learning_curves(history: pd.DataFrame, used: pd.DataFrame) -> str:
         axes.plot(epochs, validation, "-", marker=".", color=POSITIVE, label="validation")
         axes.plot(used["epoch"], used["validation_loss"], "o", color=LINE, label="used")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="epoch", ylabel="loss, nats", ylim=(0, None))
+        axes.set(xlabel="epoch", ylabel="negative log-likelihood", ylim=(0, None))
         axes.legend()
     return done[0]
 
@@ -111,7 +111,7 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
         axes.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
         axes.plot(said, true, "-", color=LINE, linewidth=1)
         axes.scatter(said, true, 8 + 150 * counts / counts.max(), color=NEGATIVE, zorder=3)
-        axes.set(xlabel="probability said", ylabel="share with tumour", aspect="equal")
+        axes.set(xlabel="predicted probability", ylabel="share with tumour", aspect="equal")
     return done[0]
 
 

@@ -51,9 +51,9 @@ def galleries(table: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
     labels = table["label"].to_numpy()
     by_loss = np.argsort(-per_patch_loss(logits, labels), kind="stable")
     return {
-        "Most wrong": by_loss[is_wrong(logits, labels)[by_loss]][:_SHOWN],
-        "Least sure": np.argsort(np.abs(logits), kind="stable")[:_SHOWN],
-        "At random": np.random.default_rng(seed).permutation(len(table))[:_SHOWN],
+        "Highest loss": by_loss[is_wrong(logits, labels)[by_loss]][:_SHOWN],
+        "Most uncertain": np.argsort(np.abs(logits), kind="stable")[:_SHOWN],
+        "Random sample": np.random.default_rng(seed).permutation(len(table))[:_SHOWN],
     }
 
 
