@@ -14,7 +14,7 @@ from histo_jax.errors import ExpectedError
 from histo_jax.metrics import difference
 
 # What decides: the ranking of the patches and their probabilities, each with the sign of a gain.
-# Nine scores at 95% each would often name a winner by chance alone.
+# Eight scores at 95% each would often name a winner by chance alone.
 _DECIDING = {"auc": ("AUC", 1), "nll": ("NLL", -1)}
 # With fewer slides, all favour the same one of two equal runs more often than 1 time in 20.
 _FEWEST_SLIDES = 6

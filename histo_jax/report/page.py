@@ -179,8 +179,10 @@ def _is_audit_of(
 ) -> bool:
     """Whether these patches were audited; audits of 0.1.0 do not tell."""
     tables = {"train": train, "validation": validation}
-    return audit is not None and all(
-        audit["sides"][name].get("digest") == audits.digest(table) for name, table in tables.items()
+    audited = audit.get("sides", {}) if audit else {}
+    return all(
+        audited.get(name, {}).get("digest") == audits.digest(table)
+        for name, table in tables.items()
     )
 
 
