@@ -174,13 +174,13 @@ MISTYPED = """
 --config.model.features[0]=3             | config.model.features[0] --help
 --config.fit.epochs=ten                  | config.fit.epochs ten
 --config.fit.epochs=3.5                  | config.fit.epochs 3.5
---config.fit.epochs=None                 | config.fit.epochs None int
+--config.fit.epochs=None                 | config.fit.epochs None whole number
 --config.fit.epochs=                     | config.fit.epochs
 --config.fit.epochs                      | config.fit.epochs --help
---config.data.source=None                | config.data.source None str
+--config.data.source=None                | config.data.source None text
 --config.optimizer.learning_rate=x       | config.optimizer.learning_rate x
---config.model.features=a,b              | config.model.features 'a int
---config.model.features=1.5,2,2,2,2      | config.model.features 1.5 int
+--config.model.features=a,b              | config.model.features=a,b five whole numbers
+--config.model.features=1.5,2,2,2,2      | config.model.features=1.5 five whole numbers
 --config.predict.tta=yes                 | config.predict.tta=yes true false
 --epochs=3                               | epochs --help
 --mode=train                             | --mode=train run prepare fit evaluate predict
@@ -202,7 +202,7 @@ LEFT_OUT = """
 --config=/no/such.py --workdir=RUN       | /no/such.py configs/quickstart.py
 --config /no/such.py --workdir=RUN       | /no/such.py configs/quickstart.py
 --config= --workdir=RUN                  | --config=: configs/quickstart.py
---config.seed=1 --config=tiny.py         | --config.seed before
+--config.seed=1 --config=tiny.py         | --workdir missing
 """
 
 
@@ -239,7 +239,7 @@ CONFIG_FILES = {
     "nothing": ("def get_config(): pass", "tiny.py", "None", "histo_jax.Config"),
     "missing-import": ("import no_such_module", "tiny.py", "no_such_module"),
     "unknown-field": (CONFIG.replace("fit.epochs", "fit.epoch"), "config.fit.epoch"),
-    "wrong-type": (CONFIG.replace("4, 1\n", "4, '1'\n"), "config.fit.epochs", "'1'", "int"),
+    "wrong-type": (CONFIG.replace("4, 1\n", "4, '1'\n"), "config.fit.epochs", "'1' ", "whole"),
 }
 
 
