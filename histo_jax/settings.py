@@ -63,7 +63,9 @@ def resolve(
             "config.json): give --config=FILE, or another --workdir"
         )
     if given is None:
-        return workdirs.read_settings(own), []
+        code = [name for name in workdirs.read_source(own.parent) if name.endswith(".py")]
+        notes = [f"{workdir} was trained with code in {name}; --config brings it" for name in code]
+        return workdirs.read_settings(own), notes if mode in READING_MODES else []
     if mode not in READING_MODES:
         return load(given), []
     return _merge(workdirs.read_settings(own), given, own, typed)
