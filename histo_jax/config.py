@@ -221,7 +221,7 @@ _NOT_NEGATIVE = "at least 0 and finite"
 _POSITIVE = "above 0 and finite"
 
 # The fields that take one of a few words.
-CHOICES: dict[str, tuple[str, ...]] = {
+_CHOICES: dict[str, tuple[str, ...]] = {
     "data.source": SOURCES,
     "data.split_by": SPLIT_RULES,
     "data.on_damaged": ON_DAMAGED,
@@ -410,7 +410,7 @@ def validate(config: Config, typed: Mapping[str, str] = types.MappingProxyType({
         )
     check_types(config)
     values = flat(config)
-    for name, choices in CHOICES.items():
+    for name, choices in _CHOICES.items():
         if values[name] not in choices:
             match = closest(values[name], choices)
             hint = f"; did you mean {match}?" if match else ""

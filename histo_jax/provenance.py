@@ -37,8 +37,9 @@ def source_hashes(*parts: Any) -> dict[str, str]:
     Args:
         parts: functions and classes that a run is built from.
     """
-    hashes = {name: _hash(part) for name, part in _find_parts(parts).items()}
-    hashes |= config_file_code()
+    found = _find_parts(parts)
+    found.pop(CONFIG_FILE_MODULE, None)  # its settings are compared one by one
+    hashes = {name: _hash(part) for name, part in found.items()} | config_file_code()
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         hashes[_PACKAGE] = importlib.metadata.version(_PACKAGE)
     return {name: value for name, value in sorted(hashes.items()) if value}
@@ -84,12 +85,14 @@ def _find_parts(roots: Iterable[Any]) -> dict[str, Any]:
         module = sys.modules.get(module_name or "")
         is_program = module_name == "__main__"
         name = getattr(thing, "__qualname__", "") if is_program else module_name
-        if not name or name in found or not (is_program or _counts(module)):
+        if not name or not (is_program or _counts(module)):
             continue
-        found[name] = thing if is_program else module
         if inspect.isclass(thing):
             waiting += thing.__mro__[1:]
-        if name.startswith(_PACKAGE):
+        if name in found:
+            continue
+        found[name] = thing if is_program else module
+        if not is_program:
             waiting += [
                 value for value in vars(module).values()
                 if inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value)
@@ -99,7 +102,7 @@ def _find_parts(roots: Iterable[Any]) -> dict[str, Any]:
 
 def _counts(module: ModuleType | None) -> bool:
     """Whether a module's source counts: the package's part in training, and the user's own."""
-    if module is None or module.__name__ == CONFIG_FILE_MODULE:
+    if module is None:
         return False
     if module.__name__.partition(".")[0] == _PACKAGE:
         return module in _TRAINING or module.__name__.startswith(_MODELS)

@@ -14,7 +14,14 @@ from histo_jax.models.p4m import FiveBlockP4M
 from histo_jax.training import step
 from histo_jax.training.optimizer import create_optimizer
 
+CODE = "class Net:\n    width = 1\n"
+GET_CONFIG = "from histo_jax.config import Config\ndef get_config():\n    return Config()\n"
 PARTS = (FiveBlockCNN, create_optimizer, step.make_train_step)
+
+
+@pytest.fixture(autouse=True)
+def no_config_file(monkeypatch):
+    monkeypatch.setattr(settings, "_code", {})
 
 
 @pytest.fixture
@@ -62,6 +69,17 @@ def test_a_network_of_the_users_own_counts_with_its_bases(own_module):
     assert {"my_module", "histo_jax.models.cnn"} <= provenance.source_hashes(module.Mine).keys()
 
 
+def test_a_config_files_class_brings_the_module_of_its_base(own_module, tmp_path):
+    own_module("class Base: pass\n")
+    (tmp_path / "my.py").write_text(
+        GET_CONFIG + "import my_module\nclass Net(my_module.Base): pass\n"
+    )
+    settings.load(str(tmp_path / "my.py"))
+    names = provenance.source_hashes(sys.modules[settings.CONFIG_FILE_MODULE].Net).keys()
+    assert {"my.py", "my_module"} <= names
+    assert settings.CONFIG_FILE_MODULE not in names
+
+
 def test_what_has_no_source_is_left_out(monkeypatch):
     def no_source(_):
         raise OSError("could not get source code")
@@ -81,10 +99,6 @@ def test_what_a_notebook_defines_stands_for_itself():
     one, other = hashes(1), hashes(2)
     assert one["Net"] != other["Net"]
     assert one["loss"] == other["loss"]
-
-
-CODE = "class Net:\n    width = 1\n"
-GET_CONFIG = "from histo_jax.config import Config\ndef get_config():\n    return Config()\n"
 
 
 def test_of_a_config_file_only_the_code_counts(tmp_path):
