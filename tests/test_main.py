@@ -111,6 +111,8 @@ def test_a_run_is_predicted_with_again_without_its_config(run, tmp_path):
     workdir, _ = run
     before = pd.read_csv(workdir / "submission.csv")
     (workdir / "submission.csv").unlink()
+    assert "histo_jax.models.cnn" in json.loads((workdir / "config.json").read_text())["source"]
+    assert "histo_jax.models.cnn" not in (workdir / "report.html").read_text()
     start(f"--workdir={workdir}", "--mode=predict")
     pd.testing.assert_frame_equal(pd.read_csv(workdir / "submission.csv"), before)
     lines = start("--mode=compare", f"--config.compare.runs={workdir},{workdir}").stdout
