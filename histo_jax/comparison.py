@@ -21,11 +21,11 @@ _FEWEST_SLIDES = 6
 _FEW_SLIDES = 20
 
 
-def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Compares the two runs of `config.compare.runs` on the patches that both have scored.
 
     Reads what `evaluate` has written of `config.evaluate.split`, draws slides (or patches, where
-    slides are not known) alike for both, and writes `compare.json`.
+    slides are not known) alike for both, and writes `compare.json` into `workdir`, if there is one.
 
     Returns:
         `first`, `second`, `split`, `count`, `interval_over`, how many `resampled`, for each score
@@ -66,9 +66,10 @@ def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         ),
     }
     result["verdict"] = _verdict(result, any(optimistic))
-    folder = Path(workdir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    workdirs.write_json(folder / "compare.json", result)
+    if workdir is not None:
+        folder = Path(workdir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        workdirs.write_json(folder / "compare.json", result)
     return result
 
 

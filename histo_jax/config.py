@@ -4,10 +4,12 @@ Field types stay real objects (no postponed annotations): the command line parse
 """
 
 import dataclasses
+import difflib
+import functools
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from histo_jax.errors import ExpectedError
@@ -213,46 +215,54 @@ class Config:
     explain: ExplainConfig = dataclasses.field(default_factory=ExplainConfig)
 
 
+_FRACTION = "above 0 and below 1"
+_BELOW_ONE = "at least 0 and below 1"
+_NOT_NEGATIVE = "at least 0 and finite"
+_POSITIVE = "above 0 and finite"
+
+# The fields that take one of a few words.
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "data.source": SOURCES,
+    "data.split_by": SPLIT_RULES,
+    "data.on_damaged": ON_DAMAGED,
+    "data.placement": PLACEMENTS,
+    "model.name": MODELS,
+    "optimizer.schedule": SCHEDULES,
+    "evaluate.split": EVALUATION_SPLITS,
+}
+
 # The limits, each `(field, holds, what it must be)`; fields that are None have no limit.
 _LIMITS: tuple[tuple[str, Any, str], ...] = (
-    ("seed", lambda v: 0 <= v < 2**31, "from 0 to 2147483647"),
-    ("data.source", lambda v: v in SOURCES, f"one of {', '.join(SOURCES)}"),
+    ("seed", lambda v: 0 <= v < 2**31, "at least 0 and at most 2147483647"),
+    ("data.raw_dir", bool, "a folder, or None"),
+    ("data.tfds_dir", bool, "a folder"),
     ("data.samples_per_class", lambda v: v >= 1, "at least 1, or None for all"),
-    ("data.validation_fraction", lambda v: 0 < v < 1, "between 0 and 1"),
-    ("data.split_by", lambda v: v in SPLIT_RULES, f"one of {', '.join(SPLIT_RULES)}"),
-    ("data.on_damaged", lambda v: v in ON_DAMAGED, f"one of {', '.join(ON_DAMAGED)}"),
-    ("data.placement", lambda v: v in PLACEMENTS, f"one of {', '.join(PLACEMENTS)}"),
+    ("data.validation_fraction", lambda v: 0 < v < 1, _FRACTION),
+    ("data.slide_map", bool, "a CSV file, a folder, or None"),
     ("data.synthetic_slides", lambda v: v >= 2, "at least 2"),
-    ("model.name", lambda v: v in MODELS, f"one of {', '.join(MODELS)}"),
     (
         "model.features",
         lambda v: len(v) == 5 and min(v) >= 1,
-        "five numbers, each at least 1",
+        "five whole numbers, each at least 1, such as (32, 64, 128, 256, 512)",
     ),
     ("model.dense", lambda v: v >= 1, "at least 1"),
-    ("model.dropout", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("augment.shift", lambda v: 0 <= v <= 4, "from 0 to 4"),
-    ("augment.stain", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("augment.brightness", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("augment.mixup", lambda v: 0 <= v < math.inf, "at least 0"),
-    ("optimizer.learning_rate", lambda v: 0 < v < math.inf, "above 0"),
-    ("optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-    ("optimizer.warmup", lambda v: 0 < v < 1, "between 0 and 1"),
-    ("optimizer.weight_decay", lambda v: 0 <= v < math.inf, "at least 0"),
-    ("optimizer.ema_decay", lambda v: 0 <= v < 1, "from 0 to below 1"),
+    ("model.dropout", lambda v: 0 <= v < 1, _BELOW_ONE),
+    ("augment.shift", lambda v: 0 <= v <= 4, "at least 0 and at most 4"),
+    ("augment.stain", lambda v: 0 <= v < 1, _BELOW_ONE),
+    ("augment.brightness", lambda v: 0 <= v < 1, _BELOW_ONE),
+    ("augment.mixup", lambda v: 0 <= v < math.inf, _NOT_NEGATIVE),
+    ("optimizer.learning_rate", lambda v: 0 < v < math.inf, _POSITIVE),
+    ("optimizer.warmup", lambda v: 0 < v < 1, _FRACTION),
+    ("optimizer.weight_decay", lambda v: 0 <= v < math.inf, _NOT_NEGATIVE),
+    ("optimizer.ema_decay", lambda v: 0 <= v < 1, _BELOW_ONE),
     ("fit.batch_size", lambda v: v >= 1, "at least 1"),
     ("fit.epochs", lambda v: v >= 1, "at least 1"),
     ("fit.steps_per_epoch", lambda v: v >= 1, "at least 1, or None for one pass"),
     ("early_stopping.patience", lambda v: v >= 1, "at least 1"),
-    ("early_stopping.min_delta", lambda v: 0 <= v < math.inf, "at least 0"),
-    ("checkpoint.every_minutes", lambda v: 0 < v < math.inf, "above 0"),
-    (
-        "evaluate.split",
-        lambda v: v in EVALUATION_SPLITS,
-        f"one of {', '.join(EVALUATION_SPLITS)}",
-    ),
+    ("early_stopping.min_delta", lambda v: 0 <= v < math.inf, _NOT_NEGATIVE),
+    ("checkpoint.every_minutes", lambda v: 0 < v < math.inf, _POSITIVE),
     ("predict.batch_size", lambda v: v >= 1, "at least 1"),
-    ("predict.prior", lambda v: 0 < v < 1, "between 0 and 1, or None"),
+    ("predict.prior", lambda v: 0 < v < 1, f"{_FRACTION}, or None"),
     ("compare.runs", lambda v: len(names(v)) in (0, 2), "two folders, separated by a comma"),
 )
 
@@ -269,6 +279,12 @@ def flat(config: Config) -> dict[str, Any]:
                 yield prefix + field.name, value
 
     return dict(walk(config, ""))
+
+
+def set_field(config: Config, name: str, value: Any) -> None:
+    """Sets the setting with this dotted name."""
+    *groups, field = name.split(".")
+    setattr(functools.reduce(getattr, groups, config), field, value)
 
 
 def describe() -> list[tuple[str, Any, str]]:
@@ -296,26 +312,94 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _type_name(kind: Any) -> str:
-    return str(kind) if typing.get_args(kind) else kind.__name__
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    types.NoneType: "None",
+    tuple[int, ...]: "five whole numbers such as (32, 64, 128, 256, 512)",
+}
 
 
-def _check_types(node: Any, prefix: str) -> None:
-    unknown = vars(node).keys() - {field.name for field in dataclasses.fields(node)}
+def type_name(kind: Any) -> str:
+    """Returns a field's type in words, as in 'a whole number or None'."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(type_name, typing.get_args(kind)))
+    return _TYPE_NAMES.get(kind) or f"of type {kind.__name__}"
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Returns the known name that `name` is most likely a misspelling of, if any is close."""
+    by_key = {choice.lower(): choice for choice in known}
+    key = name.lower().replace("-", "_")
+    found = difflib.get_close_matches(key, by_key, n=1, cutoff=cutoff)
+    return by_key[found[0]] if found else None
+
+
+def likely_field(name: str) -> str | None:
+    """Returns the dotted name of the field that a name that is not a field's most likely means."""
+    known = [field for field, _, _ in describe()]
+    group, _, rest = name.partition(".")
+    same_last = [f for f in known if f.rpartition(".")[2] == name.rpartition(".")[2].lower()]
+    if same_last:
+        return same_last[0]
+    siblings = _fields_of(group)
+    if not siblings:
+        return closest(name, known, cutoff=0.75)
+    match = closest(rest, siblings)
+    return f"{group}.{match}" if match else None
+
+
+def _fields_of(group: str) -> list[str]:
+    known = (field for field, _, _ in describe())
+    return [field.partition(".")[2] for field in known if field.startswith(f"{group}.")]
+
+
+def unknown_field(name: str) -> str:
+    """Returns the message about a dotted name that is no field's, with what is likely meant."""
+    match, group = likely_field(name), name.partition(".")[0]
+    hint = ""
+    if match:
+        hint = f"; did you mean config.{match}?"
+    elif siblings := _fields_of(group):
+        hint = f"; config.{group} has {', '.join(siblings)}"
+    return f"unknown config field: config.{name}{hint} (see --help)"
+
+
+def check_types(node: Any, prefix: str = "") -> None:
+    """Checks that settings have the fields of their class and each a value of its type.
+
+    Args:
+        node: a `Config`, or one of its groups.
+        prefix: of the group's fields, as in `fit.`.
+
+    Raises:
+        ExpectedError: names the field.
+    """
+    # A subclass of the user's own may have other defaults, not other fields.
+    own = next(kind for kind in type(node).__mro__ if kind.__module__ == __name__)
+    unknown = vars(node).keys() - {field.name for field in dataclasses.fields(own)}
     if unknown:
-        raise ExpectedError(f"unknown config field: config.{prefix}{min(unknown)} (see --help)")
-    for field in dataclasses.fields(node):
+        raise ExpectedError(unknown_field(prefix + min(unknown)))
+    for field in dataclasses.fields(own):
         value = getattr(node, field.name)
         if not _fits(value, field.type):
+            known = type(value) in (*_TYPE_NAMES, tuple)
+            but = "" if known else f", not {type_name(type(value))}"
             raise ExpectedError(
-                f"config.{prefix}{field.name} = {value!r} is not of type {_type_name(field.type)}"
+                f"config.{prefix}{field.name} = {value!r} must be {type_name(field.type)}{but}"
             )
         if dataclasses.is_dataclass(field.type):
-            _check_types(value, f"{prefix}{field.name}.")
+            check_types(value, f"{prefix}{field.name}.")
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, typed: Mapping[str, str] = types.MappingProxyType({})) -> None:
     """Checks every setting's type and range.
+
+    Args:
+        config: the settings.
+        typed: values as the user typed them, by dotted name, which messages then show.
 
     Raises:
         ExpectedError: names the first field that is wrong, its value and what it must be.
@@ -324,8 +408,16 @@ def validate(config: Config) -> None:
         raise ExpectedError(
             f"the config is a {type(config).__name__}; get_config() must return histo_jax.Config"
         )
-    _check_types(config, "")
+    check_types(config)
     values = flat(config)
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
+            match = closest(values[name], choices)
+            hint = f"; did you mean {match}?" if match else ""
+            raise ExpectedError(
+                f"config.{name} = {values[name]!r} must be one of {', '.join(choices)}{hint}"
+            )
     for name, holds, wanted in _LIMITS:
         if values[name] is not None and not holds(values[name]):
-            raise ExpectedError(f"config.{name} = {values[name]!r} must be {wanted}")
+            value = typed.get(name) or repr(values[name])
+            raise ExpectedError(f"config.{name} = {value} must be {wanted}")

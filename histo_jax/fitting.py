@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from optax import Schedule
 from tensorboardX import SummaryWriter
 
-from histo_jax import preemption, progress
+from histo_jax import preemption, progress, provenance
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader, splits
@@ -103,7 +103,11 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
             if _is_done(config, start.early_stopping, start.history):
                 log.info("already complete at step %d", start.state.step)
                 return _table(start.history)
-            workdirs.save_config(folder, config)
+            source = provenance.source_hashes(
+                type(create_model(config.model)), create_optimizer, steps.make_train_step
+            )
+            provenance.warn_of_changes(folder, source)
+            workdirs.save_config(folder, config, source)
             workdirs.update_status(
                 folder, state="running", reason=None, finished=[], step=int(start.state.step),
                 trained_with=runtime.versions(),

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import functools
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from histo_jax import files
-from histo_jax.config import Config, flat, validate
+from histo_jax.config import Config, flat, set_field, validate
 from histo_jax.errors import ExpectedError
 from histo_jax.preemption import EXIT_STATUS, Preempted, watch
 
@@ -24,6 +23,7 @@ _IDENTITY_PREFIXES = (
     "seed", "data.", "model.", "augment.", "optimizer.", "fit.batch_size", "fit.steps_per_",
 )  # fmt: skip
 WHERE = ("data.raw_dir", "data.tfds_dir", "data.placement")
+_SOURCE = "source"  # key in config.json, beside the settings
 
 _is_writer = True
 _tracked: set[Path] = set()
@@ -64,12 +64,16 @@ def _read_config(workdir: Path) -> dict[str, Any]:
     Raises:
         ExpectedError: it is damaged.
     """
-    path = workdir / "config.json"
+    return _read_json(workdir / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        # Some editors put a byte-order mark in front.
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(values, dict):
             raise ValueError
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ExpectedError(f"{path} is damaged: choose another --workdir") from None
     return values
 
@@ -82,21 +86,38 @@ def load_config(workdir: Path) -> Config:
     """
     if not (workdir / "config.json").exists():
         raise ExpectedError(f"{workdir} is not the folder of a run: it has no config.json")
+    return read_settings(workdir / "config.json")
+
+
+def read_settings(path: Path) -> Config:
+    """Returns the settings that a `config.json` holds; those that it lacks have their default.
+
+    Raises:
+        ExpectedError: it is damaged, or of another version.
+    """
     config = Config()
     known = flat(config)
-    for name, value in _read_config(workdir).items():
+    for name, value in _read_json(path).items():
+        if name == _SOURCE:
+            continue
         if name not in known:
             raise ExpectedError(
-                f"{workdir} was made by another version of histo_jax: its config.json holds "
-                f"{name}, which this one does not know; use that version"
+                f"{path} was written by another version of histo_jax: it holds {name}, which this "
+                "one does not know; use that version"
             )
-        *groups, field = name.split(".")
-        node = functools.reduce(getattr, groups, config)
-        if isinstance(getattr(node, field), tuple):
-            value = tuple(value)
-        setattr(node, field, value)
-    validate(config)
+        is_list = isinstance(known[name], tuple) and isinstance(value, list)
+        set_field(config, name, tuple(value) if is_list else value)
+    try:
+        validate(config)
+    except ExpectedError as error:
+        raise ExpectedError(f"{path}: {error}") from None
     return config
+
+
+def read_source(workdir: Path) -> dict[str, str]:
+    """Returns the hashes of source code that `config.json` holds; 0.1.0 wrote none."""
+    values = _read_config(workdir).get(_SOURCE)
+    return values if isinstance(values, dict) else {}
 
 
 def check(workdir: Path, config: Config) -> None:
@@ -147,9 +168,18 @@ def claim(workdir: Path, config: Config) -> None:
         save_config(workdir, config)
 
 
-def save_config(workdir: Path, config: Config) -> None:
-    """Writes `config.json`; to be called in a folder that is claimed."""
-    write_json(workdir / "config.json", plain(config))
+def save_config(workdir: Path, config: Config, source: Mapping[str, str] | None = None) -> None:
+    """Writes `config.json`; to be called in a folder that is claimed.
+
+    Args:
+        workdir: folder of the run.
+        config: its settings.
+        source: hashes of the code that trains it; None keeps those that the file holds.
+    """
+    path = workdir / "config.json"
+    if source is None and path.exists():
+        source = read_source(workdir)
+    write_json(path, plain(config) | ({_SOURCE: dict(source)} if source else {}))
 
 
 def _lock(workdir: Path) -> None:
@@ -239,6 +269,6 @@ def is_finished(workdir: Path, config: Config, mode: str) -> bool:
     """Tells whether `mode` has finished here with these settings and nothing was trained since."""
     if mode not in status(workdir).get("finished", []):
         return False
-    old = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    old = _read_config(workdir)
     new = plain(config)
     return all(old.get(name) == new[name] for name in new if name not in WHERE)

@@ -117,7 +117,9 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
         # Those of training are as `fit` has saved them; those of evaluation as it was done.
         settings = workdirs.plain(config)
         saved = _read(folder / "config.json") or settings
-        settings |= {k: v for k, v in saved.items() if not k.startswith(_OF_EVALUATION)}
+        settings |= {
+            k: v for k, v in saved.items() if k in settings and not k.startswith(_OF_EVALUATION)
+        }
         settings["predict.tta"] = scores.get("tta", settings["predict.tta"])
         settings["predict.checkpoints"] = _runs(scores)
         text, drawn = render(
