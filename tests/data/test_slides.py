@@ -48,7 +48,7 @@ def test_a_partial_map_is_refused_or_leaves_the_rest_out(tmp_path, caplog):
     [
         ([(90, "a")], "id,wsi", "no patch"),
         ([(0, "a")], "id,slide", "header must be id,wsi"),
-        ([(0, "a"), (0, "b")], "id,wsi", "stands there twice"),
+        ([(0, "a"), (0, "b")], "id,wsi", "line 3: 1 ids stand there twice"),
     ],
 )
 def test_a_wrong_map_is_one_line(tmp_path, rows, header, words):
