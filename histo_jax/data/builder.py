@@ -335,6 +335,8 @@ def _check_raw_files(directory: Path, reader: _ReaderConfig, data: DataConfig) -
             f"{len(record['damaged'])} damaged patches were left out of these records: set "
             f"--config.data.on_damaged=skip, or restore the files and {again}"
         )
+    if whole := kaggle.restored(record["damaged"]):
+        log.warning("%d damaged patches that were left out are whole now: %s", len(whole), again)
     try:
         now = _fingerprint(reader)
     except ExpectedError as error:  # the records are whole without them

@@ -1,7 +1,7 @@
 """Reader of Kaggle's "Histopathologic Cancer Detection" folder.
 
-Layout: `train/<id>.tif`, `test/<id>.tif`, `train_labels.csv` and `sample_submission.csv`, both
-with the header `id,label`.
+Layout: `train/<id>.tif`, `test/<id>.tif`, `train_labels.csv` with the columns `id` and `label`, and
+`sample_submission.csv` with the column `id`; other columns and files are ignored.
 """
 
 import concurrent.futures
@@ -11,7 +11,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +47,9 @@ def list_files(raw_dir: Path, split: str) -> list[tuple[Path, int]]:
     folder, csv_name = _places(raw_dir, split)
     rows = _rows(csv_name, split)
     present = {path.name for path in folder.iterdir()}
-    if not present:
-        raise ExpectedError(f"{folder} is empty; unpack the competition's {split} images there")
     missing = {name: line for line, name, _ in rows if f"{name}.tif" not in present}
     if missing:
-        raise _missing(raw_dir, folder, csv_name, missing, len(rows))
+        raise _missing(folder, csv_name, missing, len(rows))
     return [(folder / f"{name}.tif", label) for _, name, label in rows]
 
 
@@ -84,8 +82,7 @@ def _places(raw_dir: Path, split: str) -> tuple[Path, Path]:
         raise ExpectedError(f"{raw_dir}: {what}; set --config.data.raw_dir")
     missing = _lacks(raw_dir)
     if missing:
-        hint = raw_files.folder_hint(raw_dir, lambda place: not _lacks(place))
-        hint = hint or _renamed(raw_dir, missing)
+        hint = raw_files.likely_reason(raw_dir, missing, lambda place: not _lacks(place))
         listed = ", ".join([str(raw_dir / missing[0]), *missing[1:]])
         raise ExpectedError(
             f"{listed} {'is' if len(missing) == 1 else 'are'} missing; "
@@ -101,14 +98,6 @@ def _lacks(raw_dir: Path) -> list[str]:
         lacking += [] if (raw_dir / folder).is_dir() else [folder]
         lacking += [] if (raw_dir / csv_name).is_file() else [csv_name]
     return lacking
-
-
-def _renamed(raw_dir: Path, missing: list[str]) -> str:
-    """Names an entry that is called as a missing one, but for capitals."""
-    for path in sorted(raw_dir.iterdir()):
-        if path.name.lower() in missing and path.name not in missing:
-            return f"rename {path.name} to {path.name.lower()}"
-    return ""
 
 
 def _rows(csv_name: Path, split: str) -> list[tuple[int, str, int]]:
@@ -139,7 +128,7 @@ def _refuse(csv_name: Path, wrong: pd.Series, cells: pd.Series, what: str) -> No
     said = what.format(cells[lines[0]][:60])
     remedy = "remove one row" if "twice" in what else "mend the row"
     if len(lines) > 1:
-        remedy = f"{len(lines)} of {len(wrong)} rows are wrong like this: {remedy}"
+        remedy = f"{len(lines)} of {len(wrong)} rows are like this, {remedy.split()[0]} them"
     raise ExpectedError(f"{csv_name}, line {lines[0]}: {said}; {remedy}")
 
 
@@ -151,31 +140,32 @@ def _label(text: str) -> int | None:
     return _LABELS.get(text.lower())
 
 
-def _missing(
-    raw_dir: Path, folder: Path, csv_name: Path, missing: dict[str, int], named: int
-) -> ExpectedError:
+def _missing(folder: Path, csv_name: Path, missing: dict[str, int], named: int) -> ExpectedError:
     """Returns the error for files that are missing: how many, and where they lie instead.
 
     Args:
-        raw_dir: folder of the competition's files.
         folder: where they should be.
         csv_name: what names them.
         missing: line of each id.
         named: how many files `csv_name` names.
     """
     name, line = next(iter(missing.items()))
-    first = f"{csv_name}, line {line}: {folder / name}.tif is missing"
-    also = f", and so are {len(missing) - 1} more of {named}" if len(missing) > 1 else ""
-    count, example = raw_files.find_stems(raw_dir, missing)
+    where = f"{csv_name}, line {line}: {folder / name}.tif is missing"
+    remedy = "restore it or remove the row"
+    if len(missing) > 1:
+        where = f"{len(missing)} of {named} files that {csv_name} names are missing, the first "
+        where += f"{folder / name}.tif (line {line})"
+        remedy = "restore them or remove the rows"
+    if not any(folder.iterdir()):
+        where = f"{folder} is empty, and {csv_name.name} names {named} files"
+        remedy = f"unpack the competition's {folder.name} images there"
+    count, example = raw_files.find_stems(folder.parent, missing)
     if example is not None:
         act = "move or rename" if example.suffix.lower().startswith(".tif") else "convert"
-        remedy = f"{count} of them lie there as {example}: {act} them to {folder}/ID.tif"
-    elif len(missing) == 1:
-        remedy = "restore it or remove the row"
-    else:
-        hint = raw_files.archives(raw_dir) or raw_files.archives(folder)
-        remedy = hint or "restore them or remove the rows"
-    return ExpectedError(f"{first}{also}; {remedy}")
+        remedy = f"{count} of them lie elsewhere, as {example}: {act} them to {folder}/ID.tif"
+    elif len(missing) > 1:
+        remedy = raw_files.archives(folder.parent) or raw_files.archives(folder) or remedy
+    return ExpectedError(f"{where}; {remedy}")
 
 
 def read(files: list[tuple[Path, int]], skip: bool, damaged: dict[str, str]) -> Iterator[Example]:
@@ -206,6 +196,11 @@ def read(files: list[tuple[Path, int]], skip: bool, damaged: dict[str, str]) -> 
                     yield Example(id=path.stem, image=image, label=label, slide="")
     if damaged and (not skip or len(damaged) == len(files)):
         raise _damaged(files, damaged)
+
+
+def restored(damaged: Iterable[str]) -> list[str]:
+    """Returns the paths of files that `read` has left out and that are whole by now."""
+    return [path for path in damaged if isinstance(_read_image(Path(path)), np.ndarray)]
 
 
 def _refuse_unreadable(
@@ -249,7 +244,8 @@ def _read_image(path: Path) -> np.ndarray | str | Exception:
     except MemoryError as error:
         return error
     except Exception as error:  # Pillow's decoders raise many types on damaged files
-        return f"is no readable TIFF ({one_line(error)})"
+        said = one_line(error).partition(" <_io.")[0] if content else "it is empty"
+        return f"is no readable TIFF ({said})"
     if pixels is None:
         return f"is {size[0]}x{size[1]} {mode}, not {IMAGE_SIZE}x{IMAGE_SIZE} RGB"
     if hashlib.sha1(pixels.tobytes()).hexdigest() != path.stem:

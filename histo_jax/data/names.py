@@ -15,9 +15,8 @@ _NUMBER = re.compile(r"0*(\d+)(\.0+)?")
 
 def clean(name: str) -> str:
     """Returns a name without invisible characters and needless spaces; '' = not known."""
-    name = unicodedata.normalize("NFKC", name)
     visible = "".join(c for c in name if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc"))
-    name = " ".join(visible.split())
+    name = " ".join(unicodedata.normalize("NFKC", visible).split())
     return "" if name.casefold() in UNKNOWN else name
 
 

@@ -1,8 +1,9 @@
 """Reader of PatchCamelyon's files, as published at https://zenodo.org/record/2546921 (CC0).
 
 Layout: `camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5`, each plain or as `.h5.gz`, with
-the datasets `x` uint8[n, 96, 96, 3] and `y` uint8[n, 1, 1, 1]; beside them, if slides are to be
-known, `..._meta.csv`, whose column `wsi` names the slide of each patch. The published sizes and
+the datasets `x` uint8[n, 96, 96, 3] and `y`, n numbers 0 or 1 of any type and shape (published as
+uint8[n, 1, 1, 1]); beside them, if slides are to be known, `..._meta.csv`, whose column `wsi` names
+the slide of each patch; columns and datasets beside these are ignored. The published sizes and
 SHA-256 are those of TFDS's `patch_camelyon` 2.0.0; they stand in `checksums.tsv`.
 """
 
@@ -83,8 +84,8 @@ def find(raw_dir: Path) -> dict[str, Files]:
 def _missing(raw_dir: Path, names: list[str]) -> ExpectedError:
     listed = ", ".join([str(raw_dir / names[0]), *names[1:]])
     are, their = ("is", "its") if len(names) == 1 else ("are", "their")
-    hint = raw_files.folder_hint(
-        raw_dir, lambda place: all(_plain_or_packed(place / name) for name in names)
+    hint = raw_files.likely_reason(
+        raw_dir, names, lambda place: all(_plain_or_packed(place / name) for name in names)
     )
     return ExpectedError(
         f"{listed} {are} missing, and so {are} {their} .gz; "
@@ -119,12 +120,19 @@ def _head_and_size(path: Path) -> tuple[bytes, int]:
         if path.suffix != ".gz":
             with path.open("rb") as file:
                 return file.read(_HEAD), path.stat().st_size % 2**32
+        with gzip.open(path) as file:
+            return file.read(_HEAD), _announced_size(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _refusal(path, "gzip", error) from None
+
+
+def _announced_size(path: Path) -> int:
+    """Returns the size modulo 4 GiB that a gzip's end tells."""
+    try:
         with path.open("rb") as file:
             file.seek(max(path.stat().st_size - 4, 0))
-            size = int.from_bytes(file.read(), "little")
-        with gzip.open(path) as file:
-            return file.read(_HEAD), size
-    except Exception as error:
+            return int.from_bytes(file.read(), "little")
+    except OSError as error:
         raise _refusal(path, "gzip", error) from None
 
 
@@ -273,22 +281,27 @@ def _open(path: Path, key: str) -> Iterator[h5py.Dataset]:
         with _readable(path):
             file = stack.enter_context(_open_file(path))
             data = file.get(key)
-            names = ", ".join(sorted(file)[:5])[:80]
+            names = ", ".join(sorted(file)[:5])[:80] or "nothing"
         if not isinstance(data, h5py.Dataset):
+            holds = f"{key} is a group or a broken link" if key in names else f"it holds {names}"
             raise ExpectedError(
-                f"{path} holds no dataset {key!r} (it holds {names}); write it under this name"
+                f"{path} holds no dataset {key!r} ({holds}); write it under this name"
             )
         with _readable(path):
             elsewhere = data.is_virtual or data.external
             filters = data.id.get_create_plist()
             codes = [filters.get_filter(i)[::3] for i in range(filters.get_nfilters())]
-            lacking = [name for code, name in codes if not h5py.h5z.filter_avail(code)]
+            lacking = [
+                f"filter {code} {name.decode(errors='replace')}".strip()
+                for code, name in codes
+                if not h5py.h5z.filter_avail(code)
+            ]
         if elsewhere:
             raise ExpectedError(f"{path}: {key} lies in other files; write it into this one")
         if lacking:
             raise ExpectedError(
-                f"{path}: {key} is packed by {one_line(Exception(lacking[0]))}, which is not "
-                "installed; write it with gzip, lzf or unpacked"
+                f"{path}: {key} is packed by HDF5's {lacking[0]!r}, which is not installed; write "
+                "it with gzip, lzf or unpacked"
             )
         with _readable(path):
             _check_sizes(path, data, path.stat().st_size)
@@ -352,11 +365,8 @@ def _refusal(path: Path, form: str, error: Exception) -> ExpectedError:
 
 
 def _unpack(path: Path, target: Path) -> None:
-    packed = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(packed - 4, 0))
-        size = int.from_bytes(file.read(), "little")
-    # It is modulo 4 GiB; and what cannot be packed grows, by less than this.
+    packed, size = path.stat().st_size, _announced_size(path)
+    # What cannot be packed grows, by less than this.
     while size < packed - packed // 1000 - 1024:
         size += 2**32
     free = shutil.disk_usage(target.parent).free

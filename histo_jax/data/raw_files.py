@@ -76,7 +76,7 @@ def find_stems(folder: Path, stems: Collection[str]) -> tuple[int, Path | None]:
     """Looks below a folder for images of some names, whatever their suffix and case.
 
     Returns:
-        how many lie at the most frequent place and suffix, and one of them.
+        how many there are, and one at the most frequent place, with the most frequent suffix.
     """
     counts: collections.Counter[tuple[Path, str]] = collections.Counter()
     examples: dict[tuple[Path, str], Path] = {}
@@ -88,15 +88,27 @@ def find_stems(folder: Path, stems: Collection[str]) -> tuple[int, Path | None]:
                 examples.setdefault((place, suffix), place / name)
     if not counts:
         return 0, None
-    (most, count), *_ = counts.most_common(1)
-    return count, examples[most]
+    return counts.total(), examples[counts.most_common(1)[0][0]]
 
 
-def folder_hint(folder: Path, fits: Callable[[Path], bool]) -> str:
-    """Names a folder around this one that holds the data, or archives to unpack; else ''."""
+def likely_reason(folder: Path, missing: list[str], fits: Callable[[Path], bool]) -> str:
+    """Says why entries of a folder may be missing, and the fix; '' = nothing like them is found.
+
+    Args:
+        folder: where they should be.
+        missing: their names.
+        fits: whether a folder holds all that is needed.
+    """
     for place in folders_around(folder):
         if fits(place):
-            return f"{place} has all: set --config.data.raw_dir={place}"
+            return f"{place} has all: give this folder instead"
+    for path in sorted(folder.iterdir()):
+        if path.name in missing:
+            what = "folder" if path.is_dir() else "file" if path.is_file() else "broken link"
+            return f"{path} is a {what}"
+        plain = path.name.lower().replace(".hdf5", ".h5")
+        if plain in missing:
+            return f"rename {path.name} to {plain}"
     return archives(folder)
 
 

@@ -39,6 +39,8 @@ def fill_in(table: pd.DataFrame, data: DataConfig, cache: Path) -> pd.DataFrame:
     slides = clean_column(table["id"].map(known).fillna(""))
     missing = int((slides == "").sum())
     if missing == len(table):
+        if table["id"].isin(known.index).any():
+            raise ExpectedError(f"{path} names no slide in its column wsi; complete it")
         raise ExpectedError(
             f"{path} names the slide of no patch: is it the map of other data? Its first id is "
             f"{known.index[0][:60]!r}, the data's {table['id'].iloc[0]}"
@@ -71,8 +73,8 @@ def unify(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     if several:
         examples = ", ".join(map(repr, sorted(spellings[several[0]])[:3]))
         _say_once(
-            f"{len(several)} slides are spelled in more than one way, the first as {examples}: "
-            "each counts as one slide"
+            f"slides spelled in more than one way: {len(several)}, the first as {examples}; each "
+            "counts as one slide"
         )
     renamed = {name: first[key] for key, found in spellings.items() for name in found}
     return {

@@ -15,6 +15,8 @@ _DELIMITERS = ",;\t"
 # All that is white, and what spreadsheets and web pages leave unseen around a cell.
 _SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace())
 _SPACES += "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"
+# Characters of a cell; outlines of regions stand in some columns that nobody asks for.
+csv.field_size_limit(2**24)
 _AGAIN = "mend it or download it again"
 
 
@@ -47,6 +49,8 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 def _parse(path: Path, file: TextIO, columns: tuple[str, ...]) -> pd.DataFrame:
     start = next((line for line in file if line.strip()), "")
     file.seek(0)
+    if "\0" in start:  # UTF-16 without its mark
+        raise ExpectedError(f"{path} is no readable CSV (zero bytes in it); save it as UTF-8")
     reader = csv.reader(file, strict=True, delimiter=max(_DELIMITERS, key=start.count))
     rows, lines = [], []
     try:
@@ -69,7 +73,7 @@ def _parse(path: Path, file: TextIO, columns: tuple[str, ...]) -> pd.DataFrame:
             lines.append(line)
     except csv.Error as error:
         raise ExpectedError(
-            f"{path} is no readable CSV (line {reader.line_num}: {error}); {_AGAIN}"
+            f"{path} is no readable CSV (line {reader.line_num}: {one_line(error)}); {_AGAIN}"
         ) from None
     return pd.DataFrame(rows, columns=list(columns), index=lines, dtype=str)
 
