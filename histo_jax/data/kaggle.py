@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import struct
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,8 +33,12 @@ _LARGEST = 2**24
 _ID = re.compile(r"[0-9a-f]{40}")
 _LABELS = {"false": 0, "true": 1}
 _FOLDERS = {"train": ("train", "train_labels.csv"), "test": ("test", "sample_submission.csv")}
+# What Pillow raises on damaged files; anything else is a bug.
+_DAMAGE = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError,
+    struct.error, Image.DecompressionBombError,
+)  # fmt: skip
 _OTHER_PIXELS = "is damaged: its pixels' SHA-1 is not its name"
-_AGAIN = "restore it or download it again"
 
 
 def list_files(raw_dir: Path, split: str) -> list[tuple[Path, int]]:
@@ -108,7 +113,7 @@ def _rows(csv_name: Path, split: str) -> list[tuple[int, str, int]]:
     """
     table = read_csv(csv_name, ("id", "label") if split == "train" else ("id",))
     if table.empty:
-        raise ExpectedError(f"{csv_name} names no patches; {_AGAIN}")
+        raise ExpectedError(f"{csv_name} names no patches; restore it or download it again")
     ids = table["id"].map(clean_id)
     wrong = ~ids.map(lambda name: bool(_ID.fullmatch(name)))
     _refuse(csv_name, wrong, table["id"], "id {!r} is not 40 hex digits")
@@ -200,7 +205,9 @@ def read(files: list[tuple[Path, int]], skip: bool, damaged: dict[str, str]) -> 
 
 def restored(damaged: Iterable[str]) -> list[str]:
     """Returns the paths of files that `read` has left out and that are whole by now."""
-    return [path for path in damaged if isinstance(_read_image(Path(path)), np.ndarray)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        return [path for path in damaged if isinstance(_read_image(Path(path)), np.ndarray)]
 
 
 def _refuse_unreadable(
@@ -243,7 +250,7 @@ def _read_image(path: Path) -> np.ndarray | str | Exception:
             pixels = np.asarray(image) if (mode, size) == _FORM else None
     except MemoryError as error:
         return error
-    except Exception as error:  # Pillow's decoders raise many types on damaged files
+    except _DAMAGE as error:
         said = one_line(error).partition(" <_io.")[0] if content else "it is empty"
         return f"is no readable TIFF ({said})"
     if pixels is None:

@@ -57,9 +57,11 @@ def unreadable(path: Path, error: Exception, also: str = "") -> ExpectedError:
 def _lock_holder(path: Path) -> str:
     """Names the process that holds a lock on a file, as far as the system tells."""
     with contextlib.suppress(OSError, ValueError):
+        status = path.stat()
+        device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
         for line in Path("/proc/locks").read_text().splitlines():
             *_, number, place, _, _ = line.split()
-            if place.rpartition(":")[2] == str(path.stat().st_ino):
+            if place == f"{device}:{status.st_ino}":
                 program = Path(f"/proc/{number}/comm").read_text().strip()
                 return f"process {number} ({program})"
     return "another program"
@@ -99,16 +101,17 @@ def likely_reason(folder: Path, missing: list[str], fits: Callable[[Path], bool]
         missing: their names.
         fits: whether a folder holds all that is needed.
     """
-    for place in folders_around(folder):
-        if fits(place):
-            return f"{place} has all: give this folder instead"
-    for path in sorted(folder.iterdir()):
-        if path.name in missing:
-            what = "folder" if path.is_dir() else "file" if path.is_file() else "broken link"
-            return f"{path} is a {what}"
-        plain = path.name.lower().replace(".hdf5", ".h5")
-        if plain in missing:
-            return f"rename {path.name} to {plain}"
+    with contextlib.suppress(OSError):  # of folders that are none of our business
+        for place in folders_around(folder):
+            if fits(place):
+                return f"{place} has all: give this folder instead"
+        for path in sorted(folder.iterdir()):
+            if path.name in missing:
+                what = "folder" if path.is_dir() else "file" if path.is_file() else "broken link"
+                return f"{path} is a {what}"
+            plain = path.name.lower().replace(".hdf5", ".h5")
+            if plain in missing:
+                return f"rename {path.name} to {plain}"
     return archives(folder)
 
 

@@ -147,6 +147,17 @@ def test_one_line_counts_what_the_system_refuses(raw):
         list(kaggle.read(files, True, {}))
 
 
+def test_a_bug_is_no_damage(raw, monkeypatch):
+    files = kaggle.list_files(raw, "train")
+
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(kaggle.Image, "open", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(kaggle.read(files, True, {}))
+
+
 def test_too_little_memory_is_no_damage(raw, monkeypatch):
     files = kaggle.list_files(raw, "train")
 

@@ -263,6 +263,7 @@ def child(pipe) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (DISK, DISK))
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     # What announces more is refused by the reader, and what writes more by the limit above.
+    os.cpu_count = lambda: 1  # one image in memory at a time
     free = pcam.shutil.disk_usage("/")._replace(free=DISK)
     pcam.shutil.disk_usage = lambda _: free
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EOFError):
