@@ -2,13 +2,19 @@
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
+import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from histo_jax.errors import ExpectedError
+
+_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE,
+)  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,28 +64,18 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """Turns a library's own error about a full or forbidden disk into the system's `OSError`.
 
     TensorStore and ArrayRecord raise ValueError and RuntimeError with the system's words in them.
+    The error names `folder`, unless theirs quotes a file that lies elsewhere.
     """
     try:
         yield
-    except OSError:
+    except (OSError, ExpectedError):
         raise
     except Exception as error:
-        for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        quoted = re.search(r"""["'](/[^"']+)["']""", str(error))
+        place = str(folder)
+        if quoted and not Path(quoted[1]).is_relative_to(folder.absolute()):
+            place = quoted[1]
+        for number in _DISK:
             if os.strerror(number) in str(error):
-                raise OSError(number, os.strerror(number), str(folder)) from error
+                raise OSError(number, os.strerror(number), place) from error
         raise
-
-
-def fingerprints(paths: Iterable[Path]) -> tuple[str, str]:
-    """Returns two SHA-256 of files: of names, sizes and what CSVs hold; of names and times.
-
-    Only CSVs are opened; the second tells that a file was changed without changing its size.
-    """
-    content, times = hashlib.sha256(), hashlib.sha256()
-    for path in paths:
-        status = path.stat()
-        content.update(f"{path.name} {status.st_size}\n".encode())
-        times.update(f"{path.name} {status.st_mtime_ns}\n".encode())
-        if path.suffix == ".csv":
-            content.update(path.read_bytes())
-    return content.hexdigest(), times.hexdigest()

@@ -60,9 +60,9 @@ class _ReaderConfig(tfds.core.BuilderConfig):
         super().__init__(name=name)
         self.damaged: dict[str, str] = {}
 
-    def raw_files(self) -> list[Path]:
-        """Returns the files that the records are made from; none where they cannot be seen."""
-        return []
+    def fingerprint(self) -> tuple[str | None, str | None]:
+        """Returns what the raw data holds, and its times, as SHA-256; None = cannot be seen."""
+        return None, None
 
     def readers(self, scratch: Path, downloads: Any) -> dict[str, _Reader]:
         """Returns one reader a split, when records must be written."""
@@ -75,10 +75,10 @@ class _Kaggle(_ReaderConfig):
         self._raw_dir = Path(data.raw_dir).expanduser() if data.raw_dir else None
         self._skip = data.on_damaged == "skip"
 
-    def raw_files(self) -> list[Path]:
+    def fingerprint(self) -> tuple[str | None, str | None]:
         if self._raw_dir is None or not self._raw_dir.is_dir():
-            return []
-        return kaggle.raw_files(self._raw_dir)
+            return None, None
+        return kaggle.fingerprint(self._raw_dir), None
 
     def readers(self, scratch: Path, downloads: Any) -> dict[str, _Reader]:
         if self._raw_dir is None:
@@ -101,10 +101,10 @@ class _PatchCamelyon(_ReaderConfig):
         super().__init__("pcam")
         self._raw_dir = Path(data.raw_dir).expanduser() if data.raw_dir else None
 
-    def raw_files(self) -> list[Path]:
+    def fingerprint(self) -> tuple[str | None, str | None]:
         if self._raw_dir is None or not self._raw_dir.is_dir():
-            return []
-        return pcam.raw_files(self._raw_dir)
+            return None, None
+        return pcam.fingerprint(self._raw_dir)
 
     def readers(self, scratch: Path, downloads: Any) -> dict[str, _Reader]:
         found = pcam.find(self._raw_dir) if self._raw_dir else self._download(downloads)
@@ -235,6 +235,7 @@ class Prepared:
             for split in builder.info.splits
         }
         self.tables["train"] = slides.fill_in(self.tables["train"], data, self.directory)
+        self.tables = slides.unify(self.tables)
 
     def source(self, split: str) -> Source:
         """Returns random access to a split's records."""
@@ -321,8 +322,7 @@ def _serialize(serializer: ExampleSerializer, example: Any) -> bytes:
 
 
 def _fingerprint(reader: _ReaderConfig) -> dict[str, Any]:
-    paths = reader.raw_files()
-    content, times = files.fingerprints(paths) if paths else (None, None)
+    content, times = reader.fingerprint()
     return {"files": content, "times": times}
 
 
@@ -335,6 +335,8 @@ def _check_raw_files(directory: Path, reader: _ReaderConfig, data: DataConfig) -
             f"{len(record['damaged'])} damaged patches were left out of these records: set "
             f"--config.data.on_damaged=skip, or restore the files and {again}"
         )
+    if whole := kaggle.restored(record["damaged"]):
+        log.warning("%d damaged patches that were left out are whole now: %s", len(whole), again)
     try:
         now = _fingerprint(reader)
     except ExpectedError as error:  # the records are whole without them

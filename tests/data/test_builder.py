@@ -1,15 +1,15 @@
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 
-from histo_jax.data import builder
+from histo_jax.data import builder, splits
 from histo_jax.errors import ExpectedError
 
 
@@ -104,17 +104,48 @@ def test_a_broken_preparing_leaves_nothing_that_looks_finished(
     assert len(builder.prepare(tiny_config).tables["train"]) == 6
 
 
-def test_changed_labels_are_refused_and_newer_files_are_said(
-    tiny_config, make_kaggle, tmp_path, caplog
-):
+def test_raw_files_may_be_copied_tidied_and_saved_again(tiny_config, make_kaggle, tmp_path, caplog):
+    raw = make_kaggle(tmp_path / "raw", train=4, test=1)
+    junk = raw / "train" / f"._{next((raw / 'train').iterdir()).name}"
+    junk.write_bytes(b"of a Mac")
+    tiny_config.data.tfds_dir, tiny_config.data.raw_dir = str(tmp_path / "records"), str(raw)
+    before = builder.prepare(tiny_config)
+    junk.unlink()
+    table = pd.read_csv(raw / "train_labels.csv")
+    table[::-1].assign(fold=1).to_csv(raw / "train_labels.csv", lineterminator="\r\n")
+    tiny_config.data.raw_dir = str(tmp_path / "copy")
+    shutil.copytree(raw, tmp_path / "copy", copy_function=shutil.copy)
+    logging.getLogger("histo_jax").addHandler(caplog.handler)
+    after = builder.prepare(tiny_config)
+    logging.getLogger("histo_jax").removeHandler(caplog.handler)
+    assert after.directory == before.directory
+    assert after.tables["train"].equals(before.tables["train"])
+    assert "changed" not in caplog.text
+
+
+def test_one_slide_under_two_spellings_is_on_both_sides(tiny_config, tmp_path):
+    """As PatchCamelyon's files, whose validation has the slides of training in other words."""
+    rng = np.random.default_rng(0)
+    for name, names in (("train", ["Slide_01", "s 2"]), ("valid", ["slide_01 ", "S\u00a02"])):
+        stem = f"{tmp_path}/camelyonpatch_level_2_split_{name}"
+        with h5py.File(f"{stem}_x.h5", "w") as file:
+            file["x"] = rng.integers(0, 256, (8, 96, 96, 3), np.uint8)
+        with h5py.File(f"{stem}_y.h5", "w") as file:
+            file["y"] = [0, 1] * 4
+        pd.DataFrame({"wsi": np.repeat(names, 4)}).to_csv(f"{stem}_meta.csv", index=False)
+    tiny_config.data.source, tiny_config.data.raw_dir = "pcam", str(tmp_path)
+    tiny_config.data.tfds_dir = str(tmp_path / "records")
+    tables = builder.prepare(tiny_config).tables
+    assert (
+        set(tables["train"]["slide"]) == set(tables["validation"]["slide"]) == {"Slide_01", "s 2"}
+    )
+    assert not splits.make_sides(tables, tiny_config).honest
+
+
+def test_changed_labels_are_refused(tiny_config, make_kaggle, tmp_path):
     raw = make_kaggle(tmp_path / "raw", train=4, test=1)
     tiny_config.data.tfds_dir, tiny_config.data.raw_dir = str(tmp_path / "records"), str(raw)
     builder.prepare(tiny_config)
-    os.utime(next((raw / "train").iterdir()), (1, 1))
-    logging.getLogger("histo_jax").addHandler(caplog.handler)
-    builder.prepare(tiny_config)
-    logging.getLogger("histo_jax").removeHandler(caplog.handler)
-    assert f"{raw} has changed since it was prepared" in caplog.text
     labels = raw / "train_labels.csv"
     labels.write_text(labels.read_text().replace(",0\n", ",1\n", 1))
     with pytest.raises(ExpectedError, match="holds other files than were prepared"):
