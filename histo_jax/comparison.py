@@ -8,7 +8,7 @@ import numpy as np
 
 from histo_jax import predictions
 from histo_jax import workdir as workdirs
-from histo_jax.config import Config, names, validate
+from histo_jax.config import Config, folders, validate
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import difference
 
@@ -28,7 +28,9 @@ def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: a file cannot be written.
     """
     validate(config)
-    runs = names(config.compare.runs)
+    folder = Path(workdir).expanduser()
+    workdirs.check_path(folder)
+    runs = folders(config.compare.runs)
     if len(runs) != 2:
         raise ExpectedError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
     split = config.evaluate.split
@@ -52,7 +54,6 @@ def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             config.seed,
         ),
     }
-    folder = Path(workdir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     workdirs.write_json(folder / "compare.json", result)
     return result

@@ -12,7 +12,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from histo_jax import preemption
+from histo_jax import files, preemption
 from histo_jax.config import Config, describe, validate
 from histo_jax.errors import ExpectedError
 
@@ -251,8 +251,10 @@ def main(_: list[str]) -> None:
         _fail(str(error))
     except OSError as error:
         # A full disk or a folder without permission; a bug has another type.
-        _fail(f"{error.filename or workdir}: {error.strerror or error}; mend that and start again")
+        _fail(files.describe(error, (workdir, Path(config.data.tfds_dir).expanduser())))
     except Exception as error:
+        if "can't start new thread" in str(error):
+            _fail(f"{error}: raise the limit (ulimit -u, or the container's) and start again")
         if "RESOURCE_EXHAUSTED" in str(error):
             _fail(
                 "the memory of a device is full: lower config.fit.batch_size or "
