@@ -24,8 +24,12 @@ _SPECIAL = re.compile(r"[*?\[\]\\\udc80-\udcff]|/\.\.(/|$)|^/(gs|s3|az|hf)(/|$)"
 _DESCRIPTORS = Path("/proc/self/fd")
 # Bytes of a path, of the system's 4096: the rest is for what is written inside the folder.
 _LONG, _LONGEST = 3000, 3900
+# A full, forbidden or failing disk, or a limit of the process: no file is damaged by these.
+_NOT_OF_THE_CONTENT = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO,
+    errno.ESTALE,
+)  # fmt: skip
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -166,27 +170,18 @@ def describe(error: OSError, folders: Iterable[Path]) -> str:
         folders: in which the command writes; of a full disk that is not named they are looked at.
     """
     words = error.strerror or str(error) or type(error).__name__
-    if isinstance(error.filename, str | bytes | os.PathLike):
-        return f"{os.fsdecode(error.filename)}: {words}; mend that and start again"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return f"{words}: raise the limit (ulimit -n) and start again"
-    modules = [frame.f_globals.get("__name__", "?") for frame, _ in _frames(error)]
-    if any(name.startswith("multiprocessing.") for name in modules):
-        return (
-            f"{_SHARED_MEMORY} (shared memory): {words}; give it more room (docker run "
-            "--shm-size=1g) or make it writable, and start again"
-        )
+    if isinstance(error.filename, str | bytes | os.PathLike):
+        return f"{os.fsdecode(error.filename)}: {words}; mend that and start again"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         places = (nearest(place) for place in (*folders, Path(tempfile.gettempdir())))
         full = [str(p) for p in places if shutil.disk_usage(p).free < 2**20]
         if full:
             return f"{', '.join(dict.fromkeys(full))}: {words}; free some and start again"
-    where = f" (in {modules[-1]})" if modules else ""
-    return f"the system reports for no file in particular{where}: {words}; mend that, start again"
-
-
-def _frames(error: BaseException) -> Iterator[Any]:
-    return traceback.walk_tb(error.__traceback__)
+    frames = list(traceback.walk_tb(error.__traceback__))
+    where = f"in {frames[-1][0].f_globals.get('__name__')}" if frames else "somewhere"
+    return f"the system reports, {where} and of no file: {words}; mend that and start again"
 
 
 @contextlib.contextmanager
@@ -200,7 +195,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        for number in _NOT_OF_THE_CONTENT:
             if os.strerror(number) in str(error):
                 raise OSError(number, os.strerror(number), str(folder)) from error
         raise

@@ -238,17 +238,10 @@ class Prepared:
     ) -> None:
         self._builder, self._literal = builder, literal
         self.directory = directory
-        types = {"id": str, "slide": str}
         self.tables = {
-            split: pd.read_csv(
-                self.directory / f"{split}.csv", dtype=types, na_values=[], keep_default_na=False
-            )
-            for split in builder.info.splits
+            split: _read_table(directory / f"{split}.csv", info.num_examples)
+            for split, info in builder.info.splits.items()
         }
-        for split, table in self.tables.items():
-            whole = builder.info.splits[split].num_examples
-            if len(table) != whole or table.isna().to_numpy().any():
-                raise _damaged(self.directory / f"{split}.csv")
         self.tables["train"] = slides.fill_in(self.tables["train"], data, self.directory)
 
     def source(self, split: str) -> Source:
@@ -262,6 +255,18 @@ class Prepared:
         """Returns some labelled records of a split, by row."""
         labels = self.tables[split]["label"].to_numpy(np.float32)[rows]
         return Records(self.source(split), rows, labels)
+
+
+def _read_table(path: Path, rows: int) -> pd.DataFrame:
+    types = {"id": str, "slide": str}
+    try:
+        table = pd.read_csv(path, dtype=types, na_values=[], keep_default_na=False)
+    except ValueError:
+        raise _damaged(path) from None
+    # Cut inside a number, the last row looks whole.
+    if len(table) != rows or not path.read_bytes().endswith(b"\n"):
+        raise _damaged(path)
+    return table
 
 
 def prepare(config: Config, write: bool = True) -> Prepared:

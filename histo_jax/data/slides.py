@@ -102,6 +102,6 @@ def _look_up(folder: Path, cache: Path) -> dict[str, str]:
             raise ExpectedError(
                 f"{folder}: the _meta.csv beside {split.x.name} is missing; it names the slides"
             )
-        with pcam.unpacked(split, scratch) as plain:
+        with files.naming(scratch), pcam.unpacked(split, scratch) as plain:
             rows |= {example.id: example.slide for example in preemption.stopping(pcam.read(plain))}
     return rows

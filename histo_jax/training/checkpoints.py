@@ -27,7 +27,7 @@ log = logging.getLogger("histo_jax")
 
 _METRIC = "validation_loss"
 # Errors that say nothing of a checkpoint: it may be whole.
-_NO_DAMAGE = (ExpectedError, PermissionError, MemoryError, jax.errors.JaxRuntimeError)
+_NO_DAMAGE = (ExpectedError, MemoryError, jax.errors.JaxRuntimeError)
 # What Orbax writes beside the arrays, bytes; about 200 kB were measured.
 _OVERHEAD = 500_000
 
@@ -189,9 +189,9 @@ class Checkpoints:
         """Refuses a folder from which what was saved does not come back, before hours are spent."""
         try:
             self.restore(int(checkpoint.state.step), checkpoint.state, checkpoint.early_stopping)
-        except _NO_DAMAGE:
-            raise
         except Exception as error:  # whatever Orbax and TensorStore find wrong
+            if not _is_damage(error):
+                raise
             raise ExpectedError(
                 f"{self._directory} cannot hold checkpoints: the first one cannot be read back "
                 f"({self._said(error)}); choose another --workdir"
@@ -232,9 +232,9 @@ class Checkpoints:
                 checkpoint = self.restore(step, like, early_stopping)
                 self._manager.reload()
                 return checkpoint
-            except _NO_DAMAGE:
-                raise
             except Exception as error:  # whatever Orbax and TensorStore find wrong
+                if not _is_damage(error):
+                    raise
                 damaged = self._directory / str(step)
                 _once(functools.partial(_put_aside, damaged, self._said(error)))
         self._manager.reload()
@@ -251,19 +251,20 @@ class Checkpoints:
         Raises:
             ExpectedError: the checkpoint holds the state of another model.
         """
-        saved = self._manager.item_metadata(step)["state"]
-        if saved is None:
-            raise ValueError("the metadata of its state is missing")
-        self._check_shapes(step, saved.tree, like)
-        parts = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like),
-                early_stopping=ocp.args.StandardRestore(early_stopping),
-                data=ocp.args.JsonRestore(),
-                history=ocp.args.JsonRestore(),
-            ),
-        )
+        with files.disk_errors(self._directory / str(step)):
+            saved = self._manager.item_metadata(step)["state"]
+            if saved is None:
+                raise ValueError("the metadata of its state is missing")
+            self._check_shapes(step, saved.tree, like)
+            parts = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like),
+                    early_stopping=ocp.args.StandardRestore(early_stopping),
+                    data=ocp.args.JsonRestore(),
+                    history=ocp.args.JsonRestore(),
+                ),
+            )
         return Checkpoint(
             parts["state"], parts["early_stopping"], parts["data"], parts["history"]["epochs"]
         )
@@ -286,9 +287,9 @@ class Checkpoints:
         early_stopping = EarlyStopping.create(config.early_stopping)
         try:
             return self.restore(step, abstract_state(config, place), early_stopping)
-        except _NO_DAMAGE:
-            raise
         except Exception as error:  # whatever Orbax and TensorStore find wrong
+            if not _is_damage(error):
+                raise
             path = self._directory / str(step)
             if not path.exists():
                 raise ExpectedError(
@@ -315,6 +316,13 @@ class Checkpoints:
                     f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} in "
                     "config.model; give the config of that run or another --workdir"
                 )
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether it speaks of what is in a checkpoint: a missing part does, a forbidden one not."""
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return not isinstance(error, _NO_DAMAGE)
 
 
 def _once(change: Callable[[], None]) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
@@ -129,16 +128,12 @@ def _read(path: Path) -> Iterator[Event | None]:
     with path.open("rb") as file:
         # Each is its length, a checksum of that, itself, and its checksum.
         while head := file.read(12):
-            size = int.from_bytes(head[:8], "little")
-            if int.from_bytes(head[8:], "little") != masked_crc32c(head[:8]):
+            size, content = int.from_bytes(head[:8], "little"), b""
+            is_whole = int.from_bytes(head[8:], "little") == masked_crc32c(head[:8])
+            if is_whole:
+                content = file.read(size)
+                is_whole = int.from_bytes(file.read(4), "little") == masked_crc32c(content)
+            if not is_whole:
                 yield None
                 return
-            content = file.read(size)
-            if len(content) < size or len(file.read(4)) < 4:
-                yield None
-                return
-            try:
-                yield Event.FromString(content)
-            except DecodeError:
-                yield None
-                return
+            yield Event.FromString(content)
