@@ -12,6 +12,7 @@ startup.check()
 import importlib
 import logging
 import typing
+import warnings
 
 from histo_jax.config import Config
 from histo_jax.errors import ExpectedError
@@ -34,6 +35,9 @@ if not _log.handlers:
     _log.addHandler(_handler)
     _log.setLevel(logging.INFO)
     _log.propagate = False
+
+# scikit-learn imports it. It misses shared memory in some containers; nothing here needs any.
+warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
 
 _HOMES = {
     "compare": "histo_jax.comparison",

@@ -9,7 +9,7 @@ import pandas as pd
 
 from histo_jax import predictions
 from histo_jax import workdir as workdirs
-from histo_jax.config import Config, names, validate
+from histo_jax.config import Config, folders, validate
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import difference
 
@@ -36,7 +36,10 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
         OSError: a file cannot be written.
     """
     validate(config)
-    runs = names(config.compare.runs)
+    folder = None if workdir is None else Path(workdir).expanduser()
+    if folder is not None:
+        workdirs.check_path(folder)
+    runs = folders(config.compare.runs)
     if len(runs) != 2:
         raise ExpectedError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
     split = config.evaluate.split
@@ -66,8 +69,7 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
         ),
     }
     result["verdict"] = _verdict(result, any(optimistic))
-    if workdir is not None:
-        folder = Path(workdir).expanduser()
+    if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         workdirs.write_json(folder / "compare.json", result)
     return result

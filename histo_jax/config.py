@@ -7,9 +7,11 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from histo_jax.errors import ExpectedError
@@ -22,10 +24,49 @@ SPLIT_RULES = ("auto", "slide", "image")
 EVALUATION_SPLITS = ("validation", "test")
 MODELS = ("five_block", "five_block_p4m")
 
+# Of a URL's two slashes `pathlib` keeps one. `user@host:/` is scp's.
+_URL = re.compile(
+    r"[a-z][a-z0-9+.-]+://|[^/]+@[^/]+:/|"
+    r"(abfss?|adl|az|dbfs|file|ftps?|gcs|gs|hdfs|hf|https?|memory|oss|s3[an]?|sftp|ssh|wasbs?):/",
+    re.IGNORECASE,
+)
+NO_URL = "a folder, not a URL: mount the bucket or copy it, and give the path"
+
 
 def names(text: str) -> list[str]:
     """Returns what stands between the commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def folders(text: str) -> list[str]:
+    """Returns the folders that `text` lists, separated by commas.
+
+    A folder whose own name has commas is found where it exists; of several readings the longest
+    name wins, and a slash at its end (`a/,b`) ends a name before.
+    """
+    pieces, found = text.split(","), []
+    while pieces:
+        for count in range(len(pieces), 0, -1):
+            name = ",".join(pieces[:count])
+            # Blanks around a name belong to it only where there is such a folder.
+            name = name if _is_folder(name) else name.strip()
+            if count == 1 or _is_folder(name):
+                break
+        found.append(name)
+        pieces = pieces[count:]
+    return [name for name in found if name]
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return bool(name.strip()) and Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long, no such home, not a path
+        return False
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` is the address of a bucket or a server, and no path of this machine."""
+    return bool(_URL.match(path.strip()))
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -263,7 +304,12 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     ("checkpoint.every_minutes", lambda v: 0 < v < math.inf, _POSITIVE),
     ("predict.batch_size", lambda v: v >= 1, "at least 1"),
     ("predict.prior", lambda v: 0 < v < 1, f"{_FRACTION}, or None"),
-    ("compare.runs", lambda v: len(names(v)) in (0, 2), "two folders, separated by a comma"),
+    ("data.raw_dir", lambda v: not is_url(v), NO_URL),
+    ("data.tfds_dir", lambda v: not is_url(v), NO_URL),
+    ("data.slide_map", lambda v: not is_url(v), NO_URL),
+    ("predict.checkpoints", lambda v: not any(map(is_url, names(v))), NO_URL),
+    ("compare.runs", lambda v: not any(map(is_url, names(v))), NO_URL),
+    ("compare.runs", lambda v: len(folders(v)) in (0, 2), "two folders, separated by a comma"),
 )
 
 

@@ -1,9 +1,7 @@
 """Training: the loop over steps and epochs."""
 
 import collections
-import contextlib
 import dataclasses
-import io
 import logging
 import math
 import os
@@ -19,7 +17,6 @@ import optax
 import pandas as pd
 from jax.sharding import NamedSharding
 from optax import Schedule
-from tensorboardX import SummaryWriter
 
 from histo_jax import preemption, progress, provenance
 from histo_jax import workdir as workdirs
@@ -34,6 +31,7 @@ from histo_jax.training import agreement, placement, runtime, sharding
 from histo_jax.training import step as steps
 from histo_jax.training.augmentation import augment, mix
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
+from histo_jax.training.events import Events, repair
 from histo_jax.training.optimizer import create_optimizer, learning_rate
 from histo_jax.training.placement import TrainingBatch
 from histo_jax.training.state import (
@@ -54,6 +52,8 @@ HISTORY_COLUMNS = (
     "validation_auc",
     "learning_rate",
 )
+# Of TensorBoard. The last two stand in the checkpoint's history only.
+_CURVES = (*HISTORY_COLUMNS[2:], "gradient_norm", "weight_norm")
 # Steps that may run while the next is prepared. Unbounded, the dispatch runs minutes ahead of a
 # slow device, and the waiting batches fill the memory.
 _IN_FLIGHT = 2
@@ -98,8 +98,7 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         agreement.check_shared(folder)
         with Checkpoints(folder) as checkpoints:
             start = _start(config, checkpoints, prepared.tables, sides)
-            if start.history:  # the last process may have ended between the save and this file
-                _write_history(folder, start.history)
+            _rebuild_derived(folder, start)
             if _is_done(config, start.early_stopping, start.history):
                 log.info("already complete at step %d", start.state.step)
                 return _table(start.history)
@@ -113,6 +112,17 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
                 trained_with=runtime.versions(),
             )  # fmt: skip
             return _table(_train(config, folder, checkpoints, start, prepared, sides))
+
+
+def _rebuild_derived(folder: Path, start: Checkpoint) -> None:
+    """Brings history, status and events in line with a checkpoint: a kill may come between."""
+    if not workdirs.is_writer():
+        return
+    if start.history or (folder / "history.csv").exists():
+        _write_history(folder, start.history)
+    if "step" in workdirs.status(folder):
+        workdirs.update_status(folder, step=int(start.state.step))
+    repair(folder / "events", start.history, _CURVES, int(start.state.step))
 
 
 def _check_sides(config: Config, prepared: Prepared, sides: splits.Sides) -> None:
@@ -234,7 +244,8 @@ class _Run:
         self.step = int(start.state.step)
         self._saved = time.monotonic()
         self._compiled = False
-        self.gradient_norm = self.weight_norm = float("nan")
+        self.gradient_norm = start.data.get("gradient_norm", float("nan"))
+        self.weight_norm = float("nan")
 
     @property
     def epoch(self) -> int:
@@ -285,11 +296,14 @@ class _Run:
                     metrics.loss.block_until_ready()
                     self._compiled, timed_from = True, time.monotonic()
                 if requested:
-                    if max(requested, in_flight.drain()) == _LEAVE:
+                    requested = max(requested, in_flight.drain())
+                    self.gradient_norm = float(in_flight.gradient_norm)
+                    if requested == _LEAVE:
                         self.leave()
                     self.save()
             requested = in_flight.drain()
-        self.gradient_norm = in_flight.gradient_norm
+        if not math.isnan(in_flight.gradient_norm):  # nan: the epoch's steps were taken before
+            self.gradient_norm = float(in_flight.gradient_norm)
         if requested == _LEAVE:
             self.leave()
         return images / (time.monotonic() - timed_from) if images else None
@@ -316,6 +330,8 @@ class _Run:
             "validation_loss": nll,
             "validation_auc": auc,
             "learning_rate": float(self._learning_rate(self.step - 1)),
+            "gradient_norm": self.gradient_norm,
+            "weight_norm": self.weight_norm,
         }
         self.history.append(row)
         zero = sharding.spread(np.zeros((), np.float32), sharding.replicated(self._batched))
@@ -335,6 +351,8 @@ class _Run:
     ) -> None:
         """Begins to save all of it; loss and calibration are known at an epoch's end only."""
         data: dict[str, Any] = {"step": self.step, "fingerprint": self._fingerprint}
+        if not math.isnan(self.gradient_norm):
+            data["gradient_norm"] = self.gradient_norm
         if calibration:
             data["calibration"] = dataclasses.asdict(calibration)
         checkpoint = Checkpoint(self.state, self.early_stopping, data, self.history)
@@ -377,7 +395,15 @@ def _train(
         chosen = sides.train.rows[loader.training_order(count, batch_size, config.seed)[step - 1]]
         return " ".join(prepared.tables[sides.train.records]["id"].iloc[chosen])
 
-    with _events(folder) as events:
+    with Events(folder / "events", workdirs.is_writer()) as events:
+        if not any((folder / "events").glob("*")):
+            records = prepared.records(*sides.train)
+            order = loader.training_order(count, batch_size, config.seed)
+            shown = min(count, _SHEET**2)
+            rows = np.concatenate([order[k] for k in range(-(-shown // batch_size))])[:shown]
+            sheet = _training_sheet(config, records.images(rows))
+            events.add_image("training_patches", sheet, 0)
+            events.flush()
         while not run.is_done:
             began = time.monotonic()
             rate = run.train_epoch(train_step, batches, steps_per_epoch, ids_of)
@@ -394,17 +420,7 @@ def _train(
             row = run.end_epoch(outputs, steps_per_epoch)
             if rate:
                 workdirs.update_status(folder, images_per_second=round(rate, 1))
-            for name in HISTORY_COLUMNS[2:]:
-                events.add_scalar(name, row[name], row["step"])
-            events.add_scalar("gradient_norm", run.gradient_norm, row["step"])
-            events.add_scalar("weight_norm", run.weight_norm, row["step"])
-            if row["epoch"] == 1:
-                records = prepared.records(*sides.train)
-                order = loader.training_order(count, batch_size, config.seed)
-                shown = min(count, _SHEET**2)
-                rows = np.concatenate([order[k] for k in range(-(-shown // batch_size))])[:shown]
-                sheet = _training_sheet(config, records.images(rows))
-                events.add_image("training_patches", sheet, row["step"], dataformats="HWC")
+            events.add_scalars({name: row[name] for name in _CURVES}, row["step"])
             events.flush()
             # The first epoch of a process compiles, and may be the rest of one.
             whole = steps_per_epoch * batch_size / rate if rate else trained - began
@@ -436,19 +452,6 @@ def _training_sheet(config: Config, images: np.ndarray) -> np.ndarray:
     side = math.isqrt(len(seen))
     rows = seen[: side * side].reshape(side, side, *seen.shape[1:])
     return rows.swapaxes(1, 2).reshape(side * seen.shape[1], side * seen.shape[2], 3)
-
-
-@contextlib.contextmanager
-def _events(folder: Path) -> Iterator[SummaryWriter]:
-    """Opens TensorBoard's event files."""
-    events = SummaryWriter(str(folder / "events"), write_to_disk=workdirs.is_writer())
-    try:
-        yield events
-        events.close()
-    except OSError:
-        # On a full disk its own clean-up, at the process's end, would fail once more, aloud.
-        events.file_writer.event_writer = io.BytesIO()
-        raise
 
 
 def _write_history(folder: Path, history: list[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from histo_jax import preemption, settings, startup
+from histo_jax import files, preemption, settings, startup
 from histo_jax.config import Config, closest, describe, likely_field, unknown_field, validate
 from histo_jax.errors import ExpectedError
 
@@ -408,8 +408,10 @@ def main(parsed: list[str]) -> None:
         _fail(str(error))
     except OSError as error:
         # A full disk or a folder without permission; a bug has another type.
-        _fail(f"{error.filename or workdir}: {error.strerror or error}; mend that and start again")
+        _fail(files.describe(error, (workdir, Path(config.data.tfds_dir).expanduser())))
     except Exception as error:
+        if "can't start new thread" in str(error):
+            _fail(f"{error}: raise the limit (ulimit -u, or the container's) and start again")
         if "RESOURCE_EXHAUSTED" in str(error):
             _fail(
                 "the memory of a device is full: lower config.fit.batch_size or "

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.sharding import Sharding
 
 from histo_jax import workdir as workdirs
-from histo_jax.config import Config, names
+from histo_jax.config import Config, folders
 from histo_jax.data import splits
 from histo_jax.data.builder import Prepared, prepare
 from histo_jax.errors import ExpectedError
@@ -51,7 +51,7 @@ def restore(config: Config, folder: Path, place: Sharding) -> list[Member]:
     Raises:
         ExpectedError: a folder is no run, has no checkpoint, or one of another model.
     """
-    runs = [Path(run).expanduser() for run in names(config.predict.checkpoints)]
+    runs = [Path(run).expanduser() for run in folders(config.predict.checkpoints)]
     members = []
     for run in runs or [folder]:
         own = workdirs.load_config(run) if runs else config

@@ -1,17 +1,18 @@
 """The folder of one run: whose it is, and what state it is in."""
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
+import re
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from histo_jax import files
-from histo_jax.config import Config, flat, set_field, validate
+from histo_jax.config import NO_URL, Config, flat, is_url, set_field, validate
 from histo_jax.errors import ExpectedError
 from histo_jax.preemption import EXIT_STATUS, Preempted, watch
 
@@ -26,8 +27,10 @@ WHERE = ("data.raw_dir", "data.tfds_dir", "data.placement")
 _SOURCE = "source"  # key in config.json, beside the settings
 
 _is_writer = True
-_tracked: set[Path] = set()
-_locks: dict[Path, IO[str]] = {}
+# By real path: the thread that works in a folder, and the lock by which its process holds it.
+_tracked: dict[str, int] = {}
+_tracked_guard = threading.Lock()
+_locks: dict[str, IO[str]] = {}
 
 
 def writes(yes: bool) -> None:
@@ -120,12 +123,25 @@ def read_source(workdir: Path) -> dict[str, str]:
     return values if isinstance(values, dict) else {}
 
 
+def check_path(workdir: Path) -> None:
+    """Refuses what is no path of this machine, or none that can be worked in; changes nothing.
+
+    Raises:
+        ExpectedError: names it and the remedy.
+    """
+    if is_url(str(workdir)):
+        url = re.sub(":/+", "://", str(workdir), count=1)  # two slashes become one in a `Path`
+        raise ExpectedError(f"--workdir={url} must be {NO_URL}")
+    files.check_name(workdir, "--workdir")
+
+
 def check(workdir: Path, config: Config) -> None:
     """Refuses a folder that cannot be written or that belongs to another run; changes nothing.
 
     Raises:
         ExpectedError: names the folder, and the field with its old and new value.
     """
+    check_path(workdir)
     existing = files.nearest(workdir)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ExpectedError(f"--workdir={workdir} cannot be written: choose a folder that can")
@@ -155,7 +171,7 @@ def claim(workdir: Path, config: Config) -> None:
         ExpectedError: another process works there, or it has become another run's since `check`.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    held = workdir in _locks
+    held = os.path.realpath(workdir) in _locks
     _lock(workdir)
     try:
         # Another process may have begun and ended a run here since it was looked at.
@@ -184,11 +200,16 @@ def save_config(workdir: Path, config: Config, source: Mapping[str, str] | None 
 
 def _lock(workdir: Path) -> None:
     """Takes the folder for this process; the system lets go of it however the process ends."""
-    if workdir in _locks or not _is_writer:
+    key = os.path.realpath(workdir)
+    if key in _locks or not _is_writer:
         return
-    file = (workdir / "lock").open("a+")
+    file = files.open_lock(workdir / "lock")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not files.lock(file):
+            log.warning(
+                "%s is on a file system without locks: see to it that no other process works there",
+                workdir,
+            )
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "another process"
@@ -196,14 +217,19 @@ def _lock(workdir: Path) -> None:
         raise ExpectedError(
             f"{workdir} is in use by {owner}: wait for it, stop it, or choose another --workdir"
         ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _locks[workdir] = file
+    except OSError:
+        file.close()
+        raise
+    if file.writable():
+        with files.naming(workdir / "lock"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+    _locks[key] = file
 
 
 def _release(workdir: Path) -> None:
-    lock = _locks.pop(workdir, None)
+    lock = _locks.pop(os.path.realpath(workdir), None)
     if lock:
         lock.close()
 
@@ -232,23 +258,31 @@ def tracked(workdir: Path, mode: str) -> Iterator[None]:
     leaves nothing behind.
 
     Raises:
-        ExpectedError: another process works there.
+        ExpectedError: another process, or another thread of this one, works there.
     """
-    if workdir in _tracked:
+    key, thread = os.path.realpath(workdir), threading.get_ident()
+    with _tracked_guard:
+        owner = _tracked.get(key)
+        _tracked.setdefault(key, thread)
+    if owner == thread:
         yield
         return
+    if owner is not None:
+        raise ExpectedError(
+            f"{workdir} is in use by another thread of this process: wait for it, or choose "
+            "another --workdir"
+        )
 
     def note(**values: Any) -> None:
         # Without its lock the folder is nobody's yet, or another process's.
-        if workdir in _locks:
+        if key in _locks:
             update_status(workdir, **values)
 
-    if (workdir / "config.json").exists():
-        _lock(workdir)
-        if status(workdir).get("state") == "running":
-            log.info("the last process in %s ended without a word", workdir)
-    _tracked.add(workdir)
     try:
+        if (workdir / "config.json").exists():
+            _lock(workdir)
+            if status(workdir).get("state") == "running":
+                log.info("the last process in %s ended without a word", workdir)
         note(state="running", reason=None)
         with watch():
             yield
@@ -261,8 +295,8 @@ def tracked(workdir: Path, mode: str) -> Iterator[None]:
             note(state=state, reason=str(error) or type(error).__name__)
         raise
     finally:
-        _tracked.discard(workdir)
         _release(workdir)
+        _tracked.pop(key, None)
 
 
 def is_finished(workdir: Path, config: Config, mode: str) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import histo_jax
 from histo_jax import fitting, preemption, workdir
@@ -222,6 +223,36 @@ def test_preempted_in_validation_is_saved_and_validated_later(tiny_config, tmp_p
     histo_jax.fit(tiny_config, tmp_path / "stopped")
     one, other = ((tmp_path / n / "history.csv").read_bytes() for n in ("whole", "stopped"))
     assert one == other
+    assert curves(tmp_path / "whole") == curves(tmp_path / "stopped")
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run / "events")).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_what_a_kill_left_beside_the_checkpoints_is_made_to_agree_with_them(tiny_config, tmp_path):
+    histo_jax.fit(tiny_config, tmp_path)
+    whole, wanted = (tmp_path / "history.csv").read_bytes(), curves(tmp_path)
+    assert [step for step, _ in wanted["gradient_norm"]] == [3, 6]
+    # As if each had been written before, or after, the newest checkpoint was whole.
+    shutil.rmtree(tmp_path / "events")
+    (tmp_path / "history.csv").write_bytes(whole + b"3,9,0.1,0.1,0.1,0.1\n")
+    workdir.update_status(tmp_path, step=3)
+    histo_jax.fit(tiny_config, tmp_path)
+    assert (tmp_path / "history.csv").read_bytes() == whole
+    assert curves(tmp_path) == wanted
+    assert workdir.status(tmp_path)["step"] == 6
+    # The epoch's save was not whole: it is taken once more, and nothing is there twice.
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    (tmp_path / "status.json").write_text("")
+    histo_jax.fit(tiny_config, tmp_path)
+    assert (tmp_path / "history.csv").read_bytes() == whole
+    assert curves(tmp_path) == wanted
+    assert workdir.status(tmp_path)["step"] == 6
 
 
 @pytest.fixture

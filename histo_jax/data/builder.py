@@ -6,7 +6,6 @@ normalisation need no image. `prepared.json` says from which files they came.
 """
 
 import contextlib
-import fcntl
 import functools
 import io
 import itertools
@@ -15,6 +14,8 @@ import logging
 import os
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,9 @@ SQUARES = ("squares_red", "squares_green", "squares_blue")
 _RECORD = "prepared.json"
 _SHARD = 8192  # records in one file: 230 MB
 _AT_ONCE = 512  # examples in memory: 14 MB
+
+# What is replaced while records are written (TFDS's serializer, stdout) belongs to the process.
+_one_at_a_time = threading.Lock()
 
 
 class _Reader(NamedTuple):
@@ -198,8 +202,9 @@ class Histopathology(tfds.core.GeneratorBasedBuilder):
 class _Parsed:
     """Random access to records; TFDS's own parser takes twice as long, under Python's lock."""
 
-    def __init__(self, serialised: Any) -> None:
+    def __init__(self, serialised: Any, literal: files.LiteralFolder) -> None:
         self._serialised = serialised
+        self._literal = literal  # as long as records are read, their folder keeps this name
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         return [_parse(record) for record in self._serialised.__getitems__(rows)]
@@ -224,15 +229,18 @@ class Prepared:
         tables: per split a table, row i = record i: id, label, slide ('' = not known), pixel sums.
     """
 
-    def __init__(self, builder: Histopathology, data: DataConfig) -> None:
-        self._builder = builder
-        self.directory = Path(builder.data_dir)
-        types = {"id": str, "slide": str}
+    def __init__(
+        self,
+        builder: Histopathology,
+        directory: Path,
+        literal: files.LiteralFolder,
+        data: DataConfig,
+    ) -> None:
+        self._builder, self._literal = builder, literal
+        self.directory = directory
         self.tables = {
-            split: pd.read_csv(
-                self.directory / f"{split}.csv", dtype=types, na_values=[], keep_default_na=False
-            )
-            for split in builder.info.splits
+            split: _read_table(directory / f"{split}.csv", info.num_examples)
+            for split, info in builder.info.splits.items()
         }
         self.tables["train"] = slides.fill_in(self.tables["train"], data, self.directory)
         self.tables = slides.unify(self.tables)
@@ -240,12 +248,26 @@ class Prepared:
     def source(self, split: str) -> Source:
         """Returns random access to a split's records."""
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        return _Parsed(self._builder.as_data_source(split=split, deserialize_method=raw))
+        return _Parsed(
+            self._builder.as_data_source(split=split, deserialize_method=raw), self._literal
+        )
 
     def records(self, split: str, rows: np.ndarray) -> Records:
         """Returns some labelled records of a split, by row."""
         labels = self.tables[split]["label"].to_numpy(np.float32)[rows]
         return Records(self.source(split), rows, labels)
+
+
+def _read_table(path: Path, rows: int) -> pd.DataFrame:
+    types = {"id": str, "slide": str}
+    try:
+        table = pd.read_csv(path, dtype=types, na_values=[], keep_default_na=False)
+    except ValueError:
+        raise _damaged(path) from None
+    # Cut inside a number, the last row looks whole.
+    if len(table) != rows or not path.read_bytes().endswith(b"\n"):
+        raise _damaged(path)
+    return table
 
 
 def prepare(config: Config, write: bool = True) -> Prepared:
@@ -270,27 +292,56 @@ def prepare(config: Config, write: bool = True) -> Prepared:
         else _Synthetic(config.seed, data.synthetic_slides)
     )  # fmt: skip
     tfds_dir = Path(data.tfds_dir).expanduser()
+    files.check_name(tfds_dir, "--config.data.tfds_dir")
     existing = files.nearest(tfds_dir)
     if not existing.is_dir() or not os.access(existing, os.X_OK):
         raise ExpectedError(
             f"{tfds_dir} cannot be a folder, for {existing} is none: set --config.data.tfds_dir"
         )
+    if files.is_special(tfds_dir.absolute()):
+        if write:
+            tfds_dir.mkdir(parents=True, exist_ok=True)
+        elif not tfds_dir.exists():
+            raise ExpectedError(f"{tfds_dir} holds no prepared records")
+    literal = files.LiteralFolder(tfds_dir)
     make = functools.partial(
-        Histopathology, data_dir=tfds_dir, config=reader, file_format="array_record"
+        Histopathology, data_dir=literal.path, config=reader, file_format="array_record"
     )
-    directory = Path(make().data_dir)
+    directory = tfds_dir / Path(make().data_dir).relative_to(literal.path)
     if not write:
         if not (directory / _RECORD).exists():
             raise ExpectedError(f"{directory} holds no prepared records")
-        return Prepared(make(), data)
+        return Prepared(make(), directory, literal, data)
     if not (directory / _RECORD).exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with (directory.parent / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it however the process ends
+        with _one_at_a_time, _locked(directory.parent / "lock"):
             if not (directory / _RECORD).exists():
                 _write(make, directory, reader)
     _check_raw_files(directory, reader, data)
-    return Prepared(make(), data)
+    return Prepared(make(), directory, literal, data)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Waits for other processes; the system lets go of the lock however this one ends."""
+    is_told = False
+    with files.open_lock(path) as file:
+        while True:
+            try:
+                if not files.lock(file):
+                    log.warning(
+                        "%s cannot be locked, its file system keeps no locks: see to it that no "
+                        "other process prepares the same records now", path,
+                    )  # fmt: skip
+                break
+            except BlockingIOError:
+                if not is_told:
+                    log.info("waiting for another process that prepares %s", path.parent)
+                is_told = True
+            if preemption.requested():
+                raise preemption.Preempted
+            time.sleep(0.2)
+        yield
 
 
 def _write(make: Callable[[], Histopathology], directory: Path, reader: _ReaderConfig) -> None:
@@ -303,6 +354,7 @@ def _write(make: Callable[[], Histopathology], directory: Path, reader: _ReaderC
         # TFDS announces "unknown size" there, and its bars know no total.
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(mock.patch.object(ExampleSerializer, "serialize_example", _serialize))
+        stack.enter_context(files.naming(directory.parent))
         stack.enter_context(files.disk_errors(directory.parent))
         tfds.disable_progress_bar()
         stack.callback(tfds.enable_progress_bar)
@@ -314,6 +366,10 @@ def _write(make: Callable[[], Histopathology], directory: Path, reader: _ReaderC
     for path, reason in reader.damaged.items():
         log.warning("left out: %s %s", path, reason)
     files.write_json(directory / _RECORD, {**seen, "damaged": reader.damaged})
+
+
+def _damaged(path: Path) -> ExpectedError:
+    return ExpectedError(f"{path} is damaged: remove {path.parent} to prepare again")
 
 
 def _serialize(serializer: ExampleSerializer, example: Any) -> bytes:
@@ -328,7 +384,10 @@ def _fingerprint(reader: _ReaderConfig) -> dict[str, Any]:
 
 def _check_raw_files(directory: Path, reader: _ReaderConfig, data: DataConfig) -> None:
     """Compares the raw files, where all can be seen, with those the records were made from."""
-    record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
+    try:
+        record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
+    except ValueError:
+        raise _damaged(directory / _RECORD) from None
     again = f"remove {directory} to prepare again, or set another --config.data.tfds_dir"
     if record["damaged"] and data.on_damaged == "stop":
         raise ExpectedError(

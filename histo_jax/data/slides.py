@@ -1,6 +1,8 @@
 """Slides of patches that do not name theirs."""
 
+import contextlib
 import functools
+import hashlib
 import logging
 import os
 import tempfile
@@ -14,9 +16,12 @@ from histo_jax.data import pcam
 from histo_jax.data.kaggle import clean_id
 from histo_jax.data.names import clean, clean_column, identity
 from histo_jax.data.tables import read_csv
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import ExpectedError, one_line
 
 log = logging.getLogger("histo_jax")
+
+# Look-ups that could not be kept on disk, by the folder's fingerprint.
+_in_memory: dict[str, pd.Series] = {}
 
 
 def fill_in(table: pd.DataFrame, data: DataConfig, cache: Path) -> pd.DataFrame:
@@ -108,24 +113,38 @@ def _from_csv(path: Path) -> pd.Series:
 
 def _from_patchcamelyon(folder: Path, cache: Path) -> pd.Series:
     content, _ = pcam.fingerprint(folder)
-    cached = cache / f"slides-{content}.csv"
-    if cached.exists():
-        return _from_csv(cached)
+    if content in _in_memory:
+        return _in_memory[content]
+    for cached in cache.glob(f"slides-{content}-*.csv"):
+        with contextlib.suppress(OSError):  # another user's that cannot be read
+            if cached == _cache_file(cache, content, cached.read_bytes()):
+                return _from_csv(cached)
+    table = pd.DataFrame(_look_up(folder, cache).items(), columns=["id", "wsi"])
+    text = table.to_csv(index=False)
+    try:
+        files.write_text(_cache_file(cache, content, text.encode()), text)
+    except OSError as error:  # the records are another user's, or their disk is full
+        log.info("the slides of %s are not kept for the next time (%s)", folder, one_line(error))
+        _in_memory[content] = table.set_index("id")["wsi"]
+    return table.set_index("id")["wsi"]
+
+
+def _cache_file(cache: Path, content: str, text: bytes) -> Path:
+    """Its name holds its SHA-256: one that was cut short is not taken for whole."""
+    return cache / f"slides-{content}-{hashlib.sha256(text).hexdigest()[:16]}.csv"
+
+
+def _look_up(folder: Path, cache: Path) -> dict[str, str]:
+    """Returns the slide of each patch, by the SHA-1 of its pixels."""
     log.info("looking up slides by pixels in %s", folder)
-    # Records of somebody else may be read-only.
-    writable = os.access(cache, os.W_OK)
-    scratch = cache if writable else Path(tempfile.gettempdir())
-    slides: dict[str, str] = {}
+    # Packed files are unpacked where the records lie, unless these are another user's.
+    scratch = cache if os.access(cache, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    rows: dict[str, str] = {}
     for split in pcam.find(folder).values():
         if split.meta is None:
             raise ExpectedError(
                 f"{folder}: the _meta.csv beside {split.x.name} is missing; it names the slides"
             )
-        with pcam.unpacked(split, scratch) as plain:
-            slides |= {
-                example.id: example.slide for example in preemption.stopping(pcam.read(plain))
-            }
-    table = pd.DataFrame({"id": list(slides), "wsi": list(slides.values())})
-    if writable:
-        files.write_text(cached, table.to_csv(index=False))
-    return table.set_index("id")["wsi"]
+        with files.naming(scratch), pcam.unpacked(split, scratch) as plain:
+            rows |= {example.id: example.slide for example in preemption.stopping(pcam.read(plain))}
+    return rows

@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -10,7 +12,11 @@ from pathlib import Path
 
 import jax
 
+from histo_jax import files
+from histo_jax.errors import one_line
 from histo_jax.training import hosts
+
+log = logging.getLogger("histo_jax")
 
 _CACHE_BYTES = 2**30
 _PACKAGES = ("histo_jax", "jax", "flax", "optax", "numpy")
@@ -42,9 +48,11 @@ def set_up() -> None:
     hosts.give_roles()
     if not jax.config.values["jax_compilation_cache_dir"]:
         caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(caches, "histo_jax", "compiled")))
-        jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        folder = Path(caches, "histo_jax", "compiled")
+        if _can_cache(folder):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if jax.default_backend() == "cpu" and sys.platform == "linux":
         # Every step allocates hundreds of megabytes. Given back to the system after it, they come
         # back page by page: measured, that was a quarter of a step.
@@ -52,3 +60,31 @@ def set_up() -> None:
         if mallopt:
             for setting, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1)):
                 mallopt(setting, value)
+
+
+@functools.cache
+def _can_cache(folder: Path) -> bool:
+    """Whether compiled programs can be kept in `folder`; removes what a killed process left there.
+
+    JAX writes a program, then its time. Where one of them is missing it would never write again.
+    """
+    if files.is_special(folder.absolute()):
+        return False  # JAX would take it for a pattern
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OSError(f"{folder} cannot be written")
+        with files.open_lock(folder / ".lockfile") as file:  # JAX's own
+            if not files.lock(file):
+                raise OSError(f"the file system of {folder} keeps no locks")
+            for path in folder.glob("*-*"):
+                stem, _, kind = path.name.rpartition("-")
+                other = {"cache": "atime", "atime": "cache"}.get(kind)
+                if other and not (path.stat().st_size and (folder / f"{stem}-{other}").exists()):
+                    path.unlink()
+    except BlockingIOError:
+        pass  # another process is at work there
+    except OSError as error:
+        log.info("compiled programs are not kept for the next time (%s)", one_line(error))
+        return False
+    return True

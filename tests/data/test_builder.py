@@ -1,13 +1,18 @@
+import errno
+import fcntl
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from tensorflow_datasets.core import ExampleSerializer
 
 from histo_jax.data import builder, splits
 from histo_jax.errors import ExpectedError
@@ -217,3 +222,50 @@ def test_synthetic_records_lie_apart_by_seed_and_size(tiny_config, tmp_path):
     assert first.directory != second.directory
     assert first.tables["train"]["slide"].nunique() == 2
     assert not set(first.tables["train"]["id"]) & set(second.tables["train"]["id"])
+
+
+def test_records_on_a_file_system_without_locks_are_prepared_with_a_word(
+    tiny_config, tmp_path, monkeypatch, caplog
+):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(builder.log, "propagate", True)
+    tiny_config.data.tfds_dir = str(tmp_path)
+    directory = builder.prepare(tiny_config).directory
+    assert f"{directory.parent / 'lock'} cannot be locked" in caplog.text
+    caplog.clear()
+    assert builder.prepare(tiny_config).directory == directory  # which needs no lock
+    assert "lock" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["prepared.json", "train.csv", "test.csv"])
+def test_tables_that_were_cut_short_are_named(tiny_config, tmp_path, name):
+    tiny_config.data.tfds_dir = str(tmp_path)
+    path = builder.prepare(tiny_config).directory / name
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:-9], whole[: whole.rindex(b"\n", 0, -1)]):
+        path.write_bytes(content)
+        with pytest.raises(ExpectedError, match=f"{name} is damaged: remove {path.parent} to"):
+            builder.prepare(tiny_config)
+
+
+def test_threads_prepare_one_after_the_other_and_leave_the_process_as_it_was(
+    make_tiny_config, tmp_path
+):
+    before = ExampleSerializer.serialize_example, sys.stdout
+    found = []
+
+    def run(name):
+        config = make_tiny_config()
+        config.data.tfds_dir = str(tmp_path / name)
+        found.append(builder.prepare(config).directory)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("a", "a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(path.relative_to(tmp_path).parts[0] for path in found) == ["a", "a", "b"]
+    assert (ExampleSerializer.serialize_example, sys.stdout) == before

@@ -1,3 +1,4 @@
+import gzip
 import logging
 
 import h5py
@@ -163,3 +164,42 @@ def test_patchcamelyon_without_meta_names_no_slides(tmp_path):
     make_pcam(tmp_path, images, None)
     with pytest.raises(ExpectedError, match=r"_meta\.csv"):
         slides.fill_in(make_table(), DataConfig(slide_map=str(tmp_path)), tmp_path)
+
+
+def test_a_look_up_that_was_cut_short_is_made_anew_and_one_that_cannot_be_kept_serves(
+    tmp_path, monkeypatch
+):
+    raw, cache = tmp_path / "pcam", tmp_path / "cache"
+    raw.mkdir()
+    cache.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), dtype=np.uint8)
+    make_pcam(raw, images, ["s1", "s1", "s2", "s3"])
+    ids = [example.id for example in pcam.read(pcam.find(raw)["train"])]
+    table, data = pd.DataFrame({"id": ids, "slide": ""}), DataConfig(slide_map=str(raw))
+    whole = slides.fill_in(table, data, cache)
+    (kept,) = cache.iterdir()
+    kept.write_text("\n".join(kept.read_text().split("\n")[:3]) + "\n")
+    pd.testing.assert_frame_equal(slides.fill_in(table, data, cache), whole)
+    kept.unlink()
+
+    # The records of another user: nothing can be written beside them.
+    with gzip.open(raw / "camelyonpatch_level_2_split_train_y.h5.gz", "wb") as packed:
+        packed.write((raw / "camelyonpatch_level_2_split_train_y.h5").read_bytes())
+    (raw / "camelyonpatch_level_2_split_train_y.h5").unlink()
+
+    def forbidden(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(slides.files, "write_text", forbidden)
+    monkeypatch.setattr(slides.os, "access", lambda *_: False)
+    unpacked = pcam.unpacked
+    scratches = []
+    monkeypatch.setattr(
+        pcam, "unpacked", lambda its, scratch: scratches.append(scratch) or unpacked(its, scratch)
+    )
+    pd.testing.assert_frame_equal(slides.fill_in(table, data, cache), whole)
+    assert scratches
+    assert cache not in scratches
+    monkeypatch.setattr(pcam, "read", lambda _: pytest.fail("read again"))
+    pd.testing.assert_frame_equal(slides.fill_in(table, data, cache), whole)
+    assert not list(cache.iterdir())
