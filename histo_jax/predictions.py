@@ -1,5 +1,6 @@
 """What `evaluate` has said of each patch: `predictions_<split>.csv`."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,19 @@ import numpy as np
 import pandas as pd
 
 from histo_jax import workdir as workdirs
+from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.builder import Prepared
 from histo_jax.errors import ExpectedError
 
 
 def slides(table: pd.DataFrame) -> np.ndarray | None:
-    """Returns the slide of each patch; None where some are not known.
+    """Returns the slide of each patch; None where some are not known, or each has its own.
 
     Patches of one could then be taken for patches of several.
     """
-    return table["slide"].to_numpy() if (table["slide"] != "").all() else None
+    is_known = (table["slide"] != "").all() and table["slide"].duplicated().any()
+    return table["slide"].to_numpy() if is_known else None
 
 
 def write(folder: Path, split: str, table: pd.DataFrame) -> None:
@@ -47,6 +50,22 @@ def read(folder: Path, split: str) -> pd.DataFrame:
 def read_scores(folder: Path, split: str) -> dict[str, Any]:
     """Reads the scores that `evaluate` has written beside them."""
     return json.loads((folder / f"evaluation_{split}.json").read_text(encoding="utf-8"))
+
+
+def make_sides(prepared: Prepared, config: Config, scores: dict[str, Any]) -> splits.Sides:
+    """Returns the sides that `evaluate` has scored.
+
+    Args:
+        prepared: the records.
+        config: that of the command.
+        scores: what `read_scores` returns; out of fold, all patches of the folds validate.
+    """
+    if not scores.get("out_of_fold"):
+        return splits.make_sides(prepared.tables, config)
+    # Any fold will do: the patches that are divided are the same for all.
+    folded = dataclasses.replace(config, data=dataclasses.replace(config.data, fold="1/2"))
+    everything = splits.draw_sample(prepared.tables, folded)
+    return splits.Sides(everything, everything, None, scores["split_by"], scores["honest"])
 
 
 def side(prepared: Prepared, sides: splits.Sides, split: str, table: pd.DataFrame) -> splits.Side:

@@ -179,8 +179,8 @@ def test_examples_that_have_changed_since_are_not_scored(make, tmp_path):
 
 
 def test_test_patches_of_one_class_have_no_scores(make, runs, monkeypatch):
-    def one_class(config):
-        prepared = builder.prepare(config)
+    def one_class(*args, **options):
+        prepared = builder.prepare(*args, **options)
         prepared.tables["test"]["label"] = 0
         return prepared
 
@@ -190,8 +190,8 @@ def test_test_patches_of_one_class_have_no_scores(make, runs, monkeypatch):
 
 
 def test_a_test_side_that_shares_a_slide_with_training_is_not_honest(make, runs, monkeypatch):
-    def shared(config):
-        prepared = builder.prepare(config)
+    def shared(*args, **options):
+        prepared = builder.prepare(*args, **options)
         prepared.tables["test"]["slide"] = prepared.tables["train"]["slide"].iloc[0]
         return prepared
 

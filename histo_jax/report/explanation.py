@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw
 from histo_jax import files, members, predictions
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, names, validate
-from histo_jax.data import splits
 from histo_jax.data.builder import Prepared, prepare
 from histo_jax.errors import ExpectedError
 from histo_jax.report import patches
@@ -51,7 +50,7 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     workdirs.check(folder, config)
     with workdirs.tracked(folder, "explain"):
         trained = members.restore(config, folder, SingleDeviceSharding(jax.local_devices()[0]))
-        prepared = prepare(config)
+        prepared = prepare(config, folder, raw_may_be_gone=True)
         if config.explain.ids:
             found = [
                 patch
@@ -61,12 +60,15 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         else:
             split = config.evaluate.split
             table = predictions.read(folder, split)
-            members.check_evaluated(trained, predictions.read_scores(folder, split), split)
-            sides = splits.make_sides(prepared.tables, config)
+            scores = predictions.read_scores(folder, split)
+            members.check_evaluated(trained, scores, split)
+            sides = predictions.make_sides(prepared, config, scores)
             side = predictions.side(prepared, sides, split, table)
             chosen = pd.unique(np.concatenate(list(patches.galleries(table, config.seed).values())))
             logits = table["logit"].to_numpy()[chosen]
-            found = patches.gather(prepared, side.records, side.rows[chosen], trained, logits)
+            rows = side.rows[chosen]
+            owners = patches.owners(trained, config, prepared, scores, rows)
+            found = patches.gather(prepared, side.records, rows, trained, logits, owners)
         table = pd.DataFrame([patch[:4] for patch in found], columns=patches.Patch._fields[:4])
         if workdirs.is_writer():
             (folder / "explain").mkdir(parents=True, exist_ok=True)
