@@ -367,7 +367,12 @@ def _finished(dataset: Path, source: str) -> list[_Finished]:
     """Returns all complete records of a source by name; those of version 0.1.0 have no hash."""
     version = str(Histopathology.VERSION)
     paths = [*dataset.glob(f"{source}/{version}"), *dataset.glob(f"{source}-*/{version}")]
-    return [_read_record(path) for path in sorted(paths) if (path / _RECORD).is_file()]
+    found = []
+    for path in sorted(paths):
+        if (path / _RECORD).is_file():
+            with contextlib.suppress(ExpectedError):  # it is told where these records are used
+                found.append(_read_record(path))
+    return found
 
 
 def _read_record(directory: Path) -> _Finished:
@@ -407,10 +412,12 @@ def _choose(
         if not finished:
             raise problem
         if not is_lenient:
-            raise ExpectedError(f"{problem}, or =None to use the records in {dataset}") from None
+            raise ExpectedError(
+                f"{problem} (--config.data.raw_dir=None uses the records in {dataset})"
+            ) from None
         own = own or _only(finished, dataset)
         assert own
-        log.warning("%s (%s is used)", problem, own.name)
+        log.warning("%s; %s, %s, serves", problem, own.name, own.origin)
         return own
     same = [found for found in finished if found.record["files"] == seen["files"]]
     if own is None and is_lenient and not same:
