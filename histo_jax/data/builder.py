@@ -429,7 +429,7 @@ def _choose(
             f"{data.raw_dir} holds other files than {own.name}, {own.origin}: restore those, or "
             f"choose another {'--config.data.records' if data.records else '--workdir'}"
         )
-    if own and own.record["times"] not in (None, seen["times"]):
+    if own and seen["times"] and own.record["times"] not in (None, seen["times"]):
         log.warning(
             "%s has changed since it was prepared: remove %s to prepare again",
             data.raw_dir, own.directory,
