@@ -154,7 +154,7 @@ def refuse_trained_on(
                 f"to be scored, or on others of their slides: {hint}"
             )
         value = splits.disjoint((own, sides.train.rows), (table, side.rows))
-        if value is None and judged["id"].isin(own["id"]).any():
+        if value is None and judged["id"].isin(own["id"]).all():
             value = sides.honest  # one data set, which this run has divided
         honest.append(value)
     return splits.combine(honest)

@@ -64,7 +64,7 @@ def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings with relative paths completed; those below a home stay as they are."""
     return {
         name: os.path.abspath(value)
-        if name in _PATHS and value and not value.startswith("~")
+        if name in _PATHS and isinstance(value, str) and value and not value.startswith("~")
         else value
         for name, value in values.items()
     }
