@@ -69,6 +69,25 @@ def is_url(path: str) -> bool:
     return bool(_URL.match(path.strip()))
 
 
+def parse_fold(fold: str) -> tuple[int, int]:
+    """Returns K and N of 'K/N'.
+
+    Raises:
+        ValueError: it is not of this form, or K is not from 1 to N, or N is below 2.
+    """
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", fold, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) or int(match[2]) < 2:
+        raise ValueError(fold)
+    return int(match[1]), int(match[2])
+
+
+def _is_fold(fold: str) -> bool:
+    try:
+        return bool(parse_fold(fold))
+    except ValueError:
+        return False
+
+
 def _option(default: Any, help_text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help_text})
 
@@ -86,6 +105,11 @@ class DataConfig:
     tfds_dir: str = _option(
         "~/tensorflow_datasets", "folder for the prepared records; about the size of the raw files"
     )
+    records: str | None = _option(
+        None,
+        "name of the prepared records in tfds_dir to use, as the log gives it; None = those of "
+        "raw_dir, of the run, or the only ones",
+    )
     samples_per_class: int | None = _option(
         None, "labelled patches drawn from each class before the split; None = all"
     )
@@ -94,6 +118,16 @@ class DataConfig:
         "auto",
         "keep whole slides, or only whole images, on one side: slide, image, "
         "auto = slide where slides are known; pcam's official splits are kept",
+    )
+    split_seed: int | None = _option(
+        None,
+        "seed of sampling, split and synthetic slides, for runs that differ in seed alone; "
+        "None = seed",
+    )
+    fold: str | None = _option(
+        None,
+        "K/N: validate on fold K of N, by slide where slides are known, and train on the others; "
+        "validation_fraction is not used; of pcam the training split is divided. None = no folds",
     )
     slide_map: str | None = _option(
         None,
@@ -255,6 +289,11 @@ class Config:
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
     explain: ExplainConfig = dataclasses.field(default_factory=ExplainConfig)
 
+    @property
+    def data_seed(self) -> int:
+        """The seed of sampling, split and synthetic slides."""
+        return self.seed if self.data.split_seed is None else self.data.split_seed
+
 
 _FRACTION = "above 0 and below 1"
 _BELOW_ONE = "at least 0 and below 1"
@@ -279,6 +318,8 @@ _LIMITS: tuple[tuple[str, Any, str], ...] = (
     ("data.tfds_dir", bool, "a folder"),
     ("data.samples_per_class", lambda v: v >= 1, "at least 1, or None for all"),
     ("data.validation_fraction", lambda v: 0 < v < 1, _FRACTION),
+    ("data.split_seed", lambda v: 0 <= v < 2**31, "at least 0 and at most 2147483647, or None"),
+    ("data.fold", _is_fold, "K/N, such as 1/5: K from 1 to N, and N at least 2"),
     ("data.slide_map", bool, "a CSV file, a folder, or None"),
     ("data.synthetic_slides", lambda v: v >= 2, "at least 2"),
     (

@@ -87,15 +87,21 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     validate(config)
     runtime.set_up()
     folder = Path(workdir).expanduser()
+    if config.predict.checkpoints:
+        raise ExpectedError(
+            "config.predict.checkpoints names runs to evaluate and to predict with: leave it out "
+            "to train"
+        )
     workdirs.check(folder, config)
     sharding.check_batch_size(config.fit.batch_size)
     with workdirs.tracked(folder, "fit"):
-        prepared = prepare(config)
+        prepared = prepare(config, folder)
         sides = splits.make_sides(prepared.tables, config)
         agreement.check_records(config, prepared.tables)
         _check_sides(config, prepared, sides)
         workdirs.claim(folder, config)
         agreement.check_shared(folder)
+        workdirs.update_status(folder, records=prepared.name)
         with Checkpoints(folder) as checkpoints:
             start = _start(config, checkpoints, prepared.tables, sides)
             _rebuild_derived(folder, start)
@@ -134,11 +140,11 @@ def _check_sides(config: Config, prepared: Prepared, sides: splits.Sides) -> Non
         )
     splits.refuse_leak(prepared.tables, sides, config.data.allow_leak)
     log.info(
-        "%d patches to train, %d to validate, divided by %s",
-        count, len(sides.validation.rows), sides.by,
+        "%d patches to train, %d to validate, divided %s",
+        count, len(sides.validation.rows), sides.division,
     )  # fmt: skip
     if not sides.honest:
-        log.warning("%s", splits.OPTIMISTIC)
+        log.warning("%s", splits.caveat(sides.honest))
 
 
 def _is_done(config: Config, early_stopping: EarlyStopping, history: list[dict[str, Any]]) -> bool:

@@ -327,7 +327,7 @@ def _audit(config: Config, workdir: Path) -> None:
     from histo_jax.data.splits import make_sides
 
     workdirs.check(workdir, config)
-    prepared = prepare(config)
+    prepared = prepare(config, workdir, raw_may_be_gone=True)
     report = audit(prepared, make_sides(prepared.tables, config), config.seed)
     workdir.mkdir(parents=True, exist_ok=True)
     workdirs.write_json(workdir / "audit.json", report)

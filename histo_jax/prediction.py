@@ -54,16 +54,17 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     with workdirs.tracked(folder, "predict"):
         devices = jax.local_devices()
         trained = members.restore(config, folder, SingleDeviceSharding(devices[0]))
-        prepared = prepare(config)
+        prepared = prepare(config, folder, raw_may_be_gone=True)
         agreement.check_records(config, prepared.tables)
         if "test" not in prepared.tables:
             raise NoTestPatchesError(
                 f"{config.data.raw_dir or prepared.directory} has no test patches to predict: "
-                f"add them, and remove {prepared.directory} to prepare again"
+                "add them to config.data.raw_dir"
             )
         ids = prepared.tables["test"]["id"]
         if config.predict.checkpoints:
             workdirs.claim(folder, config)
+            workdirs.update_status(folder, records=prepared.name)
         # Each process predicts an equal share; what the last ones lack is filled up with the last.
         share = -(-len(ids) // jax.process_count())
         own = np.minimum(np.arange(share) + share * jax.process_index(), len(ids) - 1)

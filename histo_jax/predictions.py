@@ -1,5 +1,6 @@
 """What `evaluate` has said of each patch: `predictions_<split>.csv`."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from histo_jax import workdir as workdirs
+from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.builder import Prepared
 from histo_jax.errors import ExpectedError
@@ -15,11 +17,12 @@ from histo_jax.metrics import binary_scores
 
 
 def slides(table: pd.DataFrame) -> np.ndarray | None:
-    """Returns the slide of each patch; None where some are not known.
+    """Returns the slide of each patch; None where some are not known, or each has its own.
 
     Patches of one could then be taken for patches of several.
     """
-    return table["slide"].to_numpy() if (table["slide"] != "").all() else None
+    is_known = (table["slide"] != "").all() and table["slide"].duplicated().any()
+    return table["slide"].to_numpy() if is_known else None
 
 
 def write(folder: Path, split: str, table: pd.DataFrame) -> None:
@@ -79,6 +82,22 @@ def check_scores(folder: Path, split: str, table: pd.DataFrame, scores: dict[str
 
 def _again(split: str) -> str:
     return f"run --mode=evaluate --config.evaluate.split={split} again"
+
+
+def make_sides(prepared: Prepared, config: Config, scores: dict[str, Any]) -> splits.Sides:
+    """Returns the sides that `evaluate` has scored.
+
+    Args:
+        prepared: the records.
+        config: that of the command.
+        scores: what `read_scores` returns; out of fold, all patches of the folds validate.
+    """
+    if not scores.get("out_of_fold"):
+        return splits.make_sides(prepared.tables, config)
+    # Any fold will do: the patches that are divided are the same for all.
+    folded = dataclasses.replace(config, data=dataclasses.replace(config.data, fold="1/2"))
+    everything = splits.draw_sample(prepared.tables, folded)
+    return splits.Sides(everything, everything, None, scores["split_by"], scores["honest"])
 
 
 def side(prepared: Prepared, sides: splits.Sides, split: str, table: pd.DataFrame) -> splits.Side:

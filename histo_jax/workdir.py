@@ -23,7 +23,9 @@ log = logging.getLogger("histo_jax")
 _IDENTITY_PREFIXES = (
     "seed", "data.", "model.", "augment.", "optimizer.", "fit.batch_size", "fit.steps_per_",
 )  # fmt: skip
-WHERE = ("data.raw_dir", "data.tfds_dir", "data.placement")
+WHERE = ("data.raw_dir", "data.tfds_dir", "data.records", "data.placement")
+# Saved as absolute paths, so that a start from another folder means the same files.
+_PATHS = ("data.raw_dir", "data.tfds_dir", "data.slide_map")
 _SOURCE = "source"  # key in config.json, beside the settings
 
 _is_writer = True
@@ -59,6 +61,24 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def plain(config: Config) -> dict[str, Any]:
     """Returns the settings as JSON gives them back: tuples become lists."""
     return json.loads(json.dumps(flat(config)))
+
+
+def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings with relative paths completed; those below a home stay as they are."""
+    return {
+        name: os.path.abspath(value)
+        if name in _PATHS and isinstance(value, str) and value and not value.startswith("~")
+        else value
+        for name, value in values.items()
+    }
+
+
+def is_saved(workdir: Path, name: str, value: Any) -> bool:
+    """Tells whether the `config.json` of a run holds this value of a setting."""
+    if not (workdir / "config.json").exists():
+        return False
+    saved, given = ({name: v} for v in (_read_config(workdir).get(name), value))
+    return _with_absolute_paths(saved) == _with_absolute_paths(given)
 
 
 def _read_config(workdir: Path) -> dict[str, Any]:
@@ -142,6 +162,11 @@ def check(workdir: Path, config: Config) -> None:
         ExpectedError: names the folder, and the field with its old and new value.
     """
     check_path(workdir)
+    if config.predict.checkpoints and any((workdir / "checkpoints").glob("*")):
+        raise ExpectedError(
+            f"{workdir} is a run of its own, whose scores and submission the mean of other runs "
+            "would replace: choose another --workdir, or leave out --config.predict.checkpoints"
+        )
     existing = files.nearest(workdir)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ExpectedError(f"--workdir={workdir} cannot be written: choose a folder that can")
@@ -152,14 +177,15 @@ def check(workdir: Path, config: Config) -> None:
                 f"{workdir} holds checkpoints but no config.json: choose another --workdir"
             )
         return
-    old = _read_config(workdir)
-    for name, value in plain(config).items():
+    # A setting that is newer than the run had its default.
+    old = _with_absolute_paths(plain(Config()) | _read_config(workdir))
+    for name, value in _with_absolute_paths(plain(config)).items():
         counts = name.startswith(_IDENTITY_PREFIXES) and name not in WHERE
         # A schedule spans all epochs, so another number of them makes another run.
         counts |= name == "fit.epochs" and config.optimizer.schedule != "constant"
-        if counts and (name not in old or old[name] != value):
+        if counts and old[name] != value:
             raise ExpectedError(
-                f"{workdir} belongs to another run: {name} was {old.get(name)!r} there and is "
+                f"{workdir} belongs to another run: {name} was {old[name]!r} there and is "
                 f"{value!r} here; choose another --workdir or set --config.{name} back"
             )
 
@@ -195,7 +221,8 @@ def save_config(workdir: Path, config: Config, source: Mapping[str, str] | None 
     path = workdir / "config.json"
     if source is None and path.exists():
         source = read_source(workdir)
-    write_json(path, plain(config) | ({_SOURCE: dict(source)} if source else {}))
+    values = _with_absolute_paths(plain(config))
+    write_json(path, values | ({_SOURCE: dict(source)} if source else {}))
 
 
 def _lock(workdir: Path) -> None:
@@ -303,6 +330,6 @@ def is_finished(workdir: Path, config: Config, mode: str) -> bool:
     """Tells whether `mode` has finished here with these settings and nothing was trained since."""
     if mode not in status(workdir).get("finished", []):
         return False
-    old = _read_config(workdir)
-    new = plain(config)
-    return all(old.get(name) == new[name] for name in new if name not in WHERE)
+    old = _with_absolute_paths(plain(Config()) | _read_config(workdir))
+    new = _with_absolute_paths(plain(config))
+    return all(old[name] == new[name] for name in new if name not in WHERE)

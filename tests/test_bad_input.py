@@ -220,7 +220,8 @@ predict                                  | 'predict' did you mean --mode=predict
 --flagfile=FOLDER/train/ID.tif           | --flagfile is no text
 """
 OUT_OF_RANGE = """seed=-1 data.source=pictures data.samples_per_class=0 data.validation_fraction=1
-data.split_by=patient data.placement=gpu data.synthetic_slides=1 model.name=resnet
+data.split_by=patient data.split_seed=-1 data.fold=6/5 data.fold=1/1 data.fold=half
+data.placement=gpu data.synthetic_slides=1 model.name=resnet
 model.features=8,8 model.dense=0 model.dropout=1 optimizer.learning_rate=nan fit.batch_size=0
 fit.epochs=0 fit.steps_per_epoch=0 augment.shift=5 augment.stain=1
 augment.brightness=-1 augment.mixup=-1 optimizer.schedule=step optimizer.warmup=1
@@ -309,7 +310,8 @@ def test_ctrl_c_while_a_config_file_is_read_is_one_line(place: Place) -> None:
 # --- the workdir ------------------------------------------------------------------------------
 
 IDENTITY = """seed=1 data.source='synthetic' data.samples_per_class=5 data.validation_fraction=0.5
-data.split_by='image' data.synthetic_slides=3 model.features=[2,2,2,2,4] model.dense=8
+data.split_by='image' data.split_seed=5 data.fold='1/2' data.synthetic_slides=3
+model.features=[2,2,2,2,4] model.dense=8
 model.dropout=0.1 optimizer.learning_rate=0.5 fit.batch_size=8 fit.steps_per_epoch=2
 optimizer.ema_decay=0.5 augment.shift=1"""
 
@@ -516,6 +518,7 @@ def test_one_class_only(place: Place, label: str) -> None:
 
 INDIVISIBLE = """
 data.samples_per_class=1 | 2 patches config.data.validation_fraction
+data.fold=1/99           | config.data.fold 99 9 fewer
 data.split_by=slide      | config.data.split_by slide 'auto' 'image'
 fit.batch_size=12        | config.fit.batch_size 12 9 smaller more
 """
@@ -527,9 +530,12 @@ def test_data_that_cannot_be_divided(place: Place, setting: str, words: str) -> 
 
 
 def test_records_of_other_files(place: Place) -> None:
-    content(LABELS, lambda old: old[:-43])(place.prepare().raw)
-    words = ("kaggle/1.0.0", "other files", str(place.raw), "--config.data.tfds_dir")
-    refuses(here, place, place.argv(), *words)
+    """A new run would get records of its own; this one began with others."""
+    place.begin().prepare()
+    (records,) = (path.name for path in (place.tfds / "histopathology").iterdir())
+    workdirs.update_status(place.workdir, records=records)
+    content(LABELS, lambda old: old[:-43])(place.raw)
+    refuses(here, place, place.argv(), "other files", str(place.raw), records, "--workdir")
 
 
 def test_neither_raw_files_nor_records(place: Place) -> None:

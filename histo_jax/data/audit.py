@@ -18,7 +18,7 @@ from histo_jax.data import near
 from histo_jax.data.builder import SQUARES, SUMS, Prepared
 from histo_jax.data.example import IMAGE_SIZE, UNLABELLED
 from histo_jax.data.loader import Records, ordered_batches
-from histo_jax.data.splits import OPTIMISTIC, Side, Sides
+from histo_jax.data.splits import Side, Sides, caveat, has_slide_names
 
 # Examples that the report lists of each finding.
 EXAMPLES, NEAR_EXAMPLES = 20, 50
@@ -55,6 +55,7 @@ class _Part(NamedTuple):
     table: pd.DataFrame
     hashes: np.ndarray
     contrast: np.ndarray
+    knows_slides: bool
     histograms: np.ndarray  # int64[k, 48]: red, green and blue of the k rows that were wanted
 
 
@@ -69,9 +70,9 @@ def audit(prepared: Prepared, sides: Sides, seed: int) -> dict[str, Any]:
     Returns:
         What JSON can hold. `sides`: per side the counts of `_describe`. `pairs`: per pair of sides,
         as 'train/validation', patches that are `identical` by id, the SHA-1 of the pixels; the
-        `shared_slides`, None where a side's are not known; patches of the second side that are
-        `near` to one of the first. `control`: validation AUC of a logistic regression on colour
-        histograms. `honest`, and in `note` why the validation score is not.
+        `shared_slides`, None where none is found and not all are known; patches of the second side
+        that are `near` to one of the first. `control`: validation AUC of a logistic regression on
+        colour histograms. `honest`, see `Sides`, and in `note` why the validation score is not.
     """
     named = {"train": sides.train, "validation": sides.validation}
     if sides.test is not None:
@@ -92,7 +93,7 @@ def audit(prepared: Prepared, sides: Sides, seed: int) -> dict[str, Any]:
         },
         "control": _control(parts["train"], wanted["train"], parts["validation"]),
         "honest": sides.honest,
-        "note": "" if sides.honest else OPTIMISTIC,
+        "note": caveat(sides.honest),
     }
 
 
@@ -163,7 +164,10 @@ def _look(prepared: Prepared, side: Side, wanted: np.ndarray, bar: tqdm) -> _Par
         bar.update(len(images))
     hashes, contrast = (np.concatenate(values) for values in zip(*seen, strict=True))
     rows = prepared.tables[side.records].iloc[side.rows]
-    return _Part(records, rows, hashes, contrast, np.array(histograms))
+    knows_slides = bool((rows["slide"] != "").all()) and has_slide_names(
+        prepared.tables[side.records]
+    )
+    return _Part(records, rows, hashes, contrast, knows_slides, np.array(histograms))
 
 
 def _describe(part: _Part) -> dict[str, Any]:
@@ -197,10 +201,11 @@ def _found(names: Iterable[str]) -> dict[str, Any]:
 
 
 def _compare(first: _Part, second: _Part) -> dict[str, Any]:
-    slides, others = (set(part.table["slide"]) - {""} for part in (first, second))
+    shared = (set(first.table["slide"]) & set(second.table["slide"])) - {""}
+    is_known = bool(shared) or (first.knows_slides and second.knows_slides)
     return {
         "identical": _found(set(first.table["id"]) & set(second.table["id"])),
-        "shared_slides": _found(slides & others) if slides and others else None,
+        "shared_slides": _found(shared) if is_known else None,
         "near": _near(first, second),
     }
 

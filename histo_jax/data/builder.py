@@ -2,11 +2,12 @@
 
 Beside each split's records lies `<split>.csv`, one row a record in the records' order: id, label,
 slide, and per channel the sum of the pixels and of their squares, so that splits and
-normalisation need no image. `prepared.json` says from which files they came.
+normalisation need no image. `prepared.json` says from which files they came, and a short hash of
+these files is part of the folder's name, so that several studies lie in one `data.tfds_dir`.
 """
 
 import contextlib
-import functools
+import datetime
 import io
 import itertools
 import json
@@ -16,7 +17,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -28,6 +29,7 @@ from tensorflow_datasets.core import ExampleSerializer
 from tensorflow_datasets.proto import tf_example_pb2
 
 from histo_jax import files, preemption, progress
+from histo_jax import workdir as workdirs
 from histo_jax.config import Config, DataConfig
 from histo_jax.data import kaggle, pcam, slides, synthetic
 from histo_jax.data.example import IMAGE_SHAPE, Example
@@ -41,6 +43,7 @@ SQUARES = ("squares_red", "squares_green", "squares_blue")
 _RECORD = "prepared.json"
 _SHARD = 8192  # records in one file: 230 MB
 _AT_ONCE = 512  # examples in memory: 14 MB
+_ABANDONED_SECONDS = 24 * 3600
 
 # What is replaced while records are written (TFDS's serializer, stdout) belongs to the process.
 _one_at_a_time = threading.Lock()
@@ -226,18 +229,15 @@ class Prepared:
 
     Attributes:
         directory: folder of the records.
+        name: what `data.records` calls them.
         tables: per split a table, row i = record i: id, label, slide ('' = not known), pixel sums.
     """
 
-    def __init__(
-        self,
-        builder: Histopathology,
-        directory: Path,
-        literal: files.LiteralFolder,
-        data: DataConfig,
-    ) -> None:
-        self._builder, self._literal = builder, literal
+    def __init__(self, reader: _ReaderConfig, directory: Path, data: DataConfig) -> None:
+        self._literal = _literal(directory.parents[2])
+        self._builder = builder = _make(reader, self._literal)
         self.directory = directory
+        self.name = self.directory.parent.name
         self.tables = {
             split: _read_table(directory / f"{split}.csv", info.num_examples)
             for split, info in builder.info.splits.items()
@@ -270,7 +270,31 @@ def _read_table(path: Path, rows: int) -> pd.DataFrame:
     return table
 
 
-def prepare(config: Config, write: bool = True) -> Prepared:
+class _Finished(NamedTuple):
+    """Records that are complete: their folder, and the content of its `prepared.json`."""
+
+    directory: Path
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.directory.parent.name
+
+    @property
+    def origin(self) -> str:
+        """From what they were made, and when, in words."""
+        written = (self.directory / _RECORD).stat().st_mtime
+        day = datetime.datetime.fromtimestamp(written).strftime("%Y-%m-%d %H:%M")
+        # Version 0.1.0 did not note the folder.
+        source = self.record.get("origin", "files of a folder that was not noted")
+        return f"made from {source} on {day}"
+
+
+# What was logged, so that the modes of one `run` do not repeat it.
+_announced: set[tuple[Path, Path | None]] = set()
+
+
+def prepare(config: Config, workdir: Path | None = None, raw_may_be_gone: bool = False) -> Prepared:
     """Returns the records of `config.data`, writing them first where they are not there yet.
 
     TFDS writes to a temporary folder and renames it, so a break leaves nothing that looks
@@ -278,47 +302,35 @@ def prepare(config: Config, write: bool = True) -> Prepared:
 
     Args:
         config: all settings.
-        write: false: only those that are there, whatever has become of the raw files.
+        workdir: folder of a run, which keeps to the records that it began with.
+        raw_may_be_gone: accept that `data.raw_dir` is missing or has changed if the `config.json`
+            of `workdir` names the same folder; for modes that only read.
 
     Raises:
-        ExpectedError: the raw data is missing, wrong, or no longer that of the records; `write` is
-            false, and no records are there.
+        ExpectedError: the raw data is missing, wrong, or not that of the run's records; or several
+            records fit, and nothing says which are meant.
         OSError: `data.tfds_dir` cannot be written, or the disk is full.
     """
-    data = config.data
-    reader: _ReaderConfig = (
-        _Kaggle(data) if data.source == "kaggle"
-        else _PatchCamelyon(data) if data.source == "pcam"
-        else _Synthetic(config.seed, data.synthetic_slides)
-    )  # fmt: skip
-    tfds_dir = Path(data.tfds_dir).expanduser()
-    files.check_name(tfds_dir, "--config.data.tfds_dir")
-    existing = files.nearest(tfds_dir)
-    if not existing.is_dir() or not os.access(existing, os.X_OK):
-        raise ExpectedError(
-            f"{tfds_dir} cannot be a folder, for {existing} is none: set --config.data.tfds_dir"
-        )
-    if files.is_special(tfds_dir.absolute()):
-        if write:
-            tfds_dir.mkdir(parents=True, exist_ok=True)
-        elif not tfds_dir.exists():
-            raise ExpectedError(f"{tfds_dir} holds no prepared records")
-    literal = files.LiteralFolder(tfds_dir)
-    make = functools.partial(
-        Histopathology, data_dir=literal.path, config=reader, file_format="array_record"
-    )
-    directory = tfds_dir / Path(make().data_dir).relative_to(literal.path)
-    if not write:
-        if not (directory / _RECORD).exists():
-            raise ExpectedError(f"{directory} holds no prepared records")
-        return Prepared(make(), directory, literal, data)
-    if not (directory / _RECORD).exists():
+    data, reader, dataset = config.data, _reader(config), _dataset_folder(config.data)
+    seen, problem = _look(reader, data)
+    found = _choose(data, reader.name, dataset, workdir, raw_may_be_gone, seen, problem)
+    if found is None:
+        if seen["files"]:
+            reader.name = f"{reader.name}-{seen['files'][:12]}"
+        directory = dataset / reader.name / str(Histopathology.VERSION)
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time, _locked(directory.parent / "lock"):
             if not (directory / _RECORD).exists():
-                _write(make, directory, reader)
-    _check_raw_files(directory, reader, data)
-    return Prepared(make(), directory, literal, data)
+                _write(directory, reader, seen, data)
+        found = _read_record(directory)
+    _check_damaged(found, data)
+    reader.name = found.name
+    prepared = Prepared(reader, found.directory, data)
+    if (found.directory, workdir) not in _announced:
+        _announced.add((found.directory, workdir))
+        counts = ", ".join(f"{len(table):,} {name}" for name, table in prepared.tables.items())
+        log.info("records: %s (%s patches), %s", found.directory, counts, found.origin)
+    return prepared
 
 
 @contextlib.contextmanager
@@ -344,28 +356,239 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _write(make: Callable[[], Histopathology], directory: Path, reader: _ReaderConfig) -> None:
-    # What a killed process left; the record is written last, so without it nothing is finished.
-    for left_over in (directory, *directory.parent.glob("incomplete.*")):
-        shutil.rmtree(left_over, ignore_errors=True)
-    log.info("preparing %s into %s", reader.name, directory)
-    seen = _fingerprint(reader)
-    with contextlib.ExitStack() as stack:
-        # TFDS announces "unknown size" there, and its bars know no total.
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(mock.patch.object(ExampleSerializer, "serialize_example", _serialize))
-        stack.enter_context(files.naming(directory.parent))
-        stack.enter_context(files.disk_errors(directory.parent))
-        tfds.disable_progress_bar()
-        stack.callback(tfds.enable_progress_bar)
-        make().download_and_prepare(
-            download_config=tfds.download.DownloadConfig(
-                try_download_gcs=False, force_checksums_validation=True
-            )
+def existing(config: Config, workdir: Path) -> Iterator[Prepared]:
+    """Yields the records that a run may have trained on, the most likely first; writes none.
+
+    Args:
+        config: of the run.
+        workdir: its folder.
+    """
+    reader, dataset = _reader(config), _dataset_folder(config.data)
+    names = (config.data.records, workdirs.status(workdir).get("records"))
+    for found in sorted(_finished(dataset, reader.name), key=lambda found: found.name not in names):
+        reader.name = found.name
+        yield Prepared(reader, found.directory, config.data)
+
+
+def _reader(config: Config) -> _ReaderConfig:
+    data = config.data
+    if data.source == "kaggle":
+        return _Kaggle(data)
+    if data.source == "pcam":
+        return _PatchCamelyon(data)
+    if data.raw_dir is not None:
+        raise ExpectedError(
+            f"config.data.raw_dir = {data.raw_dir!r} is not read by config.data.source = "
+            "'synthetic': set --config.data.source=kaggle or pcam, or leave out raw_dir"
         )
-    for path, reason in reader.damaged.items():
-        log.warning("left out: %s %s", path, reason)
-    files.write_json(directory / _RECORD, {**seen, "damaged": reader.damaged})
+    return _Synthetic(config.data_seed, data.synthetic_slides)
+
+
+def _dataset_folder(data: DataConfig) -> Path:
+    """Returns the folder in which each study's records have a folder of their own."""
+    tfds_dir = Path(data.tfds_dir).expanduser()
+    files.check_name(tfds_dir, "--config.data.tfds_dir")
+    nearest = files.nearest(tfds_dir)
+    if not nearest.is_dir() or not os.access(nearest, os.X_OK):
+        raise ExpectedError(
+            f"{tfds_dir} cannot be a folder, for {nearest} is none: set --config.data.tfds_dir"
+        )
+    return tfds_dir / Histopathology.name
+
+
+def _literal(tfds_dir: Path) -> files.LiteralFolder:
+    """Returns a name of the folder that TFDS takes literally."""
+    if files.is_special(tfds_dir.absolute()):
+        tfds_dir.mkdir(parents=True, exist_ok=True)
+    return files.LiteralFolder(tfds_dir)
+
+
+def _make(reader: _ReaderConfig, literal: files.LiteralFolder) -> Histopathology:
+    return Histopathology(data_dir=literal.path, config=reader, file_format="array_record")
+
+
+def _finished(dataset: Path, source: str) -> list[_Finished]:
+    """Returns all complete records of a source by name; those of version 0.1.0 have no hash."""
+    version = str(Histopathology.VERSION)
+    paths = [*dataset.glob(f"{source}/{version}"), *dataset.glob(f"{source}-*/{version}")]
+    found = []
+    for path in sorted(paths):
+        if (path / _RECORD).is_file():
+            with contextlib.suppress(ExpectedError):  # it is told where these records are used
+                found.append(_read_record(path))
+    return found
+
+
+def _read_record(directory: Path) -> _Finished:
+    try:
+        record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
+        return _Finished(directory, {"files": None, "times": None, "damaged": {}, **record})
+    except (ValueError, TypeError):
+        raise _damaged(directory / _RECORD) from None
+
+
+def _choose(
+    data: DataConfig,
+    source: str,
+    dataset: Path,
+    workdir: Path | None,
+    raw_may_be_gone: bool,
+    seen: dict[str, Any],
+    problem: ExpectedError | None,
+) -> _Finished | None:
+    """Returns the records to use, None where they must be written; see `prepare` and `_look`."""
+    finished = _finished(dataset, source)
+    name = data.records or (workdirs.status(workdir).get("records") if workdir else None)
+    own = next((found for found in finished if found.name == name), None)
+    if data.records and not own:
+        raise ExpectedError(
+            f"config.data.records = {data.records!r} is not in {dataset}, which holds "
+            f"{_listed(finished) or f'no records of {source}'}"
+        )
+    if data.raw_dir is None:
+        return own or _only(finished, dataset)
+    is_lenient = bool(
+        raw_may_be_gone and workdir and workdirs.is_saved(workdir, "data.raw_dir", data.raw_dir)
+    )
+    if problem:
+        if not finished:
+            raise problem
+        if not is_lenient:
+            raise ExpectedError(
+                f"{problem} (--config.data.raw_dir=None uses the records in {dataset})"
+            ) from None
+        own = own or _only(finished, dataset)
+        assert own
+        log.warning("%s; %s, %s, serves", problem, own.name, own.origin)
+        return own
+    same = [found for found in finished if found.record["files"] == seen["files"]]
+    if own is None and is_lenient and not same:
+        own = _only(finished, dataset)
+    if own is None:
+        own = same[-1] if same else None
+    elif own not in same and not is_lenient:
+        raise ExpectedError(
+            f"{data.raw_dir} holds other files than {own.name}, {own.origin}: restore those, or "
+            f"choose another {'--config.data.records' if data.records else '--workdir'}"
+        )
+    if own and seen["times"] and own.record["times"] not in (None, seen["times"]):
+        log.warning(
+            "%s has changed since it was prepared: remove %s to prepare again",
+            data.raw_dir, own.directory,
+        )  # fmt: skip
+    return own
+
+
+def _only(finished: list[_Finished], dataset: Path) -> _Finished | None:
+    if len(finished) > 1:
+        raise ExpectedError(
+            f"{dataset} holds several records, {_listed(finished)}: set --config.data.records to "
+            "the name of one, or --config.data.raw_dir to its files"
+        )
+    return finished[0] if finished else None
+
+
+def _listed(finished: list[_Finished]) -> str:
+    return ", ".join(f"{found.name} ({found.origin})" for found in finished)
+
+
+def _look(reader: _ReaderConfig, data: DataConfig) -> tuple[dict[str, Any], ExpectedError | None]:
+    """Returns the fingerprint of `data.raw_dir`, or what is wrong with that folder."""
+    nothing = {"files": None, "times": None}
+    if data.raw_dir is None:
+        return nothing, None
+    try:
+        _check_layout(Path(data.raw_dir).expanduser(), data.source)
+        return _fingerprint(reader), None
+    except ExpectedError as error:
+        return nothing, error
+
+
+def _check_layout(raw_dir: Path, source: str) -> None:
+    if not raw_dir.is_dir():
+        raise ExpectedError(f"{raw_dir}: no such folder; set --config.data.raw_dir")
+    fits = {
+        "kaggle": (raw_dir / "train_labels.csv").exists(),
+        "pcam": any(raw_dir.glob("camelyonpatch_level_2_split_*")),
+    }
+    other = next((name for name in fits if fits[name] and not fits[source]), None)
+    if other:
+        raise ExpectedError(
+            f"{raw_dir} holds files of data.source = {other!r} and none of {source!r}: set "
+            f"--config.data.source={other}, or --config.data.raw_dir"
+        )
+
+
+def _write(directory: Path, reader: _ReaderConfig, seen: dict[str, Any], data: DataConfig) -> None:
+    """Writes the records, and last of all `prepared.json`; leaves nothing where that fails.
+
+    Args:
+        directory: folder of the records; its parent is locked.
+        reader: of the raw files.
+        seen: their fingerprint.
+        data: settings.
+    """
+    _remove_left_overs(directory)
+    log.info("preparing %s into %s", reader.name, directory)
+    try:
+        with contextlib.ExitStack() as stack:
+            # TFDS announces "unknown size" there, and its bars know no total.
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(
+                mock.patch.object(ExampleSerializer, "serialize_example", _serialize)
+            )
+            stack.enter_context(files.naming(directory.parent))
+            stack.enter_context(files.disk_errors(directory.parent))
+            tfds.disable_progress_bar()
+            stack.callback(tfds.enable_progress_bar)
+            literal = _literal(directory.parents[2])  # is needed until all is written
+            _make(reader, literal).download_and_prepare(
+                download_config=tfds.download.DownloadConfig(
+                    try_download_gcs=False, force_checksums_validation=True
+                )
+            )
+        for path, reason in reader.damaged.items():
+            log.warning("left out: %s %s", path, reason)
+        record = {**seen, "damaged": reader.damaged, "origin": _origin(data, reader)}
+        files.write_json(directory / _RECORD, record)
+    except BaseException:
+        _remove_unfinished(directory)
+        raise
+
+
+def _origin(data: DataConfig, reader: _ReaderConfig) -> str:
+    if data.raw_dir:
+        return str(Path(data.raw_dir).expanduser().absolute())
+    return "the published files" if data.source == "pcam" else reader.name
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Removes a study's folder, whose lock is held, where it holds no complete records."""
+    for path in directory.parent.glob("incomplete.*"):
+        shutil.rmtree(path, ignore_errors=True)
+    if (directory / _RECORD).exists():
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (directory.parent / "lock").unlink()
+        directory.parent.rmdir()
+
+
+def _remove_left_overs(directory: Path) -> None:
+    """Removes what killed processes left, here and in other studies that nobody is preparing."""
+    # The record is written last, so without it nothing is finished.
+    for path in (directory, *directory.parent.glob("incomplete.*")):
+        shutil.rmtree(path, ignore_errors=True)
+    for lock_file in directory.parent.parent.glob("*/lock"):
+        if lock_file.parent == directory.parent:
+            continue
+        # Without the lock (another process prepares there), or the right to write: let it be.
+        with contextlib.suppress(OSError), files.open_lock(lock_file) as lock:
+            files.lock(lock)
+            written = (path.stat().st_mtime for path in lock_file.parent.rglob("*"))
+            # Some network mounts give the lock to every host, so recent work counts as busy, too.
+            if time.time() - max(written) > _ABANDONED_SECONDS:
+                _remove_unfinished(lock_file.parent / directory.name)
 
 
 def _damaged(path: Path) -> ExpectedError:
@@ -382,27 +605,16 @@ def _fingerprint(reader: _ReaderConfig) -> dict[str, Any]:
     return {"files": content, "times": times}
 
 
-def _check_raw_files(directory: Path, reader: _ReaderConfig, data: DataConfig) -> None:
-    """Compares the raw files, where all can be seen, with those the records were made from."""
-    try:
-        record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
-    except ValueError:
-        raise _damaged(directory / _RECORD) from None
-    again = f"remove {directory} to prepare again, or set another --config.data.tfds_dir"
-    if record["damaged"] and data.on_damaged == "stop":
+def _check_damaged(found: _Finished, data: DataConfig) -> None:
+    damaged = found.record["damaged"]
+    if damaged and data.on_damaged == "stop":
         raise ExpectedError(
-            f"{len(record['damaged'])} damaged patches were left out of these records: set "
-            f"--config.data.on_damaged=skip, or restore the files and {again}"
+            f"{len(damaged)} damaged patches were left out of these records: set "
+            f"--config.data.on_damaged=skip, or restore the files and remove {found.directory} to "
+            "prepare again"
         )
-    if whole := kaggle.restored(record["damaged"]):
-        log.warning("%d damaged patches that were left out are whole now: %s", len(whole), again)
-    try:
-        now = _fingerprint(reader)
-    except ExpectedError as error:  # the records are whole without them
-        log.warning("using %s as it is: %s", directory, error)
-        return
-    # Downloaded records name no files: those that are named now are others.
-    if now["files"] and now["files"] != record["files"]:
-        raise ExpectedError(f"{data.raw_dir} holds other files than were prepared: {again}")
-    if now["times"] and record["times"] and now["times"] != record["times"]:
-        log.warning("%s has changed since it was prepared: %s", data.raw_dir, again)
+    if whole := kaggle.restored(damaged):
+        log.warning(
+            "%d damaged patches that were left out are whole now: remove %s to prepare again",
+            len(whole), found.directory,
+        )  # fmt: skip

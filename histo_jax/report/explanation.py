@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 from histo_jax import members, predictions
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, names, validate
-from histo_jax.data import splits
 from histo_jax.data.builder import Prepared, prepare
 from histo_jax.errors import ExpectedError
 from histo_jax.members import Member
@@ -59,7 +58,7 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     tta = False
     with workdirs.tracked(folder, "explain"):
         trained = members.restore(config, folder, SingleDeviceSharding(jax.local_devices()[0]))
-        prepared = prepare(config)
+        prepared = prepare(config, folder, raw_may_be_gone=True)
         if config.explain.ids:
             found = [
                 patch
@@ -72,12 +71,14 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
             scores = predictions.read_scores(folder, split)
             members.check_evaluated(trained, scores, split)
             tta = scores.get("tta", False)
-            sides = splits.make_sides(prepared.tables, config)
+            sides = predictions.make_sides(prepared, config, scores)
             side = predictions.side(prepared, sides, split, table)
             predictions.check_scores(folder, split, table, scores)
             chosen = pd.unique(np.concatenate(list(patches.galleries(table, config.seed).values())))
             logits = table["logit"].to_numpy()[chosen]
-            found = patches.gather(prepared, side.records, side.rows[chosen], trained, logits)
+            rows = side.rows[chosen]
+            owners = patches.owners(trained, config, prepared, scores, rows)
+            found = patches.gather(prepared, side.records, rows, trained, logits, owners)
         table = pd.DataFrame([patch[:4] for patch in found], columns=patches.Patch._fields[:4])
         table = table.assign(tta=tta, checkpoint=_identify(trained, folder))
         if workdirs.is_writer():

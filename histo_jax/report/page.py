@@ -94,8 +94,8 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     table = predictions.read(folder, split)
     scores = predictions.read_scores(folder, split)
     with workdirs.tracked(folder, "report"):
-        prepared = prepare(config)
-        sides = splits.make_sides(prepared.tables, config)
+        prepared = prepare(config, folder, raw_may_be_gone=True)
+        sides = predictions.make_sides(prepared, config, scores)
         side = predictions.side(prepared, sides, split, table)
         predictions.check_scores(folder, split, table, scores)
         trained = _judged(config, folder, scores)
@@ -104,7 +104,8 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
         # All at once: the networks are compiled for them only one time.
         rows = np.concatenate(list(chosen.values()))
         logits = table["logit"].to_numpy()[rows]
-        found = iter(gather(prepared, side.records, side.rows[rows], trained, logits))
+        owners = patches.owners(trained, config, prepared, scores, side.rows[rows])
+        found = iter(gather(prepared, side.records, side.rows[rows], trained, logits, owners))
         galleries = {
             title: list(itertools.islice(found, len(places))) for title, places in chosen.items()
         }

@@ -51,7 +51,7 @@ class Memory(Prepared):
     def sides(self, by: str = "image") -> Sides:
         """Official sides: all of 'train', 'validation' and, where there is one, 'test'."""
         side = {name: Side(name, np.arange(len(table))) for name, table in self.tables.items()}
-        return Sides(side["train"], side["validation"], side.get("test"), by)
+        return Sides(side["train"], side["validation"], side.get("test"), by, by == "slide")
 
 
 def sha1(image: np.ndarray) -> str:
@@ -196,7 +196,7 @@ def test_unknown_slides_are_not_shared_and_that_is_said(clean):
     # Unknown slides beside known ones on both sides are no common slide.
     clean.tables["train"].loc[5:, "slide"] = "a"
     pair = audit.audit(clean, clean.sides(), seed=0)["pairs"]["train/validation"]
-    assert pair["shared_slides"] == {"count": 0, "examples": []}
+    assert pair["shared_slides"] is None  # nor proof that there is none
 
 
 def test_repeats_inside_a_side_are_no_leak(clean):
@@ -231,7 +231,7 @@ def test_rows_of_sides_not_records_are_audited(clean):
     clean.add("train", images)
     inside = np.isin(np.arange(600), [0, 100, 300, 555, 599])
     train, validation = (Side("train", np.flatnonzero(mask)) for mask in (~inside, inside))
-    report = audit.audit(clean, Sides(train, validation, None, "image"), seed=0)
+    report = audit.audit(clean, Sides(train, validation, None, "image", False), seed=0)
     assert list(report["pairs"]) == ["train/validation"]
     assert [side["patches"] for side in report["sides"].values()] == [595, 5]
     near = report["pairs"]["train/validation"]["near"]

@@ -83,7 +83,7 @@ def test_the_answer_comes_first_and_every_score_is_that_of_the_evaluation(run):
 
 
 ANSWERS = {
-    "Honest if the data's own division is:": {"interval_over": "patches"},
+    "Not known whether honest: not all patches name": {"honest": None},
     "Optimistic: neighbours of one slide": {"honest": False},
     "resampling patches, and so too narrow": {"interval_over": "patches"},
     "No interval: patches of one slide": {"auc_low": None, "auc_high": None},
@@ -101,7 +101,7 @@ def test_the_answer_says_what_is_known_and_what_not(facts, wanted):
     said = words_of(page.render(**made)[0])
     assert wanted in said
     assert wanted not in usual
-    is_known = made["scores"]["honest"] and made["scores"]["interval_over"] == "slides"
+    is_known = bool(made["scores"]["honest"]) and made["scores"]["interval_over"] == "slides"
     assert ("Honest: no slide" in said) == is_known
 
 
