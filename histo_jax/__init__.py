@@ -4,10 +4,10 @@
 use, so that `import histo_jax` is quick.
 """
 
-import importlib
 import logging
 import typing
 
+from histo_jax import environment
 from histo_jax.config import Config
 from histo_jax.errors import ExpectedError
 
@@ -42,4 +42,4 @@ _HOMES = {
 def __getattr__(name: str) -> typing.Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'histo_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(environment.load(_HOMES[name]), name)

@@ -1,18 +1,18 @@
 """Does one run score better than another, or is it chance?"""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from histo_jax import predictions
+from histo_jax import environment, files, predictions
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, names, validate
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import difference
 
 
+@environment.defaults()
 def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Compares the two runs of `config.compare.runs` on the patches that both have scored.
 
@@ -32,7 +32,9 @@ def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     if len(runs) != 2:
         raise ExpectedError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
     split = config.evaluate.split
-    first, second = (predictions.read(Path(run).expanduser(), split) for run in runs)
+    first, second = (
+        predictions.read(files.expand(run, "--config.compare.runs"), split) for run in runs
+    )
     if not first[["id", "label"]].equals(second[["id", "label"]]):
         raise ExpectedError(
             f"{runs[0]} and {runs[1]} were not scored on the same patches: evaluate both with the "
@@ -52,7 +54,7 @@ def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             config.seed,
         ),
     }
-    folder = Path(workdir).expanduser()
+    folder = files.expand(workdir, "--workdir")
     folder.mkdir(parents=True, exist_ok=True)
     workdirs.write_json(folder / "compare.json", result)
     return result

@@ -3,12 +3,11 @@
 import dataclasses
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from histo_jax import members, predictions, preemption
+from histo_jax import files, members, predictions, preemption
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import splits
@@ -24,6 +23,7 @@ log = logging.getLogger("histo_jax")
 _SELECTED = "these patches chose the checkpoint and fitted its calibration"
 
 
+@runtime.session
 def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Scores the best checkpoint of `workdir` on `config.evaluate.split`.
 
@@ -53,7 +53,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir).expanduser()
+    folder = files.expand(workdir, "--workdir")
     workdirs.check(folder, config)
     with workdirs.tracked(folder, "evaluate"):
         batched = sharding.batch_sharding()

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from histo_jax.errors import ExpectedError
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text` as UTF-8; see `write_bytes`."""
@@ -51,6 +53,40 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def nearest(path: Path) -> Path:
     """Returns `path`, or what is there of the folders above it."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def expand(path: str | os.PathLike[str], setting: str) -> Path:
+    """Returns `path` with the home folder in place of `~`.
+
+    Raises:
+        ExpectedError: that user has no home folder; names the setting.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ExpectedError(
+            f"{setting}={path}: there is no such home folder; give the whole path"
+        ) from None
+
+
+def user_caches() -> Path | None:
+    """Returns the user's folder of caches; None without XDG_CACHE_HOME and a home folder."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():  # the specification says to ignore relative ones
+        return named
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return None
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, which need not be there yet."""
+    try:
+        existing = nearest(folder)
+    except OSError:  # a folder above it that may not be entered
+        return False
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from optax import Schedule
 from tensorboardX import SummaryWriter
 
-from histo_jax import preemption, progress
+from histo_jax import files, preemption, progress
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader, splits
@@ -65,6 +65,7 @@ _GO_ON, _SAVE, _LEAVE = 0, 1, 2
 TrainStep = Callable[[TrainState, TrainingBatch], tuple[TrainState, steps.Metrics]]
 
 
+@runtime.session
 def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """Trains the network of `config` in `workdir`; goes on where an earlier call stopped.
 
@@ -86,7 +87,7 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir).expanduser()
+    folder = files.expand(workdir, "--workdir")
     workdirs.check(folder, config)
     sharding.check_batch_size(config.fit.batch_size)
     with workdirs.tracked(folder, "fit"):

@@ -12,7 +12,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from histo_jax import preemption
+from histo_jax import environment, files, preemption, streams
 from histo_jax.config import Config, describe, validate
 from histo_jax.errors import ExpectedError
 
@@ -231,9 +231,11 @@ def main(_: list[str]) -> None:
     # Orbax, Grain and TFDS log through absl, with tracebacks for what they raise anyway.
     absl_logging.set_verbosity(absl_logging.FATAL)
     sys.unraisablehook = _quiet_threads
-    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir).expanduser()
+    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     try:
+        workdir = files.expand(workdir, "--workdir")
         validate(config)
+        environment.load("histo_jax.training.runtime")
         if flags.FLAGS.multihost:
             from histo_jax.training import agreement, hosts
 
@@ -242,7 +244,7 @@ def main(_: list[str]) -> None:
             # JAX aborts where another process is lost; stacks of all threads would hide its words.
             faulthandler.disable()
             agreement.check_options(config, flag.mode)
-        with preemption.watch(ctrl_c=True):
+        with environment.defaults(), preemption.watch(ctrl_c=True):
             _VERBS[flags.FLAGS.mode](config, workdir)
     except preemption.Preempted as error:
         print(f"histo_jax: {error}", file=sys.stderr)
@@ -275,6 +277,7 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    streams.make_robust()
     try:
         _define_flags()
     except flags.Error as error:  # a --flagfile that cannot be read
@@ -282,10 +285,13 @@ if __name__ == "__main__":
     try:
         app.run(main, flags_parser=_parse_flags)
     except SystemExit as ending:
+        lost = streams.flush_stdout()
+        if lost and not ending.code:
+            print(f"histo_jax: {lost.filename}: {lost.strerror}", file=sys.stderr, flush=True)
+            os._exit(_EXPECTED_FAILURE)
         # What had to be closed is closed. Threads that still read or compile would meet an
         # interpreter that is being taken down, and turn the status into a segmentation fault.
         if isinstance(ending.code, int) and ending.code:
-            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(ending.code)
         raise

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 from jax.sharding import Sharding
 
+from histo_jax import files
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, names
 from histo_jax.data import splits
@@ -51,7 +52,10 @@ def restore(config: Config, folder: Path, place: Sharding) -> list[Member]:
     Raises:
         ExpectedError: a folder is no run, has no checkpoint, or one of another model.
     """
-    runs = [Path(run).expanduser() for run in names(config.predict.checkpoints)]
+    runs = [
+        files.expand(run, "--config.predict.checkpoints")
+        for run in names(config.predict.checkpoints)
+    ]
     members = []
     for run in runs or [folder]:
         own = workdirs.load_config(run) if runs else config

@@ -72,7 +72,9 @@ class _ReaderConfig(tfds.core.BuilderConfig):
 class _Kaggle(_ReaderConfig):
     def __init__(self, data: DataConfig) -> None:
         super().__init__("kaggle")
-        self._raw_dir = Path(data.raw_dir).expanduser() if data.raw_dir else None
+        self._raw_dir = (
+            files.expand(data.raw_dir, "--config.data.raw_dir") if data.raw_dir else None
+        )
         self._skip = data.on_damaged == "skip"
 
     def raw_files(self) -> list[Path]:
@@ -99,7 +101,9 @@ class _Kaggle(_ReaderConfig):
 class _PatchCamelyon(_ReaderConfig):
     def __init__(self, data: DataConfig) -> None:
         super().__init__("pcam")
-        self._raw_dir = Path(data.raw_dir).expanduser() if data.raw_dir else None
+        self._raw_dir = (
+            files.expand(data.raw_dir, "--config.data.raw_dir") if data.raw_dir else None
+        )
 
     def raw_files(self) -> list[Path]:
         if self._raw_dir is None or not self._raw_dir.is_dir():
@@ -268,7 +272,7 @@ def prepare(config: Config, write: bool = True) -> Prepared:
         else _PatchCamelyon(data) if data.source == "pcam"
         else _Synthetic(config.seed, data.synthetic_slides)
     )  # fmt: skip
-    tfds_dir = Path(data.tfds_dir).expanduser()
+    tfds_dir = files.expand(data.tfds_dir, "--config.data.tfds_dir")
     existing = files.nearest(tfds_dir)
     if not existing.is_dir() or not os.access(existing, os.X_OK):
         raise ExpectedError(

@@ -3,7 +3,6 @@
 import io
 import logging
 import os
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ log = logging.getLogger("histo_jax")
 _ENLARGED = 4
 
 
+@runtime.session
 def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """Writes `explain/<id>.png` for the patches of `config.explain.ids`.
 
@@ -47,7 +47,7 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir).expanduser()
+    folder = files.expand(workdir, "--workdir")
     workdirs.check(folder, config)
     with workdirs.tracked(folder, "explain"):
         trained = members.restore(config, folder, SingleDeviceSharding(jax.local_devices()[0]))
