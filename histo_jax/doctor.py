@@ -250,17 +250,10 @@ def main() -> int:
         return 1
 
 
-def _run() -> int:
-    try:
-        status = main()
-        lost = streams.flush_stdout()
-    except OSError as error:
-        status, lost = 1, error
-    if lost:
-        print(f"histo_jax: {lost.filename}: {lost.strerror}", file=sys.stderr)
-    return status or (2 if lost else 0)
-
-
 if __name__ == "__main__":
     streams.make_robust()
-    sys.exit(_run())
+    status = main()
+    lost = streams.flush_stdout()
+    if lost:
+        print(f"histo_jax: stdout was lost: {lost.strerror}", file=sys.stderr)
+    sys.exit(status or (2 if lost else 0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from histo_jax import files, members, predictions, preemption
+from histo_jax import files, members, predictions, preemption, progress
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import splits
@@ -83,6 +83,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             train = prepared.tables[sides.train.records].iloc[sides.train.rows]
             honest = sides.honest if name == "validation" else not splits.share(train, table)
         slides = predictions.slides(table)
+        log.info("compiling the evaluation step")
         raw = [_logits(config, member, prepared, side) for member in trained]
         calibrated = [m.calibration.apply(z) for m, z in zip(trained, raw, strict=True)]
         logits = np.mean(calibrated, axis=0)
@@ -131,6 +132,9 @@ def _logits(
 ) -> np.ndarray:
     batched = sharding.batch_sharding()
     examples = placement.on_disk(prepared.records(*side), batched)
-    batches = examples.one_pass(sharding.round_up(config.fit.batch_size))
+    size = sharding.round_up(config.fit.batch_size)
+    batches = preemption.stopping(examples.one_pass(size))
     eval_step = steps.make_eval_step(member.model, batched, members.averages(config, member))
-    return steps.collect_logits(eval_step, member.weights, preemption.stopping(batches))[0]
+    with progress.bar("evaluating", len(side.rows), unit=" img", leave=False) as bar:
+        batches = progress.counted(bar, batches, size)
+        return steps.collect_logits(eval_step, member.weights, batches)[0]

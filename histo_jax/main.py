@@ -170,16 +170,10 @@ def _explain(config: Config, workdir: Path) -> None:
 
 
 def _audit(config: Config, workdir: Path) -> None:
-    from histo_jax import workdir as workdirs
-    from histo_jax.data.audit import audit, has_leak, table
-    from histo_jax.data.builder import prepare
-    from histo_jax.data.splits import make_sides
+    from histo_jax.auditing import audit
+    from histo_jax.data.audit import has_leak, table
 
-    workdirs.check(workdir, config)
-    prepared = prepare(config)
-    report = audit(prepared, make_sides(prepared.tables, config), config.seed)
-    workdir.mkdir(parents=True, exist_ok=True)
-    workdirs.write_json(workdir / "audit.json", report)
+    report = audit(config, workdir)
     print(table(report))
     if has_leak(report):
         sys.exit(_LEAK_FOUND)
@@ -192,8 +186,10 @@ def _run(config: Config, workdir: Path) -> None:
     if workdirs.is_finished(workdir, config, "run"):
         print(f"{workdir} is already complete; for another run choose another --workdir")
         return
+    from histo_jax.fitting import fit
+
     with workdirs.tracked(workdir, "run"):
-        _fit(config, workdir)
+        fit(config, workdir, followed_by=("evaluate", "predict", "report"))
         _evaluate(config, workdir)
         from histo_jax.prediction import NoTestPatchesError
 
@@ -287,7 +283,7 @@ if __name__ == "__main__":
     except SystemExit as ending:
         lost = streams.flush_stdout()
         if lost and not ending.code:
-            print(f"histo_jax: {lost.filename}: {lost.strerror}", file=sys.stderr, flush=True)
+            print(f"histo_jax: stdout was lost: {lost.strerror}", file=sys.stderr, flush=True)
             os._exit(_EXPECTED_FAILURE)
         # What had to be closed is closed. Threads that still read or compile would meet an
         # interpreter that is being taken down, and turn the status into a segmentation fault.

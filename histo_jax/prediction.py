@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from scipy.special import expit
 
-from histo_jax import files, members, preemption
+from histo_jax import files, members, preemption, progress
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader
@@ -84,11 +84,14 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
                 for batch in preemption.stopping(batches)
             )
             outputs = read_behind(forward(member.weights, part) for part in images)
-            # What fills up the last batch comes after all others.
-            logits = np.concatenate([output.reshape(-1) for output in outputs])[:share]
+            with progress.bar("predicting", share, unit=" img", leave=False) as bar:
+                outputs = progress.counted(bar, outputs, per_device * len(devices))
+                # What fills up the last batch comes after all others.
+                logits = np.concatenate([output.reshape(-1) for output in outputs])[:share]
             logits = multihost_utils.process_allgather(logits).reshape(-1)[: len(ids)]
             return member.calibration.apply(logits, config.predict.prior)
 
+        log.info("compiling the prediction step")
         probabilities = expit(np.mean([logits_of(member) for member in trained], axis=0))
         table = pd.DataFrame({"id": ids, "label": probabilities})
         path = folder / "submission.csv"

@@ -8,33 +8,30 @@ import os
 import sys
 from typing import Any, TextIO
 
-# The reader of a pipe or a terminal has gone.
-_GONE = (errno.EPIPE, errno.EIO)
-
 
 class _Output(io.FileIO):
-    """A standard stream whose reader may go away, which is no failure."""
+    """A standard stream that never fails.
 
-    def __init__(self, number: int, label: str, must_arrive: bool) -> None:
-        super().__init__(number, "w", closefd=False)
-        self._label, self._must_arrive = label, must_arrive
+    Attributes:
+        error: the first time that something could not be written though somebody may read it.
+    """
+
+    error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if self._must_arrive and error.errno not in _GONE:
-                self._must_arrive = False  # once: Python writes the rest again at its end
-                raise OSError(error.errno, error.strerror, self._label) from None
+            if error.errno not in (errno.EPIPE, errno.EIO):  # the reader, or the terminal, has gone
+                self.error = self.error or error
             return memoryview(data).nbytes
 
 
 def make_robust() -> None:
     """Replaces the standard streams of this process; for programs, not for use as a library.
 
-    Missing ones lead nowhere. What is written to stderr never fails; what is written to stdout
-    fails where it is lost, with `OSError`, but not where the reader has gone. Characters that
-    the encoding lacks are escaped.
+    Missing ones lead nowhere, writing never fails, and characters that the encoding lacks are
+    escaped: a lost log must not end a run.
     """
     for number in range(3):
         try:
@@ -45,30 +42,28 @@ def make_robust() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stdout = _robust(1, "<stdout>", sys.stdout, must_arrive=True)
-    sys.stderr = _robust(2, "<stderr>", sys.stderr, must_arrive=False)
+    is_unbuffered = getattr(sys.stdout, "write_through", False)
+    sys.stdout = _robust(1, sys.stdout, by_line=is_unbuffered or os.isatty(1))
+    sys.stderr = _robust(2, sys.stderr, by_line=True)
     for handler in logging.getLogger("histo_jax").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)
 
 
-def _robust(number: int, label: str, stream: TextIO | None, must_arrive: bool) -> io.TextIOWrapper:
-    is_buffered = must_arrive and not getattr(stream, "write_through", False)
+def _robust(number: int, stream: TextIO | None, by_line: bool) -> io.TextIOWrapper:
     return io.TextIOWrapper(
-        io.BufferedWriter(_Output(number, label, must_arrive)),
+        io.BufferedWriter(_Output(number, "w", closefd=False)),
         encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace",
-        line_buffering=not is_buffered or os.isatty(number),
+        line_buffering=by_line,
     )
 
 
 def flush_stdout() -> OSError | None:
-    """Writes what is left for stdout; returns the error where that is lost."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        return error
-    return None
+    """Writes what is left for stdout; returns the error where any of it was lost."""
+    sys.stdout.flush()
+    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    return raw.error if isinstance(raw, _Output) else None
 
 
 def write_stderr(text: bytes) -> None:

@@ -57,6 +57,7 @@ def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(place, monkeypatc
 
 def test_a_tpu_that_jax_does_not_see_is_a_failure(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "_DEV", tmp_path)
+    monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     (tmp_path / "vfio").mkdir()
     (tmp_path / "vfio" / "vfio").write_text("")
@@ -68,6 +69,11 @@ def test_a_tpu_that_jax_does_not_see_is_a_failure(monkeypatch, tmp_path):
         assert verdict == "FAIL"
         assert said.endswith(f"there is a TPU ({tmp_path / chip}): run launch/install.sh tpu")
         assert next(doctor._driver()) == ("PASS", f"TPU: {tmp_path / chip}")
+        monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # nothing is to be installed
+        verdict, said = next(doctor._devices())
+        assert verdict == "WARN"
+        assert said.endswith("as JAX_PLATFORMS=cpu may have it: unset that to use the accelerator")
+        monkeypatch.delenv("JAX_PLATFORMS")
         (tmp_path / chip).unlink()
 
 

@@ -26,8 +26,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import ExampleSerializer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from histo_jax import files, preemption, progress
-from histo_jax.config import Config, DataConfig
+from histo_jax import environment, files, preemption, progress
+from histo_jax.config import Config, DataConfig, validate
 from histo_jax.data import kaggle, pcam, slides, synthetic
 from histo_jax.data.example import IMAGE_SHAPE, Example
 from histo_jax.data.loader import Records, Source
@@ -188,13 +188,13 @@ class Histopathology(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, reader: _Reader) -> Iterator[dict[str, Any]]:
         rows = []
         ones = np.ones(IMAGE_SHAPE[0] * IMAGE_SHAPE[1])
-        bar = progress.bar(reader.examples, split, reader.total, unit=" img")
-        for example in preemption.stopping(bar):
-            # Exact in float64, and by a matrix product several times as fast as `sum`.
-            pixels = example.image.reshape(-1, 3).astype(np.float64)
-            sums = np.concatenate([ones @ pixels, np.einsum("ij,ij->j", pixels, pixels)])
-            rows.append((example.id, example.label, example.slide, *sums.astype(np.int64)))
-            yield example._asdict()
+        with progress.bar(f"preparing {split}", reader.total, unit=" img") as bar:
+            for example in preemption.stopping(progress.counted(bar, reader.examples)):
+                # Exact in float64, and by a matrix product several times as fast as `sum`.
+                pixels = example.image.reshape(-1, 3).astype(np.float64)
+                sums = np.concatenate([ones @ pixels, np.einsum("ij,ij->j", pixels, pixels)])
+                rows.append((example.id, example.label, example.slide, *sums.astype(np.int64)))
+                yield example._asdict()
         table = pd.DataFrame(rows, columns=["id", "label", "slide", *SUMS, *SQUARES])
         table.to_csv(Path(self.data_dir) / f"{split}.csv", index=False)
 
@@ -240,6 +240,10 @@ class Prepared:
         }
         self.tables["train"] = slides.fill_in(self.tables["train"], data, self.directory)
 
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{split}: {len(table)}" for split, table in self.tables.items())
+        return f"Prepared({str(self.directory)!r}, {counts})"
+
     def source(self, split: str) -> Source:
         """Returns random access to a split's records."""
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -251,8 +255,13 @@ class Prepared:
         return Records(self.source(split), rows, labels)
 
 
+@environment.defaults()
+@progress.working("prepare")
 def prepare(config: Config, write: bool = True) -> Prepared:
     """Returns the records of `config.data`, writing them first where they are not there yet.
+
+    `prepare(config).tables["train"]` has a row for each training patch with `id`, `label` and
+    `slide`, and `prepare(config).records("train", rows).images(positions)` reads pixels.
 
     TFDS writes to a temporary folder and renames it, so a break leaves nothing that looks
     finished. Of several processes one writes, and the others wait for it.
@@ -266,6 +275,7 @@ def prepare(config: Config, write: bool = True) -> Prepared:
             false, and no records are there.
         OSError: `data.tfds_dir` cannot be written, or the disk is full.
     """
+    validate(config)
     data = config.data
     reader: _ReaderConfig = (
         _Kaggle(data) if data.source == "kaggle"

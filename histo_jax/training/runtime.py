@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 
 import jax
 
-from histo_jax import environment, files
+from histo_jax import environment, files, progress
 from histo_jax.errors import ExpectedError, one_line
 from histo_jax.training import hosts
 
@@ -74,7 +74,7 @@ def session(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
 
     @functools.wraps(command)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with environment.defaults(), jax_defaults():
+        with environment.defaults(), jax_defaults(), progress.working(command.__name__):
             return command(*args, **kwargs)
 
     return run
