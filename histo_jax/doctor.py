@@ -252,6 +252,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     streams.make_robust()
+    environment.reset_warnings()
     status = main()
     lost = streams.flush_stdout()
     if lost:

@@ -72,7 +72,7 @@ class _SharedDefaults:
         from PIL import Image
 
         stack.enter_context(warnings.catch_warnings())
-        _reset_warnings()
+        reset_warnings()
         # Orbax, Grain and TFDS log through absl, with tracebacks for what they raise anyway.
         stack.callback(absl_logging.set_verbosity, absl_logging.get_verbosity())
         absl_logging.set_verbosity(absl_logging.FATAL)
@@ -91,7 +91,7 @@ class _SharedDefaults:
 _shared_defaults = _SharedDefaults()
 
 
-def _reset_warnings() -> None:
+def reset_warnings() -> None:
     """Sets the filters that Python starts with: no warning becomes an error."""
     warnings.resetwarnings()
     warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")

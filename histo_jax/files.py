@@ -80,13 +80,13 @@ def user_caches() -> Path | None:
         return None
 
 
-def is_writable(folder: Path) -> bool:
-    """Whether files can be made in `folder`, which need not be there yet."""
+def make_folder(folder: Path) -> bool:
+    """Makes a folder where it is missing; returns whether files can be made in it."""
     try:
-        existing = nearest(folder)
-    except OSError:  # a folder above it that may not be entered
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
         return False
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 @contextlib.contextmanager

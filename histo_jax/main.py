@@ -274,6 +274,7 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
     streams.make_robust()
+    environment.reset_warnings()
     try:
         _define_flags()
     except flags.Error as error:  # a --flagfile that cannot be read

@@ -106,7 +106,11 @@ def bar(desc: str, total: int | None = None, *, is_shown: bool = True, **options
         return LogLines(desc, total, options.get("unit", ""), options.get("initial", 0))
     make = _notebook_tqdm() if _is_notebook() else tqdm
     is_hidden = not is_shown or bool(os.environ.get("CI"))
-    return make(desc=desc, total=total, disable=is_hidden, **options)
+    made = make(desc=desc, total=total, disable=is_hidden, **options)
+    if not made.disable and hasattr(made, "_time"):
+        # By the time of day, which it counts by, a clock that is set back stops it.
+        made._time, made.start_t, made.last_print_t = time.monotonic, *[time.monotonic()] * 2
+    return made
 
 
 @contextlib.contextmanager

@@ -92,10 +92,12 @@ class Examples:
 
     def _send(self, positions: np.ndarray) -> tuple[jax.Array, jax.Array]:
         own = positions[own_rows(len(positions))]
-        return (
-            spread(self._prepare(own), self._batched),
-            spread(self._labels[own], self._batched),
-        )
+        # In a thread of Grain's, where the user's setting holds, not that of `runtime.session`.
+        with jax.transfer_guard("allow"):
+            return (
+                spread(self._prepare(own), self._batched),
+                spread(self._labels[own], self._batched),
+            )
 
 
 def place(wanted: str, sides: Sequence[Records], batched: NamedSharding) -> list[Examples]:

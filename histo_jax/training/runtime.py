@@ -145,7 +145,7 @@ def _set_up_cache() -> None:
         return
     if folder is None:
         log.warning("compiled programs are not kept: there is no home folder; set XDG_CACHE_HOME")
-    elif not files.is_writable(folder):
+    elif not files.make_folder(folder):
         jax.config.update("jax_compilation_cache_dir", None)
         log.warning(
             "compiled programs are not kept: %s cannot be written; set %s to another folder",
