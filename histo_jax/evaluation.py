@@ -135,6 +135,9 @@ def _logits(
     size = sharding.round_up(config.fit.batch_size)
     batches = preemption.stopping(examples.one_pass(size))
     eval_step = steps.make_eval_step(member.model, batched, members.averages(config, member))
-    with progress.bar("evaluating", len(side.rows), unit=" img", leave=False) as bar:
-        batches = progress.counted(bar, batches, size)
+    count = len(side.rows)
+    with progress.bar(
+        "evaluating", count, unit=" img", leave=False, is_shown=workdirs.is_writer()
+    ) as bar:
+        batches = progress.counted(bar, batches, size, count)
         return steps.collect_logits(eval_step, member.weights, batches)[0]

@@ -395,11 +395,12 @@ def _train(
                 if jax.process_count() == 1:
                     validating = preemption.stopping(validating)
                 weights = run.state.best_weights
+                total = len(sides.validation.rows)
                 with progress.bar(
-                    f"validating epoch {run.epoch}", len(sides.validation.rows), unit=" img",
-                    leave=False, is_shown=workdirs.is_writer(),
+                    f"validating epoch {run.epoch}", total, unit=" img", leave=False,
+                    is_shown=workdirs.is_writer(),
                 ) as bar:  # fmt: skip
-                    counted = progress.counted(bar, validating, batch_size)
+                    counted = progress.counted(bar, validating, batch_size, total)
                     outputs = steps.collect_logits(eval_step, weights, counted)
             except preemption.Preempted:
                 run.leave()

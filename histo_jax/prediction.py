@@ -84,8 +84,10 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
                 for batch in preemption.stopping(batches)
             )
             outputs = read_behind(forward(member.weights, part) for part in images)
-            with progress.bar("predicting", share, unit=" img", leave=False) as bar:
-                outputs = progress.counted(bar, outputs, per_device * len(devices))
+            with progress.bar(
+                "predicting", share, unit=" img", leave=False, is_shown=workdirs.is_writer()
+            ) as bar:
+                outputs = progress.counted(bar, outputs, per_device * len(devices), share)
                 # What fills up the last batch comes after all others.
                 logits = np.concatenate([output.reshape(-1) for output in outputs])[:share]
             logits = multihost_utils.process_allgather(logits).reshape(-1)[: len(ids)]

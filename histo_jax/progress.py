@@ -120,11 +120,18 @@ def working(desc: str) -> Iterator[None]:
         yield
 
 
-def counted(bar: Bar, items: Iterable[Item], size: int = 1) -> Iterator[Item]:
-    """Passes the items on, and counts each as `size` once the next one is asked for."""
+def counted(
+    bar: Bar, items: Iterable[Item], size: int = 1, total: int = sys.maxsize
+) -> Iterator[Item]:
+    """Passes the items on, and counts each as `size`, `total` at most, once the next is asked for.
+
+    The last batch may be filled up, and would count too much.
+    """
     for item in items:
         yield item
+        size = min(size, total)
         bar.update(size)
+        total -= size
 
 
 def _is_live() -> bool:
