@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from histo_jax import predictions
+from histo_jax import environment, files, predictions
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, folders, validate
 from histo_jax.errors import ExpectedError
@@ -21,6 +21,7 @@ _FEWEST_SLIDES = 6
 _FEW_SLIDES = 20
 
 
+@environment.defaults()
 def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Compares the two runs of `config.compare.runs` on the patches that both have scored.
 
@@ -36,14 +37,16 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
         OSError: a file cannot be written.
     """
     validate(config)
-    folder = None if workdir is None else Path(workdir).expanduser()
+    folder = None if workdir is None else files.expand(workdir, "--workdir")
     if folder is not None:
         workdirs.check_path(folder)
     runs = folders(config.compare.runs)
     if len(runs) != 2:
         raise ExpectedError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
     split = config.evaluate.split
-    first, second = (predictions.read(Path(run).expanduser(), split) for run in runs)
+    first, second = (
+        predictions.read(files.expand(run, "--config.compare.runs"), split) for run in runs
+    )
     if not first[["id", "label"]].equals(second[["id", "label"]]):
         raise ExpectedError(
             f"{runs[0]} and {runs[1]} were not scored on the same patches: evaluate both with the "

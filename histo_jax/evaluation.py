@@ -3,12 +3,11 @@
 import dataclasses
 import logging
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from histo_jax import members, predictions, preemption
+from histo_jax import files, members, predictions, preemption, progress
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import splits
@@ -24,6 +23,7 @@ log = logging.getLogger("histo_jax")
 _SELECTED = "these patches chose the checkpoint and fitted its calibration"
 
 
+@runtime.session
 def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Scores the best checkpoint of `workdir` on `config.evaluate.split`.
 
@@ -55,7 +55,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir).expanduser()
+    folder = files.expand(workdir, "--workdir")
     workdirs.check(folder, config)
     with workdirs.tracked(folder, "evaluate"):
         batched = sharding.batch_sharding()
@@ -72,6 +72,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             workdirs.claim(folder, config)
             workdirs.update_status(folder, records=prepared.name)
         slides = predictions.slides(table)
+        log.info("compiling the evaluation step")
         raw = [
             _logits(config, member, prepared, side._replace(rows=side.rows[places]))
             for member, places in zip(trained, chosen.places, strict=True)
@@ -178,6 +179,12 @@ def _logits(
 ) -> np.ndarray:
     batched = sharding.batch_sharding()
     examples = placement.on_disk(prepared.records(*side), batched)
-    batches = examples.one_pass(sharding.round_up(config.fit.batch_size))
+    size = sharding.round_up(config.fit.batch_size)
+    batches = preemption.stopping(examples.one_pass(size))
     eval_step = steps.make_eval_step(member.model, batched, members.averages(config, member))
-    return steps.collect_logits(eval_step, member.weights, preemption.stopping(batches))[0]
+    count = len(side.rows)
+    with progress.bar(
+        "evaluating", count, unit=" img", leave=False, is_shown=workdirs.is_writer()
+    ) as bar:
+        batches = progress.counted(bar, batches, size, count)
+        return steps.collect_logits(eval_step, member.weights, batches)[0]

@@ -74,6 +74,40 @@ def nearest(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
+def expand(path: str | os.PathLike[str], setting: str) -> Path:
+    """Returns `path` with the home folder in place of `~`.
+
+    Raises:
+        ExpectedError: that user has no home folder; names the setting.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ExpectedError(
+            f"{setting}={path}: there is no such home folder; give the whole path"
+        ) from None
+
+
+def user_caches() -> Path | None:
+    """Returns the user's folder of caches; None without XDG_CACHE_HOME and a home folder."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():  # the specification says to ignore relative ones
+        return named
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:
+        return None
+
+
+def make_folder(folder: Path) -> bool:
+    """Makes a folder where it is missing; returns whether files can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Gives the errors of the system that name no file, as those of writing do not, this one."""

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +18,7 @@ import pandas as pd
 from jax.sharding import NamedSharding
 from optax import Schedule
 
-from histo_jax import preemption, progress, provenance
+from histo_jax import files, preemption, progress, provenance
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader, splits
@@ -59,13 +59,19 @@ _CURVES = (*HISTORY_COLUMNS[2:], "gradient_norm", "weight_norm")
 _IN_FLIGHT = 2
 # Patches along each side of the sheet of training patches.
 _SHEET = 6
+# How many times as long test-time averaging takes, and the passes of single patches that a report
+# takes: 36 patches, 24 gradients each, and a gradient is three passes.
+_TTA_COST, _REPORT_COST = 7, 36 * 24 * 3
 # What a process can ask for, by weight.
 _GO_ON, _SAVE, _LEAVE = 0, 1, 2
 
 TrainStep = Callable[[TrainState, TrainingBatch], tuple[TrainState, steps.Metrics]]
 
 
-def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
+@runtime.session
+def fit(
+    config: Config, workdir: str | os.PathLike[str], *, followed_by: Sequence[str] = ()
+) -> pd.DataFrame:
     """Trains the network of `config` in `workdir`; goes on where an earlier call stopped.
 
     Prepares the data if needed, writes `config.json`, `history.csv`, `status.json`, TensorBoard
@@ -74,6 +80,8 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     Args:
         config: all settings, see `histo_jax.config`.
         workdir: folder of the run; made if missing.
+        followed_by: commands that the caller runs next, such as 'evaluate'; the time that the log
+            says is left includes them.
 
     Returns:
         One row an epoch: `epoch` and `step` counted from 1, `train_loss` (mean over the epoch's
@@ -86,7 +94,7 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir).expanduser()
+    folder = files.expand(workdir, "--workdir")
     if config.predict.checkpoints:
         raise ExpectedError(
             "config.predict.checkpoints names runs to evaluate and to predict with: leave it out "
@@ -117,7 +125,7 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
                 folder, state="running", reason=None, finished=[], step=int(start.state.step),
                 trained_with=runtime.versions(),
             )  # fmt: skip
-            return _table(_train(config, folder, checkpoints, start, prepared, sides))
+            return _table(_train(config, folder, checkpoints, start, prepared, sides, followed_by))
 
 
 def _rebuild_derived(folder: Path, start: Checkpoint) -> None:
@@ -281,9 +289,11 @@ class _Run:
         size = self._config.fit.batch_size
         first = (self.epoch - 1) * steps_per_epoch
         # Closed before anything is said of a step that failed, or of a signal.
+        if not self._compiled:
+            log.info("compiling the training step")
         with progress.bar(
-            desc=f"epoch {self.epoch}/{self._config.fit.epochs}", unit=" img", leave=False,
-            total=steps_per_epoch * size, initial=(self.step - first) * size,
+            f"epoch {self.epoch}/{self._config.fit.epochs}", steps_per_epoch * size,
+            unit=" img", leave=False, initial=(self.step - first) * size,
             is_shown=workdirs.is_writer(),
         ) as bar:  # fmt: skip
             while self.step < self.epoch * steps_per_epoch:
@@ -380,6 +390,7 @@ def _train(
     start: Checkpoint,
     prepared: Prepared,
     sides: splits.Sides,
+    followed_by: Sequence[str],
 ) -> list[dict[str, Any]]:
     batched = sharding.batch_sharding()
     count, batch_size = len(sides.train.rows), config.fit.batch_size
@@ -420,7 +431,13 @@ def _train(
                 if jax.process_count() == 1:
                     validating = preemption.stopping(validating)
                 weights = run.state.best_weights
-                outputs = steps.collect_logits(eval_step, weights, validating)
+                total = len(sides.validation.rows)
+                with progress.bar(
+                    f"validating epoch {run.epoch}", total, unit=" img", leave=False,
+                    is_shown=workdirs.is_writer(),
+                ) as bar:  # fmt: skip
+                    counted = progress.counted(bar, validating, batch_size, total)
+                    outputs = steps.collect_logits(eval_step, weights, counted)
             except preemption.Preempted:
                 run.leave()
             row = run.end_epoch(outputs, steps_per_epoch)
@@ -431,12 +448,15 @@ def _train(
             # The first epoch of a process compiles, and may be the rest of one.
             whole = steps_per_epoch * batch_size / rate if rate else trained - began
             each = whole + time.monotonic() - trained
+            left = (config.fit.epochs - row["epoch"]) * each
+            if rate:  # compilation left out, and a training step is about three passes
+                left += _patches_after(config, sides, followed_by) / (3 * rate)
             log.info(
                 "epoch %d/%d  loss %.4f  validation loss %.4f  validation AUC %.4f  %s img/s  "
                 "at most %s left",
                 row["epoch"], config.fit.epochs, row["train_loss"], row["validation_loss"],
                 row["validation_auc"], round(rate) if rate else "-",
-                _duration((config.fit.epochs - row["epoch"]) * each),
+                _duration(left),
             )  # fmt: skip
     if run.early_stopping.should_stop:
         log.info(
@@ -444,6 +464,15 @@ def _train(
             run.early_stopping.epochs_without_improvement,
         )
     return run.history
+
+
+def _patches_after(config: Config, sides: splits.Sides, commands: Sequence[str]) -> int:
+    """How many patches' passes through the network take as long as these commands, about."""
+    test = len(sides.test.rows) if sides.test else 0
+    scored = test if config.evaluate.split == "test" else len(sides.validation.rows)
+    symmetries = _TTA_COST if config.predict.tta else 1
+    count = symmetries * (scored * ("evaluate" in commands) + test * ("predict" in commands))
+    return count + _REPORT_COST * ("report" in commands)
 
 
 def _training_sheet(config: Config, images: np.ndarray) -> np.ndarray:

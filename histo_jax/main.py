@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from histo_jax import files, preemption, settings, startup
+from histo_jax import environment, files, preemption, settings, startup, streams
 from histo_jax.config import Config, closest, describe, likely_field, unknown_field, validate
 from histo_jax.errors import ExpectedError
 
@@ -321,16 +321,10 @@ def _explain(config: Config, workdir: Path) -> None:
 
 
 def _audit(config: Config, workdir: Path) -> None:
-    from histo_jax import workdir as workdirs
-    from histo_jax.data.audit import audit, has_leak, table
-    from histo_jax.data.builder import prepare
-    from histo_jax.data.splits import make_sides
+    from histo_jax.auditing import audit
+    from histo_jax.data.audit import has_leak, table
 
-    workdirs.check(workdir, config)
-    prepared = prepare(config, workdir, raw_may_be_gone=True)
-    report = audit(prepared, make_sides(prepared.tables, config), config.seed)
-    workdir.mkdir(parents=True, exist_ok=True)
-    workdirs.write_json(workdir / "audit.json", report)
+    report = audit(config, workdir)
     print(table(report))
     if has_leak(report):
         sys.exit(_LEAK_FOUND)
@@ -343,8 +337,10 @@ def _run(config: Config, workdir: Path) -> None:
     if workdirs.is_finished(workdir, config, "run"):
         print(f"{workdir} is already complete; for another run choose another --workdir")
         return
+    from histo_jax.fitting import fit
+
     with workdirs.tracked(workdir, "run"):
-        _fit(config, workdir)
+        fit(config, workdir, followed_by=("evaluate", "predict", "report"))
         _evaluate(config, workdir)
         from histo_jax.prediction import NoTestPatchesError
 
@@ -386,9 +382,11 @@ def main(parsed: list[str]) -> None:
     # Orbax, Grain and TFDS log through absl, with tracebacks for what they raise anyway.
     absl_logging.set_verbosity(absl_logging.FATAL)
     sys.unraisablehook = _quiet_threads
-    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir or ".").expanduser()
+    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir or ".")
     try:
+        workdir = files.expand(workdir, "--workdir")
         validate(config)
+        environment.load("histo_jax.training.runtime")
         if flags.FLAGS.multihost:
             from histo_jax.training import agreement, hosts
 
@@ -399,7 +397,7 @@ def main(parsed: list[str]) -> None:
             agreement.check_options(config, flag.mode)
         for note in parsed[1:]:
             log.info("%s", note)
-        with preemption.watch(ctrl_c=True):
+        with environment.defaults(), preemption.watch(ctrl_c=True):
             _VERBS[flags.FLAGS.mode](config, workdir)
     except preemption.Preempted as error:
         print(f"histo_jax: {error}", file=sys.stderr)
@@ -408,7 +406,7 @@ def main(parsed: list[str]) -> None:
         _fail(str(error))
     except OSError as error:
         # A full disk or a folder without permission; a bug has another type.
-        _fail(files.describe(error, (workdir, Path(config.data.tfds_dir).expanduser())))
+        _fail(files.describe(error, (workdir, Path(os.path.expanduser(config.data.tfds_dir)))))
     except Exception as error:
         if "can't start new thread" in str(error):
             _fail(f"{error}: raise the limit (ulimit -u, or the container's) and start again")
@@ -443,6 +441,8 @@ def _run_app() -> None:
 
 
 if __name__ == "__main__":
+    streams.make_robust()
+    environment.reset_warnings()
     try:
         _define_flags()
     except flags.Error as error:  # a --flagfile that cannot be read
@@ -450,10 +450,13 @@ if __name__ == "__main__":
     try:
         _run_app()
     except SystemExit as ending:
+        lost = streams.flush_stdout()
+        if lost and not ending.code:
+            print(f"histo_jax: stdout was lost: {lost.strerror}", file=sys.stderr, flush=True)
+            os._exit(_EXPECTED_FAILURE)
         # What had to be closed is closed. Threads that still read or compile would meet an
         # interpreter that is being taken down, and turn the status into a segmentation fault.
         if isinstance(ending.code, int) and ending.code:
-            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(ending.code)
         raise

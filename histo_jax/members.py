@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Sharding
 
+from histo_jax import files
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, folders, parse_fold
 from histo_jax.data import splits
@@ -52,7 +53,10 @@ def restore(config: Config, folder: Path, place: Sharding) -> list[Member]:
     Raises:
         ExpectedError: a folder is no run, has no checkpoint, or one of another model.
     """
-    runs = [Path(run).expanduser() for run in folders(config.predict.checkpoints)]
+    runs = [
+        files.expand(run, "--config.predict.checkpoints")
+        for run in folders(config.predict.checkpoints)
+    ]
     twice = [
         run
         for number, run in enumerate(runs)

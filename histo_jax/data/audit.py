@@ -11,7 +11,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tqdm import tqdm
 
 from histo_jax import preemption, progress
 from histo_jax.data import near
@@ -83,7 +82,7 @@ def audit(prepared: Prepared, sides: Sides, seed: int) -> dict[str, Any]:
     wanted["train"] = rank < CONTROL_PATCHES
     wanted["validation"][:] = True
     total = sum(len(side.rows) for side in named.values())
-    with progress.bar(total=total, desc="audit", unit=" patches") as bar:
+    with progress.bar("audit", total, unit=" patches") as bar:
         parts = {name: _look(prepared, side, wanted[name], bar) for name, side in named.items()}
     return {
         "sides": {name: _describe(part) for name, part in parts.items()},
@@ -148,7 +147,7 @@ def _columns(labels: dict[str, str], columns: dict[str, dict[str, Any]]) -> str:
     return pd.DataFrame(cells, index=list(labels.values())).to_string()
 
 
-def _look(prepared: Prepared, side: Side, wanted: np.ndarray, bar: tqdm) -> _Part:
+def _look(prepared: Prepared, side: Side, wanted: np.ndarray, bar: progress.Bar) -> _Part:
     """Reads a side's images once; counts the colours of the rows in bool[n] `wanted`."""
     records = prepared.records(*side)
     seen: list[tuple[np.ndarray, np.ndarray]] = []

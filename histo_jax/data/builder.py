@@ -28,9 +28,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import ExampleSerializer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from histo_jax import files, preemption, progress
+from histo_jax import environment, files, preemption, progress
 from histo_jax import workdir as workdirs
-from histo_jax.config import Config, DataConfig
+from histo_jax.config import Config, DataConfig, validate
 from histo_jax.data import kaggle, pcam, slides, synthetic
 from histo_jax.data.example import IMAGE_SHAPE, Example
 from histo_jax.data.loader import Records, Source
@@ -79,7 +79,9 @@ class _ReaderConfig(tfds.core.BuilderConfig):
 class _Kaggle(_ReaderConfig):
     def __init__(self, data: DataConfig) -> None:
         super().__init__("kaggle")
-        self._raw_dir = Path(data.raw_dir).expanduser() if data.raw_dir else None
+        self._raw_dir = (
+            files.expand(data.raw_dir, "--config.data.raw_dir") if data.raw_dir else None
+        )
         self._skip = data.on_damaged == "skip"
 
     def fingerprint(self) -> tuple[str | None, str | None]:
@@ -106,7 +108,9 @@ class _Kaggle(_ReaderConfig):
 class _PatchCamelyon(_ReaderConfig):
     def __init__(self, data: DataConfig) -> None:
         super().__init__("pcam")
-        self._raw_dir = Path(data.raw_dir).expanduser() if data.raw_dir else None
+        self._raw_dir = (
+            files.expand(data.raw_dir, "--config.data.raw_dir") if data.raw_dir else None
+        )
 
     def fingerprint(self) -> tuple[str | None, str | None]:
         if self._raw_dir is None or not self._raw_dir.is_dir():
@@ -191,13 +195,13 @@ class Histopathology(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, reader: _Reader) -> Iterator[dict[str, Any]]:
         rows = []
         ones = np.ones(IMAGE_SHAPE[0] * IMAGE_SHAPE[1])
-        bar = progress.bar(reader.examples, split, reader.total, unit=" img")
-        for example in preemption.stopping(bar):
-            # Exact in float64, and by a matrix product several times as fast as `sum`.
-            pixels = example.image.reshape(-1, 3).astype(np.float64)
-            sums = np.concatenate([ones @ pixels, np.einsum("ij,ij->j", pixels, pixels)])
-            rows.append((example.id, example.label, example.slide, *sums.astype(np.int64)))
-            yield example._asdict()
+        with progress.bar(f"preparing {split}", reader.total, unit=" img") as bar:
+            for example in preemption.stopping(progress.counted(bar, reader.examples)):
+                # Exact in float64, and by a matrix product several times as fast as `sum`.
+                pixels = example.image.reshape(-1, 3).astype(np.float64)
+                sums = np.concatenate([ones @ pixels, np.einsum("ij,ij->j", pixels, pixels)])
+                rows.append((example.id, example.label, example.slide, *sums.astype(np.int64)))
+                yield example._asdict()
         table = pd.DataFrame(rows, columns=["id", "label", "slide", *SUMS, *SQUARES])
         table.to_csv(Path(self.data_dir) / f"{split}.csv", index=False)
 
@@ -244,6 +248,10 @@ class Prepared:
         }
         self.tables["train"] = slides.fill_in(self.tables["train"], data, self.directory)
         self.tables = slides.unify(self.tables)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{split}: {len(table)}" for split, table in self.tables.items())
+        return f"Prepared({str(self.directory)!r}, {counts})"
 
     def source(self, split: str) -> Source:
         """Returns random access to a split's records."""
@@ -294,8 +302,13 @@ class _Finished(NamedTuple):
 _announced: set[tuple[Path, Path | None]] = set()
 
 
+@environment.defaults()
+@progress.working("prepare")
 def prepare(config: Config, workdir: Path | None = None, raw_may_be_gone: bool = False) -> Prepared:
     """Returns the records of `config.data`, writing them first where they are not there yet.
+
+    `prepare(config).tables["train"]` has a row for each training patch with `id`, `label` and
+    `slide`, and `prepare(config).records("train", rows).images(positions)` reads pixels.
 
     TFDS writes to a temporary folder and renames it, so a break leaves nothing that looks
     finished. Of several processes one writes, and the others wait for it.
@@ -311,6 +324,7 @@ def prepare(config: Config, workdir: Path | None = None, raw_may_be_gone: bool =
             records fit, and nothing says which are meant.
         OSError: `data.tfds_dir` cannot be written, or the disk is full.
     """
+    validate(config)
     data, reader, dataset = config.data, _reader(config), _dataset_folder(config.data)
     seen, problem = _look(reader, data)
     found = _choose(data, reader.name, dataset, workdir, raw_may_be_gone, seen, problem)
@@ -386,7 +400,7 @@ def _reader(config: Config) -> _ReaderConfig:
 
 def _dataset_folder(data: DataConfig) -> Path:
     """Returns the folder in which each study's records have a folder of their own."""
-    tfds_dir = Path(data.tfds_dir).expanduser()
+    tfds_dir = files.expand(data.tfds_dir, "--config.data.tfds_dir")
     files.check_name(tfds_dir, "--config.data.tfds_dir")
     nearest = files.nearest(tfds_dir)
     if not nearest.is_dir() or not os.access(nearest, os.X_OK):
@@ -498,7 +512,7 @@ def _look(reader: _ReaderConfig, data: DataConfig) -> tuple[dict[str, Any], Expe
     if data.raw_dir is None:
         return nothing, None
     try:
-        _check_layout(Path(data.raw_dir).expanduser(), data.source)
+        _check_layout(files.expand(data.raw_dir, "--config.data.raw_dir"), data.source)
         return _fingerprint(reader), None
     except ExpectedError as error:
         return nothing, error

@@ -39,7 +39,7 @@ def fill_in(table: pd.DataFrame, data: DataConfig, cache: Path) -> pd.DataFrame:
     """
     if data.slide_map is None:
         return table
-    path = Path(data.slide_map).expanduser()
+    path = files.expand(data.slide_map, "--config.data.slide_map")
     known = _from_patchcamelyon(path, cache) if path.is_dir() else _from_csv(path)
     slides = clean_column(table["id"].map(known).fillna(""))
     missing = int((slides == "").sum())

@@ -12,7 +12,7 @@ import pandas as pd
 from jax.sharding import SingleDeviceSharding
 from PIL import Image, ImageDraw
 
-from histo_jax import members, predictions
+from histo_jax import files, members, predictions
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, names, validate
 from histo_jax.data.builder import Prepared, prepare
@@ -27,6 +27,7 @@ log = logging.getLogger("histo_jax")
 _ENLARGED = 4
 
 
+@runtime.session
 def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """Writes `explain/<id>.png` for the patches of `config.explain.ids`.
 
@@ -53,7 +54,7 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir).expanduser()
+    folder = files.expand(workdir, "--workdir")
     workdirs.check(folder, config)
     tta = False
     with workdirs.tracked(folder, "explain"):

@@ -5,14 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import precision_recall_curve, roc_curve
+
+from histo_jax.report import backend
+
+with backend.ignored():
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 # Of Okabe & Ito's palette, told apart in every kind of colour blindness; lines differ in style too.
 NEGATIVE, POSITIVE, LINE = "#0072B2", "#D55E00", "#222222"
@@ -36,7 +40,9 @@ _STYLE: Any = {
 def _axes() -> Iterator[tuple[Axes, list[str]]]:
     """Opens a figure; at the end its SVG is appended to the list."""
     done: list[str] = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # not the user's matplotlibrc and styles
+        mpl.rcParams.update(_STYLE)
         figure = Figure(figsize=(4.2, 3.6), layout="constrained")
         yield figure.add_subplot(), done
         text = io.StringIO()

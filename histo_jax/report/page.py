@@ -21,7 +21,7 @@ from PIL import Image
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from histo_jax import members, predictions
+from histo_jax import files, members, predictions
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import audit as audits
@@ -73,6 +73,7 @@ _FIGURES = ("learning_curves", "roc", "precision_recall", "calibration", "histog
 _OF_EVALUATION = ("evaluate.", "predict.")
 
 
+@runtime.session
 def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     """Writes `report.html`, one page without any other file, and its figures into `report/`.
 
@@ -88,7 +89,7 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir).expanduser()
+    folder = files.expand(workdir, "--workdir")
     workdirs.check(folder, config)
     split = config.evaluate.split
     table = predictions.read(folder, split)

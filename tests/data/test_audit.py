@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+import histo_jax
 from histo_jax import preemption
 from histo_jax.config import Config
 from histo_jax.data import audit, synthetic
@@ -295,3 +296,15 @@ def test_a_signal_ends_an_audit(clean):
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(preemption.Preempted):
             audit.audit(clean, clean.sides("slide"), seed=0)
+
+
+def test_audit_and_prepare_are_commands_from_python_too(tiny_config, tmp_path):
+    report = histo_jax.audit(tiny_config, tmp_path / "run")
+    assert report == json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert report["sides"]["test"]["patches"] == 7
+    prepared = histo_jax.prepare(tiny_config)
+    assert {split: len(table) for split, table in prepared.tables.items()} == {
+        "train": 40,
+        "test": 7,
+    }
+    assert repr(prepared) == f"Prepared({str(prepared.directory)!r}, train: 40, test: 7)"

@@ -145,20 +145,6 @@ def test_slides_are_looked_up_by_pixels_in_patchcamelyon(tmp_path, monkeypatch):
     assert slides.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
 
 
-def test_slides_are_looked_up_where_nothing_can_be_written(tmp_path, monkeypatch):
-    raw, cache = tmp_path / "pcam", tmp_path / "cache"
-    raw.mkdir()
-    cache.mkdir()
-    images = np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
-    make_pcam(raw, images, ["s1", "s2"])
-    monkeypatch.setattr(slides.os, "access", lambda *_: False)
-    example = next(pcam.read(pcam.find(raw)["train"]))
-    table = pd.DataFrame({"id": [example.id], "slide": ""})
-    filled = slides.fill_in(table, DataConfig(slide_map=str(raw)), cache)
-    assert filled["slide"].tolist() == [example.slide]
-    assert not list(cache.iterdir())
-
-
 def test_patchcamelyon_without_meta_names_no_slides(tmp_path):
     images = np.zeros((2, 96, 96, 3), np.uint8)
     make_pcam(tmp_path, images, None)

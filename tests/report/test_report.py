@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+import sys
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -619,6 +621,19 @@ def explain_ids(config, run, ids):
     config = copy.deepcopy(config)
     config.explain.ids = ids
     return explain(config, run)
+
+
+def test_figures_depend_on_no_style_of_the_user():
+    drawn = figures.calibration(np.arange(16) / 15, np.arange(16) % 2.0)
+    with mpl.rc_context({"text.usetex": True, "font.size": 30, "axes.facecolor": "black"}):
+        again = figures.calibration(np.arange(16) / 15, np.arange(16) % 2.0)
+        assert mpl.rcParams["font.size"] == 30
+    assert drawn == again
+
+
+def test_the_package_is_the_command_too(config, run):
+    assert histo_jax.report is sys.modules["histo_jax.report"]
+    assert histo_jax.report(config, run) == run / "report.html"
 
 
 def test_probabilities_on_the_edges_of_bins_are_drawn():

@@ -34,7 +34,7 @@ def test_programs_are_kept_in_the_users_cache_or_where_the_user_says(chosen, tmp
 
 def test_what_a_killed_process_left_in_the_cache_does_not_disable_it(tmp_path):
     folder = tmp_path / "compiled"
-    assert runtime._can_cache.__wrapped__(folder)
+    assert not runtime._cache_problem.__wrapped__(folder)
     for name in (
         "jit_a-1-cache",
         "jit_a-1-atime",
@@ -44,16 +44,16 @@ def test_what_a_killed_process_left_in_the_cache_does_not_disable_it(tmp_path):
     ):
         (folder / name).write_text("" if name == "jit_d-4-cache" else "x")
     (folder / "jit_d-4-atime").write_text("x")
-    assert runtime._can_cache.__wrapped__(folder)
+    assert not runtime._cache_problem.__wrapped__(folder)
     assert {path.name for path in folder.glob("jit_[abc]*")} == {"jit_a-1-cache", "jit_a-1-atime"}
     assert not (folder / "jit_d-4-cache").exists()
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    assert not runtime._can_cache.__wrapped__(tmp_path / "file")
-    assert not runtime._can_cache.__wrapped__(tmp_path / "a[1]")  # JAX would never find its files
+    assert runtime._cache_problem.__wrapped__(tmp_path / "file")
+    assert runtime._cache_problem.__wrapped__(tmp_path / "a[1]")  # JAX would never find its files
     monkeypatch.setattr(runtime.files, "lock", lambda _: False)
-    assert not runtime._can_cache.__wrapped__(tmp_path / "no locks")
-    monkeypatch.setattr(runtime.os, "access", lambda *_: False)
-    assert not runtime._can_cache.__wrapped__(tmp_path)
+    assert runtime._cache_problem.__wrapped__(tmp_path / "no locks")
+    monkeypatch.setattr(runtime.files.os, "access", lambda *_: False)
+    assert runtime._cache_problem.__wrapped__(tmp_path)
