@@ -251,7 +251,7 @@ def main(_: list[str]) -> None:
         _fail(str(error))
     except OSError as error:
         # A full disk or a folder without permission; a bug has another type.
-        _fail(files.describe(error, (workdir, Path(config.data.tfds_dir).expanduser())))
+        _fail(files.describe(error, (workdir, Path(os.path.expanduser(config.data.tfds_dir)))))
     except Exception as error:
         if "can't start new thread" in str(error):
             _fail(f"{error}: raise the limit (ulimit -u, or the container's) and start again")

@@ -297,7 +297,7 @@ def prepare(config: Config, write: bool = True) -> Prepared:
         raise ExpectedError(
             f"{tfds_dir} cannot be a folder, for {existing} is none: set --config.data.tfds_dir"
         )
-    if files.is_special(tfds_dir.absolute()):
+    if files.is_special(tfds_dir):
         if write:
             tfds_dir.mkdir(parents=True, exist_ok=True)
         elif not tfds_dir.exists():

@@ -68,7 +68,7 @@ def _can_cache(folder: Path) -> bool:
 
     JAX writes a program, then its time. Where one of them is missing it would never write again.
     """
-    if files.is_special(folder.absolute()):
+    if files.is_special(folder):
         return False  # JAX would take it for a pattern
     try:
         folder.mkdir(parents=True, exist_ok=True)
