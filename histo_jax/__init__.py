@@ -11,7 +11,6 @@ startup.check()
 # isort: split
 import logging
 import typing
-import warnings
 
 from histo_jax import environment
 from histo_jax.config import Config
@@ -40,9 +39,6 @@ if not _log.handlers:
     _log.addHandler(_handler)
     _log.setLevel(logging.INFO)
     _log.propagate = False
-
-# scikit-learn imports it. It misses shared memory in some containers; nothing here needs any.
-warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
 
 _HOMES = {
     "audit": "histo_jax.auditing",

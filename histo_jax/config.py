@@ -248,7 +248,7 @@ class PredictConfig:
     checkpoints: str = _option(
         "",
         "folders of runs, separated by commas, whose equal mean is used instead of the workdir's "
-        "own network",
+        "own network; the name of a folder that exists may hold commas, too",
     )
     prior: float | None = _option(
         None,

@@ -99,6 +99,8 @@ def reset_warnings() -> None:
         DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning,
     ):  # fmt: skip
         warnings.simplefilter("ignore", category, append=True)
+    # scikit-learn imports joblib, which misses shared memory in some containers; nothing needs it.
+    warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from typing import IO, Any
 from histo_jax.errors import ExpectedError
 
 # Orbax and TFDS make a pattern of a folder's name; etils takes these folders of the root for
-# buckets; TensorStore makes `/` of a backslash, resolves `..` by itself, and knows UTF-8 only.
-_SPECIAL = re.compile(r"[*?\[\]\\\udc80-\udcff]|/\.\.(/|$)|^/(gs|s3|az|hf)(/|$)")
+# buckets; TensorStore makes `/` of a backslash and knows UTF-8 only.
+_SPECIAL = re.compile(r"[*?\[\]\\\udc80-\udcff]|^/(gs|s3|az|hf)(/|$)")
 _DESCRIPTORS = Path("/proc/self/fd")
 # Bytes of a path, of the system's 4096: the rest is for what is written inside the folder.
 _LONG, _LONGEST = 3000, 3900
@@ -125,19 +125,24 @@ def check_name(folder: Path, field: str) -> None:
     Raises:
         ExpectedError: names `field`, and the remedy.
     """
-    path = folder.absolute()
-    if len(os.fsencode(path)) > _LONGEST:
+    if len(os.fsencode(folder.absolute())) > _LONGEST:
         raise ExpectedError(f"the path of {field} is longer than {_LONGEST} bytes: choose another")
-    if is_special(path) and not _DESCRIPTORS.exists():
+    if is_special(folder) and not _DESCRIPTORS.exists():
         raise ExpectedError(
             f"{field}={folder} has a character in its path that libraries take for a pattern "
             "(*, ?, a bracket, a backslash): choose another folder"
         )
 
 
-def is_special(path: Path) -> bool:
-    """Whether a library would take this absolute path for something else."""
+def is_special(folder: Path) -> bool:
+    """Whether a library would take the absolute path of this folder for something else."""
+    path = _absolute(folder)
     return bool(_SPECIAL.search(str(path))) or len(os.fsencode(path)) > _LONG
+
+
+def _absolute(folder: Path) -> Path:
+    # TensorStore takes `link/..` for the folder that holds the link.
+    return Path(os.path.realpath(folder)) if ".." in folder.parts else folder.absolute()
 
 
 class LiteralFolder:
@@ -152,7 +157,7 @@ class LiteralFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder.absolute()
+        self.path = _absolute(folder)
         if is_special(self.path):
             # No symbolic link: a process that is killed would leave it behind.
             descriptor = os.open(self.path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
@@ -213,8 +218,8 @@ def describe(error: OSError, folders: Iterable[Path]) -> str:
         if full:
             return f"{', '.join(dict.fromkeys(full))}: {words}; free some and start again"
     frames = list(traceback.walk_tb(error.__traceback__))
-    where = f"in {frames[-1][0].f_globals.get('__name__')}" if frames else "somewhere"
-    return f"the system reports, {where} and of no file: {words}; mend that and start again"
+    where = frames[-1][0].f_globals.get("__name__") if frames else "a library"
+    return f"{words} (in {where}, which names no file): mend that and start again"
 
 
 @contextlib.contextmanager

@@ -136,9 +136,12 @@ def test_records_and_runs_in_folders_with_patterns_in_their_names(make_tiny_conf
         (OSError(errno.EACCES, "Permission denied", b"/a/b"), "/a/b: Permission denied; mend that"),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files: raise the limit (ul"),
         (OSError(errno.ENOSPC, "No space left on device"), "FULL: No space left on device; free"),
-        (OSError(errno.EIO, "Input/output error"), "the system reports, in test_paths and of no f"),
-        (OSError(errno.EBADF, "Bad file", 3), "the system reports, in test_paths and of no file"),
-        (OSError("odd"), "the system reports, in test_paths and of no file: odd; mend that"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error (in test_paths, which"),
+        (
+            OSError(errno.EBADF, "Bad file", 3),
+            "Bad file (in test_paths, which names no file): mend",
+        ),
+        (OSError("odd"), "odd (in test_paths, which names no file): mend that"),
     ],
 )
 def test_an_error_of_the_system_blames_what_it_names(tmp_path, monkeypatch, error, line):
@@ -154,7 +157,7 @@ def test_an_error_of_the_system_blames_what_it_names(tmp_path, monkeypatch, erro
         raise error
     except OSError as caught:
         said = files.describe(caught, (other, full / "new"))
-    assert said.replace("tests.", "").startswith(line.replace("FULL", str(full)))
+    assert said.replace("(in tests.", "(in ").startswith(line.replace("FULL", str(full)))
     assert str(other) not in said
 
 

@@ -412,7 +412,7 @@ def _dataset_folder(data: DataConfig) -> Path:
 
 def _literal(tfds_dir: Path) -> files.LiteralFolder:
     """Returns a name of the folder that TFDS takes literally."""
-    if files.is_special(tfds_dir.absolute()):
+    if files.is_special(tfds_dir):
         tfds_dir.mkdir(parents=True, exist_ok=True)
     return files.LiteralFolder(tfds_dir)
 

@@ -164,7 +164,7 @@ def _cache_problem(folder: Path) -> str:
     Removes what a killed process left there: JAX writes a program, then its time, and where one of
     them is missing it would never write again.
     """
-    if files.is_special(folder.absolute()):
+    if files.is_special(folder):
         return f"JAX takes {folder} for a pattern"
     if not files.make_folder(folder):
         return f"{folder} cannot be written"
