@@ -23,11 +23,12 @@ if typing.TYPE_CHECKING:
     from histo_jax.evaluation import evaluate
     from histo_jax.fitting import fit
     from histo_jax.prediction import predict
+    from histo_jax.recipes import recipe
     from histo_jax.report import explain, report
 
 __all__ = [
     "Config", "ExpectedError", "audit", "compare", "evaluate", "explain", "fit", "predict",
-    "prepare", "report",
+    "prepare", "recipe", "report",
 ]  # fmt: skip
 
 # Like Keras, and unlike most libraries, this one shows its progress unasked; silence it with
