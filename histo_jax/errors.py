@@ -1,5 +1,8 @@
 """Failures that a user can mend."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class ExpectedError(Exception):
     """An expected failure; its message is one line that names the file or field and the remedy.
@@ -11,3 +14,17 @@ class ExpectedError(Exception):
 def one_line(error: BaseException) -> str:
     """Returns what an error of a library says, as one short line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Returns the known name that `name` is most likely a misspelling of, if any is close."""
+    by_key = {choice.lower(): choice for choice in known}
+    key = name.lower().replace("-", "_")
+    found = difflib.get_close_matches(key, by_key, n=1, cutoff=cutoff)
+    return by_key[found[0]] if found else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns the end of a message that suggests the closest known name, if one is close."""
+    match = closest(name, known)
+    return f"; did you mean {match}?" if match else ""

@@ -8,13 +8,12 @@ A config file, or a module that it imports, adds its own:
 This module imports nothing heavy: names are checked before JAX is loaded.
 """
 
-import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import ExpectedError, did_you_mean
 
 Entry = TypeVar("Entry")
 
@@ -87,12 +86,6 @@ class Registry:
             f"config.{field} = {name!r} must be {known} in the config file by "
             f"histo_jax.register_{self._kind}{did_you_mean(name, names)}"
         )
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Returns the end of a message that suggests the closest of the names, if one is close."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _module(entry: Any) -> str | None:

@@ -1,8 +1,18 @@
 #!/usr/bin/env bash
 # Installs histo_jax with its peers and prints how they compare; also as JSON in runs/bench.json.
-# usage: launch/bench.sh [OPTION ...]     options go to tests/benchmarks/bench.py; --help lists them
+# usage: launch/bench.sh [OPTION ...]     --help lists the options
+if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ -e /dev/nvidia0 ]; then launch/install.sh cuda; fi
-launch/install.sh bench
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+unset PYTHONHOME
+# Needs no package, so that --help and mistakes are answered before gigabytes are installed.
+for python in .venv/bin/python python3 python; do
+  if "$python" -c '' 2>/dev/null; then
+    "$python" tests/benchmarks/options.py "$@"
+    case " $* " in *" --help "* | *" -h "*) exit ;; esac
+    break
+  fi
+done
+if [ -e /dev/nvidia0 ]; then bash launch/install.sh cuda; fi
+bash launch/install.sh bench
 exec .venv/bin/python tests/benchmarks/bench.py "$@"

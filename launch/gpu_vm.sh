@@ -5,8 +5,9 @@
 #                    ~/tensorflow_datasets
 #   --dry-run        only prints what it would do
 # The same command goes on where it was stopped. Status 75: start it again.
+if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 dry_run='' records='' options=()
 while [ $# -gt 0 ]; do
   case $1 in

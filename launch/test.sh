@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # Installs histo_jax with its test tools and runs every check.
 # usage: launch/test.sh [PYTEST_OPTION ...]     HISTO_JAX_SAMPLE names a folder of real patches
+if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-launch/install.sh test
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+case ${1:-} in --help | -h) sed -n '2,3s/^# //p' launch/test.sh; exit ;; esac
+unset PYTHONHOME
+bash launch/install.sh test
+# Names the option that pytest does not know before the checks, which take minutes.
+if [ $# -gt 0 ]; then .venv/bin/python -m pytest "$@" --markers >/dev/null; fi
 .venv/bin/ruff check
 .venv/bin/ruff format --check
 .venv/bin/mypy

@@ -17,8 +17,9 @@
 # The run does not depend on this script, which shows what the first worker says: after Ctrl-C or a
 # broken connection the same command follows the run that is there, or goes on where it was stopped.
 # Code: what git knows, as it is in the working tree, and new files of histo_jax, launch and configs.
+if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 name='' zone='' type=v5litepod-8 version=v2-alpha-tpuv5-lite spot='' records='' workdirs='' fetch=''
 verb='' dry_run=''
 fail() { # status, why

@@ -7,8 +7,9 @@
 #        launch/tpu_worker.sh state                  running, or the status that it has ended with
 #        launch/tpu_worker.sh log LINES              what it has said after so many lines, and how many
 #        launch/tpu_worker.sh stop                   lets it save and leave
+if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 verb=${1:-}
 case $verb in
   setup | idle | start | state | log | stop) shift; mkdir -p .run ;;

@@ -7,9 +7,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from histo_jax.config import fits, type_name
-from histo_jax.errors import ExpectedError
-from histo_jax.registry import did_you_mean
+from histo_jax.config import fits
+from histo_jax.errors import ExpectedError, did_you_mean
 
 Fields = dict[str, dataclasses.Field[Any]]
 
@@ -55,11 +54,16 @@ def check_kwargs(
             )
         kind = kinds.get(key, Any)
         if not fits(frozen(value), kind):
-            raise ExpectedError(f"{place} = {value!r} is not of type {type_name(kind)}")
+            raise ExpectedError(f"{place} = {value!r} is not of type {_type_text(kind)}")
     for key, field in fields.items():
         missing = field.default is field.default_factory is dataclasses.MISSING
         if missing and key not in kwargs:
             raise ExpectedError(f"config.model.kwargs[{key!r}] is missing: {name} needs it")
+
+
+def _type_text(kind: Any) -> str:
+    name = getattr(kind, "__name__", str(kind))
+    return str(kind).replace("typing.", "") if typing.get_args(kind) else name
 
 
 def _field_types(network: type[nn.Module]) -> dict[str, Any]:

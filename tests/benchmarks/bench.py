@@ -40,6 +40,7 @@ from typing import Any
 
 import floors
 import numpy as np
+from options import parse
 from patches import write_kaggle, write_pcam
 from report import Entry, Report, ratios
 from worker import PeerError, Task, Worker
@@ -58,7 +59,6 @@ PYTORCH = [
     for peer in ("pytorch", TUNED)
     for way in ("eager", "compiled")
 ]
-ROWS = ("train", "epoch", "large", "predict", "averaging", "input", "prepare", "memory", "start")
 FIRST_STEP = """
 import os, runpy, sys
 from histo_jax.training import step
@@ -360,20 +360,7 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="rows: " + ", ".join(ROWS))
-    parser.add_argument("--rows", default=",".join(ROWS), help="some of them, by commas")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each entry")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no row after these")
-    parser.add_argument("--json", type=Path, default=ROOT / "runs" / "bench.json")
-    parser.add_argument("--growth", action="store_true", help="also from 1,000 to 100,000 patches")
-    parser.add_argument("--short", action="store_true", help="a tiny network, no rounds: a test")
-    options = parser.parse_args()
-    options.rounds = 0 if options.short else options.rounds
-    options.rows = options.rows.split(",")
-    if unknown := set(options.rows) - set(ROWS):
-        parser.error(f"no such row: {', '.join(sorted(unknown))}")
-    if options.growth:
-        options.rows.append("growth")
+    options = parse()
     with tempfile.TemporaryDirectory(prefix="histo_jax_bench_") as folder:
         Bench(options, Path(folder)).run()
 
