@@ -4,6 +4,11 @@
 use, so that `import histo_jax` is quick.
 """
 
+from histo_jax import startup
+
+startup.check()
+
+# isort: split
 import importlib
 import logging
 import typing

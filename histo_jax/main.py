@@ -8,13 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import app, flags
-from absl import logging as absl_logging
-from ml_collections import config_flags
-
-from histo_jax import preemption
+from histo_jax import preemption, startup
 from histo_jax.config import Config, describe, validate
 from histo_jax.errors import ExpectedError
+
+try:
+    from absl import app, flags
+    from absl import logging as absl_logging
+    from ml_collections import config_flags
+except ImportError as error:
+    if __name__ == "__main__":
+        startup.fail(startup.explain(error))
+    raise
 
 MODES = ("run", "prepare", "fit", "evaluate", "predict", "report", "audit", "compare", "explain")
 HOSTS = ("auto", "slurm", "tpu", "manual")
@@ -274,13 +279,22 @@ def main(_: list[str]) -> None:
         os._exit(preemption.EXIT_STATUS)
 
 
+def _run_app() -> None:
+    try:
+        app.run(main, flags_parser=_parse_flags)
+    except ImportError as error:
+        if why := startup.explain(error):
+            _fail(why)
+        raise
+
+
 if __name__ == "__main__":
     try:
         _define_flags()
     except flags.Error as error:  # a --flagfile that cannot be read
         _fail(str(error))
     try:
-        app.run(main, flags_parser=_parse_flags)
+        _run_app()
     except SystemExit as ending:
         # What had to be closed is closed. Threads that still read or compile would meet an
         # interpreter that is being taken down, and turn the status into a segmentation fault.

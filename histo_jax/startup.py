@@ -1,0 +1,89 @@
+"""What must hold before anything else is imported: a supported Python that sees the right packages.
+
+`histo_jax/__init__.py` imports it first, on any Python 3; so at first it imports nothing but `sys`.
+"""
+
+import sys
+
+_MODULES = ("histo_jax.main", "histo_jax.doctor")
+_EXPECTED_FAILURE = 2
+
+
+def check() -> None:
+    """Ends a command in one line where this Python is too old or has no packages.
+
+    Raises:
+        ImportError: another program imports the package on a Python that is too old.
+    """
+    name = _command()
+    if sys.version_info < (3, 11):  # noqa: UP036 - it may come from the clone, not from pip
+        version = ".".join(map(str, sys.version_info[:2]))
+        text = f"Python {version} is too old, 3.11 to 3.13 is needed"
+        if not name:
+            raise ImportError(text)
+        fail(f"{text}: {_remedy(name)}")
+    if not name:
+        return
+    _prefer_packages_to_the_current_folder()
+    import importlib.util
+
+    if not importlib.util.find_spec("absl"):
+        fail(f"the packages are not installed for {sys.executable}: {_remedy(name)}")
+
+
+def explain(error: ImportError) -> str:
+    """Returns which library cannot be imported, why, and what to do; '' for a bug of our own."""
+    trace, modules = error.__traceback__, [""]
+    while trace:
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        # What this package has imported counts, not what has called it.
+        modules = [] if module == "__main__" or _is_own(module) else [*modules, module]
+        trace = trace.tb_next
+    modules.append(error.name or "")
+    module = next((name for name in modules if name and not name.startswith("importlib")), "")
+    if not module or _is_own(module):
+        return ""
+    return f"{module.partition('.')[0]} cannot be imported ({error}): {_remedy(_MODULES[0], True)}"
+
+
+def fail(text: str) -> None:
+    """Ends the program with one line and the status of an expected failure."""
+    sys.stderr.write(f"histo_jax: {' '.join(text.split())}\n")
+    sys.exit(_EXPECTED_FAILURE)
+
+
+def _command() -> str:
+    """Returns which module of this package `python -m` is starting, '' for none."""
+    if sys.argv[:1] != ["-m"]:  # which it is until Python has found the module
+        return ""
+    words = getattr(sys, "orig_argv", _MODULES[:1])  # new in Python 3.10
+    return next((name for name in _MODULES for word in words if word.endswith(name)), "")
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] == __package__
+
+
+def _prefer_packages_to_the_current_folder() -> None:
+    """Lets a jax.py or random.py in the current folder hide no library.
+
+    Modules that a config of the user's imports from there are still found.
+    """
+    if getattr(sys.flags, "safe_path", False):
+        return  # the folder is not on the path
+    folder = sys.path.pop(0)
+    ends = ("site-packages", "dist-packages", "lib-dynload")
+    last = max((at for at, path in enumerate(sys.path) if path.endswith(ends)), default=-1)
+    # Before the clone, which an editable installation adds.
+    sys.path.insert(last + 1, folder)
+
+
+def _remedy(name: str, anew: bool = False) -> str:
+    import os
+
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if not os.path.exists(os.path.join(root, "launch", "install.sh")):
+        return "install histo_jax again by pip"
+    prefix = "" if root == os.getcwd() else root + "/"
+    first = f"remove {prefix}.venv, run" if anew else "run"
+    return f"{first} {prefix}launch/install.sh, then {prefix}.venv/bin/python -m {name}"
