@@ -309,6 +309,11 @@ class Checkpoints:
             }
 
         there, here = shapes(saved), shapes(like)
+        if "weights.deviation" in there:  # which is `std` since
+            raise ExpectedError(
+                f"{self._directory.parent} was trained by histo_jax 0.1.0, whose checkpoints this "
+                "version cannot read: use that version, or choose another --workdir"
+            )
         for name in sorted(there.keys() | here.keys()):
             if there.get(name) != here.get(name):
                 raise ExpectedError(

@@ -278,6 +278,14 @@ def test_a_checkpoint_of_another_model_is_refused(config, tmp_path, change):
         checkpoints.restore_best(config, place)
 
 
+def test_a_checkpoint_of_0_1_0_is_refused_as_such(config, tmp_path):
+    old = {"weights": {"deviation": np.zeros(3, np.float32)}}
+    like = abstract_state(config, sharding.replicated(sharding.batch_sharding()))
+    remedy = pytest.raises(ExpectedError, match=f"{tmp_path} was trained by histo_jax 0.1.0")
+    with Checkpoints(tmp_path) as checkpoints, remedy:
+        checkpoints._check_shapes(1, old, like)
+
+
 def test_no_checkpoint_names_the_remedy(tmp_path):
     with pytest.raises(ExpectedError, match="run --mode=fit first"):
         Checkpoints.of(tmp_path)
