@@ -41,7 +41,9 @@ def _handle(number: int, frame: Any) -> None:
     # An exception from here could come up, and be lost, anywhere: in JAX's callback of the garbage
     # collector, in the middle of a save.
     global _received
-    _received = number
+    if _received and number != signal.SIGHUP:  # which a closed terminal's shell sends once more
+        os._exit(128 + number)
+    _received = _received or number
     if number == signal.SIGINT:
         streams.write_stderr(
             b"\nhisto_jax: stopping as soon as possible; Ctrl-C again leaves at once\n"
@@ -58,11 +60,11 @@ def _handle_interrupt(number: int, frame: Any) -> None:
 def _leave_at_the_second(pipe: int, numbers: Iterable[int]) -> None:
     # In a thread: Python calls `_handle` between two of its own instructions, and a compilation
     # or a device that hangs keeps the main thread from its next one.
-    count = 0
+    is_asked = False
     while number := os.read(pipe, 1):
-        count += number[0] in numbers
-        if count == 2:
+        if is_asked and number[0] in numbers and number[0] != signal.SIGHUP:
             os._exit(128 + number[0])
+        is_asked |= number[0] in numbers
     os.close(pipe)
 
 

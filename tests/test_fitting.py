@@ -211,9 +211,8 @@ def test_changed_examples_under_a_run_are_refused(tiny_config, tmp_path, make_ka
 
 def test_the_time_left_includes_the_commands_that_follow(tiny_config):
     rows = {"train": 80, "validation": 20, "test": 30}
-    sides = fitting.splits.Sides(
-        *(fitting.splits.Side(name, np.arange(count)) for name, count in rows.items()), "image"
-    )
+    named = [fitting.splits.Side(name, np.arange(count)) for name, count in rows.items()]
+    sides = fitting.splits.Sides(*named, "image", False)
     assert fitting._patches_after(tiny_config, sides, ()) == 0
     assert fitting._patches_after(tiny_config, sides, ("evaluate", "predict")) == 20 + 30
     tiny_config.predict.tta, tiny_config.evaluate.split = True, "test"

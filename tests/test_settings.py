@@ -178,8 +178,8 @@ def test_a_mode_that_reads_takes_what_the_run_is_from_the_run(run, mode):
     own = workdirs.load_config(run)
     config, [note] = settings.resolve("tiny.py", run, mode, ("model.dense",))
     assert (config.model, config.fit.epochs, config.seed) == (own.model, 9, 7)
-    # A folder is the file's where it names one, else the run's.
-    assert (config.data.raw_dir, config.data.tfds_dir) == ("elsewhere", "records")
+    # A folder is the file's where it names one, else the run's, which is saved as an absolute path.
+    assert (config.data.raw_dir, config.data.tfds_dir) == ("elsewhere", str(run.parent / "records"))
     assert config.data.slide_map == own.data.slide_map
     assert (config.evaluate.split, config.predict.batch_size, config.predict.tta) == (
         "test", 3, False,

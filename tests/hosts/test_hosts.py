@@ -397,7 +397,7 @@ def test_only_what_comes_of_another_process_counts_as_its_loss(said, is_loss, mo
 
 
 def test_a_mistake_in_joining_is_one_line(place, tmp_path):
-    told = {"manual": MISTAKES["manual",], "some": "should be one of"}
+    told = {"manual": MISTAKES["manual",], "some": "must be one of"}
     started = [start(place, ONE, tmp_path / "run", f"--multihost={typed}") for typed in told]
     for wanted, (process,) in zip(told.values(), started, strict=True):
         said = process.communicate(timeout=120)[0]

@@ -490,13 +490,14 @@ def test_the_settings_are_those_that_the_scores_were_made_with(config, run, tmp_
 
 
 def test_the_mean_of_several_runs_is_shown_as_theirs(config, run, tmp_path):
-    together = copy.deepcopy(config)
-    together.predict.checkpoints = f"{run},{run}"
+    together, twin = copy.deepcopy(config), tmp_path / "twin"
+    shutil.copytree(run, twin)
+    together.predict.checkpoints = f"{run},{twin}"
     histo_jax.evaluate(together, tmp_path / "together")
     report(config, tmp_path / "together")
     words = words_of((tmp_path / "together" / "report.html").read_text())
     assert f"The mean of 2 runs: {run} (AUC" in words
-    assert f"predict.checkpoints {run},{run}" in words
+    assert f"predict.checkpoints {run},{twin}" in words
     assert "Learning curves" not in words
     # Nor is one left beside the page by an earlier report; what is the user's own stays.
     curve, own = (tmp_path / "together" / "report" / n for n in ("learning_curves.svg", "own.svg"))
@@ -508,9 +509,9 @@ def test_the_mean_of_several_runs_is_shown_as_theirs(config, run, tmp_path):
     assert "The runs, each trained as its own report says, were judged on" in words
     # Only what was evaluated is explained.
     together.predict.checkpoints = str(run)
-    with pytest.raises(ExpectedError, match=f"is the mean of {run}, {run}: set"):
+    with pytest.raises(ExpectedError, match=f"is the mean of {run}, {twin}: set"):
         explain(together, tmp_path / "together")
-    together.predict.checkpoints = f"{run},{run}"
+    together.predict.checkpoints = f"{run},{twin}"
     with pytest.raises(ExpectedError, match="is one run alone, not the mean of"):
         explain(together, run)
 

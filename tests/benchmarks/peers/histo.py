@@ -39,7 +39,8 @@ class Peer:
         self._batched = sharding.batch_sharding()
         self._config = Config()
         model = self._config.model
-        model.features, model.dense, model.dropout = task.features, task.dense, task.dropout
+        model.features = tuple(task.features)
+        model.dense, model.dropout = task.dense, task.dropout
         self._config.optimizer.learning_rate = task.learning_rate
         self._model = create_model(model)
 
