@@ -24,6 +24,7 @@ run() {
   if [ "$dry_run" ]; then printf '%q ' "$@"; echo; else "$@"; fi
 }
 
+unset PYTHONHOME
 case $records in
   gs://*) copy=(gcloud storage rsync --recursive) ;;
   s3://*) copy=(aws s3 sync) ;;
@@ -42,5 +43,5 @@ if [ "$records" ]; then
   run "${copy[@]}" "${records%/}/histopathology" "$HOME/tensorflow_datasets/histopathology"
 fi
 # `exec`, so that SIGTERM reaches it.
-if [ -z "$dry_run" ]; then exec .venv/bin/python -m histo_jax.main "${options[@]}"; fi
-run .venv/bin/python -m histo_jax.main "${options[@]}"
+if [ -z "$dry_run" ]; then exec .venv/bin/python -m histo_jax.main ${options[@]+"${options[@]}"}; fi
+run .venv/bin/python -m histo_jax.main ${options[@]+"${options[@]}"}

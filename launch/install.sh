@@ -37,6 +37,15 @@ if not found or not found.origin or os.path.realpath(found.origin) != place:
     sys.exit(3)
 if not os.path.exists(stamp) or not filecmp.cmp(stamp, "pyproject.toml", shallow=False):
     sys.exit(3)
+# What else was installed or removed there may have changed what this needs.
+from importlib.metadata import requires, version
+try:
+    from packaging.requirements import Requirement
+    needed = [each for each in map(Requirement, requires("histo_jax")) if not each.marker]
+    if not all(each.specifier.contains(version(each.name), prereleases=True) for each in needed):
+        sys.exit(3)
+except ImportError:
+    sys.exit(3)
 ' "$stamp" 2>/dev/null
 }
 
@@ -92,7 +101,7 @@ if [ "$found" -ne 3 ]; then
   rm -rf .venv || fail ".venv cannot be removed, see above; remove it"
   if ! said=$("$python" -I -m venv .venv 2>&1); then
     rm -rf .venv
-    fail "$python cannot make a virtual environment: ${said##*$'\n'}"
+    fail "$python cannot make a virtual environment (is there space left?): ${said##*$'\n'}"
   fi
 fi
 echo "installing histo_jax${extra:+[$extra]} into .venv"

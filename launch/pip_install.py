@@ -82,12 +82,13 @@ def reason(log: str) -> str:
     for pattern, text in _REASONS:
         if re.search(pattern, log):
             return text
-    errors = [line for line in log.splitlines() if line.lower().startswith("error: ")]
-    return errors[-1].partition(" ")[2] if errors else "see the log"
+    # Indented, where a build could not get what it needs.
+    errors = re.findall(r"^\s*error: (?!subprocess-exited)(.+)$", log, re.IGNORECASE | re.MULTILINE)
+    return errors[-1].strip() if errors else "see the log"
 
 
 def main(options: list[str]) -> int:
-    """Returns pip's status."""
+    """Returns 0, or 2 after one line that says why pip failed."""
     pip = [sys.executable, "-I", "-m", "pip"]
     plain = {
         name: value
@@ -116,7 +117,7 @@ def main(options: list[str]) -> int:
             "(all it printed: .venv/pip.log)",
             file=sys.stderr,
         )
-    return done.returncode
+    return 2 if done.returncode else 0
 
 
 if __name__ == "__main__":

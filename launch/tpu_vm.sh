@@ -16,7 +16,8 @@
 #   --dry-run          only prints what it would do
 # The run does not depend on this script, which shows what the first worker says: after Ctrl-C or a
 # broken connection the same command follows the run that is there, or goes on where it was stopped.
-# Code: what git knows, as it is in the working tree, and new files of histo_jax, launch and configs.
+# Code: what git knows, as it is in the working tree, and new files of histo_jax, launch and configs;
+# from a download without git these three, and the files beside them that an installation needs.
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -28,7 +29,7 @@ fail() { # status, why
 }
 while [ $# -gt 0 ]; do
   case $1 in
-    --help | -h) sed -n '2,20s/^# //p' launch/tpu_vm.sh; exit ;;
+    --help | -h) sed -n '2,21s/^# //p' launch/tpu_vm.sh; exit ;;
     --name=*) name=${1#*=} ;;
     --zone=*) zone=${1#*=} ;;
     --type=*) type=${1#*=} ;;
@@ -81,11 +82,17 @@ state() { # of the TPU
 # shellcheck disable=SC2329  # called by run
 pack() { # a file; raw data may lie beside the code
   {
-    git ls-files -z --cached
-    git ls-files -z --others --exclude-standard -- '*.py' histo_jax launch configs
+    # A download may be unpacked inside another repository.
+    if [ "$(git rev-parse --show-toplevel 2>/dev/null || true)" -ef . ]; then
+      git ls-files -z --cached
+      git ls-files -z --others --exclude-standard -- '*.py' histo_jax launch configs
+    else
+      find histo_jax launch configs ./*.py pyproject.toml README.md LICENSE \
+        -type f ! -path '*/__pycache__/*' -print0 2>/dev/null || true
+    fi
   } | while IFS= read -r -d '' path; do
     if [ -e "$path" ]; then printf '%s\0' "$path"; fi
-  done | tar -czf "$1" --null -T -
+  done | COPYFILE_DISABLE=1 tar -czf "$1" --null -T -
 }
 
 case $verb in
@@ -158,10 +165,10 @@ fi
 
 status=0
 if [ "$dry_run" ]; then
-  "${begin[@]}"
+  ${begin[@]+"${begin[@]}"}
 else
   # Beside this shell, which only waits: while bash runs a program, that alone may get Ctrl-C.
-  { "${begin[@]}"; follow; } &
+  { ${begin[@]+"${begin[@]}"}; follow; } &
   follower=$!
   trap 'kill "$follower"; echo; fail 130 "the run goes on; the same command follows it, and --stop lets it save and leave"' INT
   wait "$follower" || status=$?
