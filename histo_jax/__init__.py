@@ -1,7 +1,7 @@
 """Train, judge and run patch classifiers for histopathology, in Keras's words.
 
-`fit`, `evaluate` and `predict` take a `Config` and the folder of a run; they are loaded on first
-use, so that `import histo_jax` is quick.
+The commands, such as `fit`, `evaluate` and `predict`, take a `Config` and the folder of a run;
+they are loaded on first use, so that `import histo_jax` is quick.
 """
 
 from histo_jax import startup
@@ -9,21 +9,27 @@ from histo_jax import startup
 startup.check()
 
 # isort: split
-import importlib
 import logging
 import typing
 
+from histo_jax import environment
 from histo_jax.config import Config
 from histo_jax.errors import ExpectedError
 
 if typing.TYPE_CHECKING:
+    from histo_jax.auditing import audit
     from histo_jax.comparison import compare
+    from histo_jax.data.builder import prepare
     from histo_jax.evaluation import evaluate
     from histo_jax.fitting import fit
     from histo_jax.prediction import predict
-    from histo_jax.report import explain
+    from histo_jax.recipes import recipe
+    from histo_jax.report import explain, report
 
-__all__ = ["Config", "ExpectedError", "compare", "evaluate", "explain", "fit", "predict"]
+__all__ = [
+    "Config", "ExpectedError", "audit", "compare", "evaluate", "explain", "fit", "predict",
+    "prepare", "recipe", "report",
+]  # fmt: skip
 
 # Like Keras, and unlike most libraries, this one shows its progress unasked; silence it with
 # `logging.getLogger("histo_jax").setLevel("WARNING")`.
@@ -36,15 +42,23 @@ if not _log.handlers:
     _log.propagate = False
 
 _HOMES = {
+    "audit": "histo_jax.auditing",
     "compare": "histo_jax.comparison",
     "explain": "histo_jax.report",
     "fit": "histo_jax.fitting",
     "evaluate": "histo_jax.evaluation",
     "predict": "histo_jax.prediction",
+    "prepare": "histo_jax.data.builder",
+    "recipe": "histo_jax.recipes",
+    "report": "histo_jax.report",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
 
 
 def __getattr__(name: str) -> typing.Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'histo_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(environment.load(_HOMES[name]), name)

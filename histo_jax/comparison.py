@@ -5,39 +5,57 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from histo_jax import predictions
+from histo_jax import environment, files, predictions
 from histo_jax import workdir as workdirs
-from histo_jax.config import Config, names, validate
+from histo_jax.config import Config, folders, validate
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import difference
 
+# What decides: the ranking of the patches and their probabilities, each with the sign of a gain.
+# Eight scores at 95% each would often name a winner by chance alone.
+_DECIDING = {"auc": ("AUC", 1), "nll": ("NLL", -1)}
+# With fewer slides, all favour the same one of two equal runs more often than 1 time in 20.
+_FEWEST_SLIDES = 6
+_FEW_SLIDES = 20
 
-def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+
+@environment.defaults()
+def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Compares the two runs of `config.compare.runs` on the patches that both have scored.
 
     Reads what `evaluate` has written of `config.evaluate.split`, draws slides (or patches, where
-    slides are not known) alike for both, and writes `compare.json`.
+    slides are not known) alike for both, and writes `compare.json` into `workdir`, if there is one.
 
     Returns:
-        `first`, `second`, `split`, `count`, `interval_over`, and for each score `difference`
-        (second minus first), `interval` (95%) and `p`.
+        `first`, `second`, `split`, `count`, `interval_over`, how many `resampled`, for each score
+        `difference` (second minus first), `interval` (95%) and `p`, and in words the `verdict`.
 
     Raises:
         ExpectedError: not two runs, or they were not scored on the same patches.
         OSError: a file cannot be written.
     """
     validate(config)
-    runs = names(config.compare.runs)
+    folder = None if workdir is None else files.expand(workdir, "--workdir")
+    if folder is not None:
+        workdirs.check_path(folder)
+    runs = folders(config.compare.runs)
     if len(runs) != 2:
         raise ExpectedError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
     split = config.evaluate.split
-    first, second = (predictions.read(Path(run).expanduser(), split) for run in runs)
+    first, second = (
+        predictions.read(files.expand(run, "--config.compare.runs"), split) for run in runs
+    )
     if not first[["id", "label"]].equals(second[["id", "label"]]):
         raise ExpectedError(
             f"{runs[0]} and {runs[1]} were not scored on the same patches: evaluate both with the "
             "same config.data and config.seed"
         )
+    optimistic = [
+        _is_optimistic(Path(run).expanduser(), split, scored)
+        for run, scored in zip(runs, (first, second), strict=True)
+    ]
     slides = predictions.slides(first)
     result = {
         "first": runs[0],
@@ -45,6 +63,7 @@ def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         "split": split,
         "count": len(first),
         "interval_over": "patches" if slides is None else "slides",
+        "resampled": len(first) if slides is None else len(np.unique(slides)),
         **difference(
             (first["logit"].to_numpy(), second["logit"].to_numpy()),
             first["label"].to_numpy(np.float64),
@@ -52,17 +71,59 @@ def compare(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             config.seed,
         ),
     }
-    folder = Path(workdir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    workdirs.write_json(folder / "compare.json", result)
+    result["verdict"] = _verdict(result, any(optimistic))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        workdirs.write_json(folder / "compare.json", result)
     return result
+
+
+def _is_optimistic(folder: Path, split: str, table: pd.DataFrame) -> bool:
+    """Whether the run's scores, where they are there, are said to be optimistic."""
+    if not (folder / f"evaluation_{split}.json").exists():
+        return False
+    scores = predictions.read_scores(folder, split)
+    predictions.check_scores(folder, split, table, scores)
+    return scores.get("honest") is False
+
+
+def _verdict(result: dict[str, Any], optimistic: bool) -> str:
+    """Returns in one line which run is better by AUC and NLL, and what may be wrong with that."""
+    slides = result["resampled"] if result["interval_over"] == "slides" else None
+    if slides is not None and slides < _FEWEST_SLIDES:
+        return (
+            f"no difference can be shown with so few slides ({slides}; "
+            f"at least {_FEWEST_SLIDES} are needed)"
+        )
+    better: dict[str, list[str]] = {}
+    undecided = []
+    for score, (name, sign) in _DECIDING.items():
+        low, high = sorted(sign * end for end in result[score]["interval"])
+        if low > 0 or high < 0:
+            winner = result["second" if low > 0 else "first"]
+            least, most = sorted((abs(low), abs(high)))
+            gain = abs(result[score]["difference"])
+            words = f"{name} (by {gain:.4f}, 95% {least:.4f} to {most:.4f})"
+            better.setdefault(winner, []).append(words)
+        else:
+            undecided.append(name)
+    parts = [f"{run} is better in {' and '.join(words)}" for run, words in better.items()]
+    if undecided:
+        parts.append(f"{' and '.join(undecided)}: no difference can be shown")
+    if slides is None:
+        parts.append("slides are unknown, so the intervals are too narrow")
+    elif slides < _FEW_SLIDES:
+        parts.append(f"few slides ({slides}), so the intervals are rather too narrow")
+    if optimistic:
+        parts.append("slides may be shared with training, so it may not hold for other slides")
+    return "; ".join(parts)
 
 
 def table(result: dict[str, Any]) -> str:
     """Returns the comparison as lines for people."""
     lines = [
         f"{result['second']} minus {result['first']}, {result['count']} {result['split']} patches, "
-        f"resampled over {result['interval_over']}:"
+        f"resampled over {result['resampled']} {result['interval_over']}:"
     ]
     for name, value in result.items():
         if isinstance(value, dict):
@@ -71,4 +132,6 @@ def table(result: dict[str, Any]) -> str:
                 f"  {name:<30} {value['difference']:+.4f}  95% {low:+.4f} to {high:+.4f}  "
                 f"p {value['p']:.3g}"
             )
+    lines.append("AUC and NLL decide, each by its own interval; the others are for orientation.")
+    lines.append(f"verdict: {result['verdict']}")
     return "\n".join(lines)

@@ -4,10 +4,14 @@ Field types stay real objects (no postponed annotations): the command line parse
 """
 
 import dataclasses
+import difflib
+import functools
 import math
+import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from histo_jax.errors import ExpectedError
@@ -20,10 +24,68 @@ SPLIT_RULES = ("auto", "slide", "image")
 EVALUATION_SPLITS = ("validation", "test")
 MODELS = ("five_block", "five_block_p4m")
 
+# Of a URL's two slashes `pathlib` keeps one. `user@host:/` is scp's.
+_URL = re.compile(
+    r"[a-z][a-z0-9+.-]+://|[^/]+@[^/]+:/|"
+    r"(abfss?|adl|az|dbfs|file|ftps?|gcs|gs|hdfs|hf|https?|memory|oss|s3[an]?|sftp|ssh|wasbs?):/",
+    re.IGNORECASE,
+)
+NO_URL = "a folder, not a URL: mount the bucket or copy it, and give the path"
+
 
 def names(text: str) -> list[str]:
     """Returns what stands between the commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def folders(text: str) -> list[str]:
+    """Returns the folders that `text` lists, separated by commas.
+
+    A folder whose own name has commas is found where it exists; of several readings the longest
+    name wins, and a slash at its end (`a/,b`) ends a name before.
+    """
+    pieces, found = text.split(","), []
+    while pieces:
+        for count in range(len(pieces), 0, -1):
+            name = ",".join(pieces[:count])
+            # Blanks around a name belong to it only where there is such a folder.
+            name = name if _is_folder(name) else name.strip()
+            if count == 1 or _is_folder(name):
+                break
+        found.append(name)
+        pieces = pieces[count:]
+    return [name for name in found if name]
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return bool(name.strip()) and Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # too long, no such home, not a path
+        return False
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` is the address of a bucket or a server, and no path of this machine."""
+    return bool(_URL.match(path.strip()))
+
+
+def parse_fold(fold: str) -> tuple[int, int]:
+    """Returns K and N of 'K/N'.
+
+    Raises:
+        ValueError: it is not of this form, or K is not from 1 to N, or N is below 2.
+    """
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", fold, re.ASCII)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) or int(match[2]) < 2:
+        raise ValueError(fold)
+    return int(match[1]), int(match[2])
+
+
+def _is_fold(fold: str) -> bool:
+    try:
+        return bool(parse_fold(fold))
+    except ValueError:
+        return False
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -43,6 +105,11 @@ class DataConfig:
     tfds_dir: str = _option(
         "~/tensorflow_datasets", "folder for the prepared records; about the size of the raw files"
     )
+    records: str | None = _option(
+        None,
+        "name of the prepared records in tfds_dir to use, as the log gives it; None = those of "
+        "raw_dir, of the run, or the only ones",
+    )
     samples_per_class: int | None = _option(
         None, "labelled patches drawn from each class before the split; None = all"
     )
@@ -51,6 +118,16 @@ class DataConfig:
         "auto",
         "keep whole slides, or only whole images, on one side: slide, image, "
         "auto = slide where slides are known; pcam's official splits are kept",
+    )
+    split_seed: int | None = _option(
+        None,
+        "seed of sampling, split and synthetic slides, for runs that differ in seed alone; "
+        "None = seed",
+    )
+    fold: str | None = _option(
+        None,
+        "K/N: validate on fold K of N, by slide where slides are known, and train on the others; "
+        "validation_fraction is not used; of pcam the training split is divided. None = no folds",
     )
     slide_map: str | None = _option(
         None,
@@ -171,7 +248,7 @@ class PredictConfig:
     checkpoints: str = _option(
         "",
         "folders of runs, separated by commas, whose equal mean is used instead of the workdir's "
-        "own network",
+        "own network; the name of a folder that exists may hold commas, too",
     )
     prior: float | None = _option(
         None,
@@ -212,48 +289,68 @@ class Config:
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
     explain: ExplainConfig = dataclasses.field(default_factory=ExplainConfig)
 
+    @property
+    def data_seed(self) -> int:
+        """The seed of sampling, split and synthetic slides."""
+        return self.seed if self.data.split_seed is None else self.data.split_seed
+
+
+_FRACTION = "above 0 and below 1"
+_BELOW_ONE = "at least 0 and below 1"
+_NOT_NEGATIVE = "at least 0 and finite"
+_POSITIVE = "above 0 and finite"
+
+# The fields that take one of a few words.
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "data.source": SOURCES,
+    "data.split_by": SPLIT_RULES,
+    "data.on_damaged": ON_DAMAGED,
+    "data.placement": PLACEMENTS,
+    "model.name": MODELS,
+    "optimizer.schedule": SCHEDULES,
+    "evaluate.split": EVALUATION_SPLITS,
+}
 
 # The limits, each `(field, holds, what it must be)`; fields that are None have no limit.
 _LIMITS: tuple[tuple[str, Any, str], ...] = (
-    ("seed", lambda v: 0 <= v < 2**31, "from 0 to 2147483647"),
-    ("data.source", lambda v: v in SOURCES, f"one of {', '.join(SOURCES)}"),
+    ("seed", lambda v: 0 <= v < 2**31, "at least 0 and at most 2147483647"),
+    ("data.raw_dir", bool, "a folder, or None"),
+    ("data.tfds_dir", bool, "a folder"),
     ("data.samples_per_class", lambda v: v >= 1, "at least 1, or None for all"),
-    ("data.validation_fraction", lambda v: 0 < v < 1, "between 0 and 1"),
-    ("data.split_by", lambda v: v in SPLIT_RULES, f"one of {', '.join(SPLIT_RULES)}"),
-    ("data.on_damaged", lambda v: v in ON_DAMAGED, f"one of {', '.join(ON_DAMAGED)}"),
-    ("data.placement", lambda v: v in PLACEMENTS, f"one of {', '.join(PLACEMENTS)}"),
+    ("data.validation_fraction", lambda v: 0 < v < 1, _FRACTION),
+    ("data.split_seed", lambda v: 0 <= v < 2**31, "at least 0 and at most 2147483647, or None"),
+    ("data.fold", _is_fold, "K/N, such as 1/5: K from 1 to N, and N at least 2"),
+    ("data.slide_map", bool, "a CSV file, a folder, or None"),
     ("data.synthetic_slides", lambda v: v >= 2, "at least 2"),
-    ("model.name", lambda v: v in MODELS, f"one of {', '.join(MODELS)}"),
     (
         "model.features",
         lambda v: len(v) == 5 and min(v) >= 1,
-        "five numbers, each at least 1",
+        "five whole numbers, each at least 1, such as (32, 64, 128, 256, 512)",
     ),
     ("model.dense", lambda v: v >= 1, "at least 1"),
-    ("model.dropout", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("augment.shift", lambda v: 0 <= v <= 4, "from 0 to 4"),
-    ("augment.stain", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("augment.brightness", lambda v: 0 <= v < 1, "from 0 to below 1"),
-    ("augment.mixup", lambda v: 0 <= v < math.inf, "at least 0"),
-    ("optimizer.learning_rate", lambda v: 0 < v < math.inf, "above 0"),
-    ("optimizer.schedule", lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-    ("optimizer.warmup", lambda v: 0 < v < 1, "between 0 and 1"),
-    ("optimizer.weight_decay", lambda v: 0 <= v < math.inf, "at least 0"),
-    ("optimizer.ema_decay", lambda v: 0 <= v < 1, "from 0 to below 1"),
+    ("model.dropout", lambda v: 0 <= v < 1, _BELOW_ONE),
+    ("augment.shift", lambda v: 0 <= v <= 4, "at least 0 and at most 4"),
+    ("augment.stain", lambda v: 0 <= v < 1, _BELOW_ONE),
+    ("augment.brightness", lambda v: 0 <= v < 1, _BELOW_ONE),
+    ("augment.mixup", lambda v: 0 <= v < math.inf, _NOT_NEGATIVE),
+    ("optimizer.learning_rate", lambda v: 0 < v < math.inf, _POSITIVE),
+    ("optimizer.warmup", lambda v: 0 < v < 1, _FRACTION),
+    ("optimizer.weight_decay", lambda v: 0 <= v < math.inf, _NOT_NEGATIVE),
+    ("optimizer.ema_decay", lambda v: 0 <= v < 1, _BELOW_ONE),
     ("fit.batch_size", lambda v: v >= 1, "at least 1"),
     ("fit.epochs", lambda v: v >= 1, "at least 1"),
     ("fit.steps_per_epoch", lambda v: v >= 1, "at least 1, or None for one pass"),
     ("early_stopping.patience", lambda v: v >= 1, "at least 1"),
-    ("early_stopping.min_delta", lambda v: 0 <= v < math.inf, "at least 0"),
-    ("checkpoint.every_minutes", lambda v: 0 < v < math.inf, "above 0"),
-    (
-        "evaluate.split",
-        lambda v: v in EVALUATION_SPLITS,
-        f"one of {', '.join(EVALUATION_SPLITS)}",
-    ),
+    ("early_stopping.min_delta", lambda v: 0 <= v < math.inf, _NOT_NEGATIVE),
+    ("checkpoint.every_minutes", lambda v: 0 < v < math.inf, _POSITIVE),
     ("predict.batch_size", lambda v: v >= 1, "at least 1"),
-    ("predict.prior", lambda v: 0 < v < 1, "between 0 and 1, or None"),
-    ("compare.runs", lambda v: len(names(v)) in (0, 2), "two folders, separated by a comma"),
+    ("predict.prior", lambda v: 0 < v < 1, f"{_FRACTION}, or None"),
+    ("data.raw_dir", lambda v: not is_url(v), NO_URL),
+    ("data.tfds_dir", lambda v: not is_url(v), NO_URL),
+    ("data.slide_map", lambda v: not is_url(v), NO_URL),
+    ("predict.checkpoints", lambda v: not any(map(is_url, names(v))), NO_URL),
+    ("compare.runs", lambda v: not any(map(is_url, names(v))), NO_URL),
+    ("compare.runs", lambda v: len(folders(v)) in (0, 2), "two folders, separated by a comma"),
 )
 
 
@@ -269,6 +366,12 @@ def flat(config: Config) -> dict[str, Any]:
                 yield prefix + field.name, value
 
     return dict(walk(config, ""))
+
+
+def set_field(config: Config, name: str, value: Any) -> None:
+    """Sets the setting with this dotted name."""
+    *groups, field = name.split(".")
+    setattr(functools.reduce(getattr, groups, config), field, value)
 
 
 def describe() -> list[tuple[str, Any, str]]:
@@ -296,26 +399,94 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _type_name(kind: Any) -> str:
-    return str(kind) if typing.get_args(kind) else kind.__name__
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    types.NoneType: "None",
+    tuple[int, ...]: "five whole numbers such as (32, 64, 128, 256, 512)",
+}
 
 
-def _check_types(node: Any, prefix: str) -> None:
-    unknown = vars(node).keys() - {field.name for field in dataclasses.fields(node)}
+def type_name(kind: Any) -> str:
+    """Returns a field's type in words, as in 'a whole number or None'."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(type_name, typing.get_args(kind)))
+    return _TYPE_NAMES.get(kind) or f"of type {kind.__name__}"
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Returns the known name that `name` is most likely a misspelling of, if any is close."""
+    by_key = {choice.lower(): choice for choice in known}
+    key = name.lower().replace("-", "_")
+    found = difflib.get_close_matches(key, by_key, n=1, cutoff=cutoff)
+    return by_key[found[0]] if found else None
+
+
+def likely_field(name: str) -> str | None:
+    """Returns the dotted name of the field that a name that is not a field's most likely means."""
+    known = [field for field, _, _ in describe()]
+    group, _, rest = name.partition(".")
+    same_last = [f for f in known if f.rpartition(".")[2] == name.rpartition(".")[2].lower()]
+    if same_last:
+        return same_last[0]
+    siblings = _fields_of(group)
+    if not siblings:
+        return closest(name, known, cutoff=0.75)
+    match = closest(rest, siblings)
+    return f"{group}.{match}" if match else None
+
+
+def _fields_of(group: str) -> list[str]:
+    known = (field for field, _, _ in describe())
+    return [field.partition(".")[2] for field in known if field.startswith(f"{group}.")]
+
+
+def unknown_field(name: str) -> str:
+    """Returns the message about a dotted name that is no field's, with what is likely meant."""
+    match, group = likely_field(name), name.partition(".")[0]
+    hint = ""
+    if match:
+        hint = f"; did you mean config.{match}?"
+    elif siblings := _fields_of(group):
+        hint = f"; config.{group} has {', '.join(siblings)}"
+    return f"unknown config field: config.{name}{hint} (see --help)"
+
+
+def check_types(node: Any, prefix: str = "") -> None:
+    """Checks that settings have the fields of their class and each a value of its type.
+
+    Args:
+        node: a `Config`, or one of its groups.
+        prefix: of the group's fields, as in `fit.`.
+
+    Raises:
+        ExpectedError: names the field.
+    """
+    # A subclass of the user's own may have other defaults, not other fields.
+    own = next(kind for kind in type(node).__mro__ if kind.__module__ == __name__)
+    unknown = vars(node).keys() - {field.name for field in dataclasses.fields(own)}
     if unknown:
-        raise ExpectedError(f"unknown config field: config.{prefix}{min(unknown)} (see --help)")
-    for field in dataclasses.fields(node):
+        raise ExpectedError(unknown_field(prefix + min(unknown)))
+    for field in dataclasses.fields(own):
         value = getattr(node, field.name)
         if not _fits(value, field.type):
+            known = type(value) in (*_TYPE_NAMES, tuple)
+            but = "" if known else f", not {type_name(type(value))}"
             raise ExpectedError(
-                f"config.{prefix}{field.name} = {value!r} is not of type {_type_name(field.type)}"
+                f"config.{prefix}{field.name} = {value!r} must be {type_name(field.type)}{but}"
             )
         if dataclasses.is_dataclass(field.type):
-            _check_types(value, f"{prefix}{field.name}.")
+            check_types(value, f"{prefix}{field.name}.")
 
 
-def validate(config: Config) -> None:
+def validate(config: Config, typed: Mapping[str, str] = types.MappingProxyType({})) -> None:
     """Checks every setting's type and range.
+
+    Args:
+        config: the settings.
+        typed: values as the user typed them, by dotted name, which messages then show.
 
     Raises:
         ExpectedError: names the first field that is wrong, its value and what it must be.
@@ -324,8 +495,16 @@ def validate(config: Config) -> None:
         raise ExpectedError(
             f"the config is a {type(config).__name__}; get_config() must return histo_jax.Config"
         )
-    _check_types(config, "")
+    check_types(config)
     values = flat(config)
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
+            match = closest(values[name], choices)
+            hint = f"; did you mean {match}?" if match else ""
+            raise ExpectedError(
+                f"config.{name} = {values[name]!r} must be one of {', '.join(choices)}{hint}"
+            )
     for name, holds, wanted in _LIMITS:
         if values[name] is not None and not holds(values[name]):
-            raise ExpectedError(f"config.{name} = {values[name]!r} must be {wanted}")
+            value = typed.get(name) or repr(values[name])
+            raise ExpectedError(f"config.{name} = {value} must be {wanted}")

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from histo_jax import files
+from histo_jax import environment, files, streams
+from histo_jax.errors import ExpectedError
 
 Finding = tuple[str, str]
 
@@ -77,7 +78,10 @@ def _devices() -> Iterator[Finding]:
         f"{len(local)} of {jax.device_count()} devices, {kind}, process {jax.process_index()} of "
         f"{jax.process_count()}"
     )
-    if local[0].platform == "cpu" and shutil.which("nvidia-smi"):
+    hidden = environment.variables("JAX_PLATFORM", "CUDA_VISIBLE")
+    if local[0].platform == "cpu" and "=" in hidden and (shutil.which("nvidia-smi") or _tpu()):
+        yield "WARN", f"{there}, as {hidden} may have it: unset that to use the accelerator"
+    elif local[0].platform == "cpu" and shutil.which("nvidia-smi"):
         yield "FAIL", f"{there}, but there is an NVIDIA driver: run launch/install.sh cuda"
     elif local[0].platform == "cpu" and _tpu():
         yield "FAIL", f"{there}, but there is a TPU ({_tpu()}): run launch/install.sh tpu"
@@ -108,13 +112,29 @@ def _memory() -> Iterator[Finding]:
     yield "PASS" if enough else "WARN", f"{free / 1e9:.1f} GB of memory free{remedy}"
 
 
+def _home(name: str) -> Path | None:
+    try:
+        return Path.home() / name
+    except RuntimeError:
+        return None
+
+
+def _current_folder() -> Path:
+    try:
+        return Path.cwd()
+    except OSError:  # it was removed
+        return Path(os.curdir)
+
+
 def _folders() -> Iterator[Finding]:
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     for folder, setting in (
-        (Path("~/tensorflow_datasets").expanduser(), "--config.data.tfds_dir"),
-        (Path(caches), "XDG_CACHE_HOME"),
-        (Path.cwd(), "--workdir"),
+        (_home("tensorflow_datasets"), "--config.data.tfds_dir"),
+        (files.user_caches(), "XDG_CACHE_HOME"),
+        (_current_folder(), "--workdir"),
     ):
+        if folder is None:
+            yield "WARN", f"this user has no home folder: set {setting} to another one"
+            continue
         elsewhere = f"choose another folder by {setting}"
         existing = files.nearest(folder)
         try:
@@ -184,10 +204,14 @@ def _failed(checks: _Checks) -> bool:
                 print(f"{verdict}  {finding}", flush=True)
                 failed |= verdict == "FAIL"
         except Exception as error:  # of a broken installation or device: that is what is looked for
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            print(f"FAIL  {check.__name__.strip('_')}: {said}: run launch/install.sh", flush=True)
+            _print_broken(check.__name__.strip("_"), error)
             failed = True
     return failed
+
+
+def _print_broken(what: str, error: Exception) -> None:
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    print(f"FAIL  {what}: {said}: run launch/install.sh", flush=True)
 
 
 def main() -> int:
@@ -203,7 +227,6 @@ def main() -> int:
     options = parser.parse_args()
     failed = _failed(_ALONE)
     if options.multihost:
-        from histo_jax.errors import ExpectedError
         from histo_jax.training import hosts
 
         try:
@@ -214,8 +237,24 @@ def main() -> int:
         except ExpectedError as error:
             print(f"FAIL  {error}")
             return 1
-    return int(_failed(_TOGETHER) or failed)
+    try:
+        runtime = environment.load("histo_jax.training.runtime")
+        with environment.defaults(), runtime.jax_defaults():
+            runtime.check_devices()
+            return int(_failed(_TOGETHER) or failed)
+    except ExpectedError as error:  # variables of the environment keep JAX from starting
+        print(f"FAIL  {error}")
+        return 1
+    except Exception as error:  # of a broken installation
+        _print_broken("jax", error)
+        return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    streams.make_robust()
+    environment.reset_warnings()
+    status = main()
+    lost = streams.flush_stdout()
+    if lost:
+        print(f"histo_jax: stdout was lost: {lost.strerror}", file=sys.stderr)
+    sys.exit(status or (2 if lost else 0))

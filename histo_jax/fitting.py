@@ -1,14 +1,12 @@
 """Training: the loop over steps and epochs."""
 
 import collections
-import contextlib
 import dataclasses
-import io
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,9 +17,8 @@ import optax
 import pandas as pd
 from jax.sharding import NamedSharding
 from optax import Schedule
-from tensorboardX import SummaryWriter
 
-from histo_jax import preemption, progress
+from histo_jax import files, preemption, progress, provenance
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader, splits
@@ -34,6 +31,7 @@ from histo_jax.training import agreement, placement, runtime, sharding
 from histo_jax.training import step as steps
 from histo_jax.training.augmentation import augment, mix
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
+from histo_jax.training.events import Events, repair
 from histo_jax.training.optimizer import create_optimizer, learning_rate
 from histo_jax.training.placement import TrainingBatch
 from histo_jax.training.state import (
@@ -54,18 +52,26 @@ HISTORY_COLUMNS = (
     "validation_auc",
     "learning_rate",
 )
+# Of TensorBoard. The last two stand in the checkpoint's history only.
+_CURVES = (*HISTORY_COLUMNS[2:], "gradient_norm", "weight_norm")
 # Steps that may run while the next is prepared. Unbounded, the dispatch runs minutes ahead of a
 # slow device, and the waiting batches fill the memory.
 _IN_FLIGHT = 2
 # Patches along each side of the sheet of training patches.
 _SHEET = 6
+# How many times as long test-time averaging takes, and the passes of single patches that a report
+# takes: 36 patches, 24 gradients each, and a gradient is three passes.
+_TTA_COST, _REPORT_COST = 7, 36 * 24 * 3
 # What a process can ask for, by weight.
 _GO_ON, _SAVE, _LEAVE = 0, 1, 2
 
 TrainStep = Callable[[TrainState, TrainingBatch], tuple[TrainState, steps.Metrics]]
 
 
-def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
+@runtime.session
+def fit(
+    config: Config, workdir: str | os.PathLike[str], *, followed_by: Sequence[str] = ()
+) -> pd.DataFrame:
     """Trains the network of `config` in `workdir`; goes on where an earlier call stopped.
 
     Prepares the data if needed, writes `config.json`, `history.csv`, `status.json`, TensorBoard
@@ -74,6 +80,8 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     Args:
         config: all settings, see `histo_jax.config`.
         workdir: folder of the run; made if missing.
+        followed_by: commands that the caller runs next, such as 'evaluate'; the time that the log
+            says is left includes them.
 
     Returns:
         One row an epoch: `epoch` and `step` counted from 1, `train_loss` (mean over the epoch's
@@ -86,29 +94,49 @@ def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir).expanduser()
+    folder = files.expand(workdir, "--workdir")
+    if config.predict.checkpoints:
+        raise ExpectedError(
+            "config.predict.checkpoints names runs to evaluate and to predict with: leave it out "
+            "to train"
+        )
     workdirs.check(folder, config)
     sharding.check_batch_size(config.fit.batch_size)
     with workdirs.tracked(folder, "fit"):
-        prepared = prepare(config)
+        prepared = prepare(config, folder)
         sides = splits.make_sides(prepared.tables, config)
         agreement.check_records(config, prepared.tables)
         _check_sides(config, prepared, sides)
         workdirs.claim(folder, config)
         agreement.check_shared(folder)
+        workdirs.update_status(folder, records=prepared.name)
         with Checkpoints(folder) as checkpoints:
             start = _start(config, checkpoints, prepared.tables, sides)
-            if start.history:  # the last process may have ended between the save and this file
-                _write_history(folder, start.history)
+            _rebuild_derived(folder, start)
             if _is_done(config, start.early_stopping, start.history):
                 log.info("already complete at step %d", start.state.step)
                 return _table(start.history)
-            workdirs.save_config(folder, config)
+            source = provenance.source_hashes(
+                type(create_model(config.model)), create_optimizer, steps.make_train_step
+            )
+            provenance.warn_of_changes(folder, source)
+            workdirs.save_config(folder, config, source)
             workdirs.update_status(
                 folder, state="running", reason=None, finished=[], step=int(start.state.step),
                 trained_with=runtime.versions(),
             )  # fmt: skip
-            return _table(_train(config, folder, checkpoints, start, prepared, sides))
+            return _table(_train(config, folder, checkpoints, start, prepared, sides, followed_by))
+
+
+def _rebuild_derived(folder: Path, start: Checkpoint) -> None:
+    """Brings history, status and events in line with a checkpoint: a kill may come between."""
+    if not workdirs.is_writer():
+        return
+    if start.history or (folder / "history.csv").exists():
+        _write_history(folder, start.history)
+    if "step" in workdirs.status(folder):
+        workdirs.update_status(folder, step=int(start.state.step))
+    repair(folder / "events", start.history, _CURVES, int(start.state.step))
 
 
 def _check_sides(config: Config, prepared: Prepared, sides: splits.Sides) -> None:
@@ -120,11 +148,11 @@ def _check_sides(config: Config, prepared: Prepared, sides: splits.Sides) -> Non
         )
     splits.refuse_leak(prepared.tables, sides, config.data.allow_leak)
     log.info(
-        "%d patches to train, %d to validate, divided by %s",
-        count, len(sides.validation.rows), sides.by,
+        "%d patches to train, %d to validate, divided %s",
+        count, len(sides.validation.rows), sides.division,
     )  # fmt: skip
     if not sides.honest:
-        log.warning("%s", splits.OPTIMISTIC)
+        log.warning("%s", splits.caveat(sides.honest))
 
 
 def _is_done(config: Config, early_stopping: EarlyStopping, history: list[dict[str, Any]]) -> bool:
@@ -230,7 +258,8 @@ class _Run:
         self.step = int(start.state.step)
         self._saved = time.monotonic()
         self._compiled = False
-        self.gradient_norm = self.weight_norm = float("nan")
+        self.gradient_norm = start.data.get("gradient_norm", float("nan"))
+        self.weight_norm = float("nan")
 
     @property
     def epoch(self) -> int:
@@ -260,9 +289,11 @@ class _Run:
         size = self._config.fit.batch_size
         first = (self.epoch - 1) * steps_per_epoch
         # Closed before anything is said of a step that failed, or of a signal.
+        if not self._compiled:
+            log.info("compiling the training step")
         with progress.bar(
-            desc=f"epoch {self.epoch}/{self._config.fit.epochs}", unit=" img", leave=False,
-            total=steps_per_epoch * size, initial=(self.step - first) * size,
+            f"epoch {self.epoch}/{self._config.fit.epochs}", steps_per_epoch * size,
+            unit=" img", leave=False, initial=(self.step - first) * size,
             is_shown=workdirs.is_writer(),
         ) as bar:  # fmt: skip
             while self.step < self.epoch * steps_per_epoch:
@@ -281,11 +312,14 @@ class _Run:
                     metrics.loss.block_until_ready()
                     self._compiled, timed_from = True, time.monotonic()
                 if requested:
-                    if max(requested, in_flight.drain()) == _LEAVE:
+                    requested = max(requested, in_flight.drain())
+                    self.gradient_norm = float(in_flight.gradient_norm)
+                    if requested == _LEAVE:
                         self.leave()
                     self.save()
             requested = in_flight.drain()
-        self.gradient_norm = in_flight.gradient_norm
+        if not math.isnan(in_flight.gradient_norm):  # nan: the epoch's steps were taken before
+            self.gradient_norm = float(in_flight.gradient_norm)
         if requested == _LEAVE:
             self.leave()
         return images / (time.monotonic() - timed_from) if images else None
@@ -312,6 +346,8 @@ class _Run:
             "validation_loss": nll,
             "validation_auc": auc,
             "learning_rate": float(self._learning_rate(self.step - 1)),
+            "gradient_norm": self.gradient_norm,
+            "weight_norm": self.weight_norm,
         }
         self.history.append(row)
         zero = sharding.spread(np.zeros((), np.float32), sharding.replicated(self._batched))
@@ -331,6 +367,8 @@ class _Run:
     ) -> None:
         """Begins to save all of it; loss and calibration are known at an epoch's end only."""
         data: dict[str, Any] = {"step": self.step, "fingerprint": self._fingerprint}
+        if not math.isnan(self.gradient_norm):
+            data["gradient_norm"] = self.gradient_norm
         if calibration:
             data["calibration"] = dataclasses.asdict(calibration)
         checkpoint = Checkpoint(self.state, self.early_stopping, data, self.history)
@@ -352,6 +390,7 @@ def _train(
     start: Checkpoint,
     prepared: Prepared,
     sides: splits.Sides,
+    followed_by: Sequence[str],
 ) -> list[dict[str, Any]]:
     batched = sharding.batch_sharding()
     count, batch_size = len(sides.train.rows), config.fit.batch_size
@@ -373,7 +412,15 @@ def _train(
         chosen = sides.train.rows[loader.training_order(count, batch_size, config.seed)[step - 1]]
         return " ".join(prepared.tables[sides.train.records]["id"].iloc[chosen])
 
-    with _events(folder) as events:
+    with Events(folder / "events", workdirs.is_writer()) as events:
+        if not any((folder / "events").glob("*")):
+            records = prepared.records(*sides.train)
+            order = loader.training_order(count, batch_size, config.seed)
+            shown = min(count, _SHEET**2)
+            rows = np.concatenate([order[k] for k in range(-(-shown // batch_size))])[:shown]
+            sheet = _training_sheet(config, records.images(rows))
+            events.add_image("training_patches", sheet, 0)
+            events.flush()
         while not run.is_done:
             began = time.monotonic()
             rate = run.train_epoch(train_step, batches, steps_per_epoch, ids_of)
@@ -384,33 +431,32 @@ def _train(
                 if jax.process_count() == 1:
                     validating = preemption.stopping(validating)
                 weights = run.state.best_weights
-                outputs = steps.collect_logits(eval_step, weights, validating)
+                total = len(sides.validation.rows)
+                with progress.bar(
+                    f"validating epoch {run.epoch}", total, unit=" img", leave=False,
+                    is_shown=workdirs.is_writer(),
+                ) as bar:  # fmt: skip
+                    counted = progress.counted(bar, validating, batch_size, total)
+                    outputs = steps.collect_logits(eval_step, weights, counted)
             except preemption.Preempted:
                 run.leave()
             row = run.end_epoch(outputs, steps_per_epoch)
             if rate:
                 workdirs.update_status(folder, images_per_second=round(rate, 1))
-            for name in HISTORY_COLUMNS[2:]:
-                events.add_scalar(name, row[name], row["step"])
-            events.add_scalar("gradient_norm", run.gradient_norm, row["step"])
-            events.add_scalar("weight_norm", run.weight_norm, row["step"])
-            if row["epoch"] == 1:
-                records = prepared.records(*sides.train)
-                order = loader.training_order(count, batch_size, config.seed)
-                shown = min(count, _SHEET**2)
-                rows = np.concatenate([order[k] for k in range(-(-shown // batch_size))])[:shown]
-                sheet = _training_sheet(config, records.images(rows))
-                events.add_image("training_patches", sheet, row["step"], dataformats="HWC")
+            events.add_scalars({name: row[name] for name in _CURVES}, row["step"])
             events.flush()
             # The first epoch of a process compiles, and may be the rest of one.
             whole = steps_per_epoch * batch_size / rate if rate else trained - began
             each = whole + time.monotonic() - trained
+            left = (config.fit.epochs - row["epoch"]) * each
+            if rate:  # compilation left out, and a training step is about three passes
+                left += _patches_after(config, sides, followed_by) / (3 * rate)
             log.info(
                 "epoch %d/%d  loss %.4f  validation loss %.4f  validation AUC %.4f  %s img/s  "
                 "at most %s left",
                 row["epoch"], config.fit.epochs, row["train_loss"], row["validation_loss"],
                 row["validation_auc"], round(rate) if rate else "-",
-                _duration((config.fit.epochs - row["epoch"]) * each),
+                _duration(left),
             )  # fmt: skip
     if run.early_stopping.should_stop:
         log.info(
@@ -418,6 +464,15 @@ def _train(
             run.early_stopping.epochs_without_improvement,
         )
     return run.history
+
+
+def _patches_after(config: Config, sides: splits.Sides, commands: Sequence[str]) -> int:
+    """How many patches' passes through the network take as long as these commands, about."""
+    test = len(sides.test.rows) if sides.test else 0
+    scored = test if config.evaluate.split == "test" else len(sides.validation.rows)
+    symmetries = _TTA_COST if config.predict.tta else 1
+    count = symmetries * (scored * ("evaluate" in commands) + test * ("predict" in commands))
+    return count + _REPORT_COST * ("report" in commands)
 
 
 def _training_sheet(config: Config, images: np.ndarray) -> np.ndarray:
@@ -432,19 +487,6 @@ def _training_sheet(config: Config, images: np.ndarray) -> np.ndarray:
     side = math.isqrt(len(seen))
     rows = seen[: side * side].reshape(side, side, *seen.shape[1:])
     return rows.swapaxes(1, 2).reshape(side * seen.shape[1], side * seen.shape[2], 3)
-
-
-@contextlib.contextmanager
-def _events(folder: Path) -> Iterator[SummaryWriter]:
-    """Opens TensorBoard's event files."""
-    events = SummaryWriter(str(folder / "events"), write_to_disk=workdirs.is_writer())
-    try:
-        yield events
-        events.close()
-    except OSError:
-        # On a full disk its own clean-up, at the process's end, would fail once more, aloud.
-        events.file_writer.event_writer = io.BytesIO()
-        raise
 
 
 def _write_history(folder: Path, history: list[dict[str, Any]]) -> None:

@@ -4,13 +4,15 @@ import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Sharding
 
+from histo_jax import files
 from histo_jax import workdir as workdirs
-from histo_jax.config import Config, names
+from histo_jax.config import Config, folders, parse_fold
 from histo_jax.data import splits
-from histo_jax.data.builder import Prepared, prepare
+from histo_jax.data.builder import Prepared, existing
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import Calibration
 from histo_jax.models import create_model
@@ -51,7 +53,20 @@ def restore(config: Config, folder: Path, place: Sharding) -> list[Member]:
     Raises:
         ExpectedError: a folder is no run, has no checkpoint, or one of another model.
     """
-    runs = [Path(run).expanduser() for run in names(config.predict.checkpoints)]
+    runs = [
+        files.expand(run, "--config.predict.checkpoints")
+        for run in folders(config.predict.checkpoints)
+    ]
+    twice = [
+        run
+        for number, run in enumerate(runs)
+        if run.resolve() in {other.resolve() for other in runs[:number]}
+    ]
+    if twice:
+        raise ExpectedError(
+            f"config.predict.checkpoints names {twice[0]} twice, which would count double: leave "
+            "one out"
+        )
     members = []
     for run in runs or [folder]:
         own = workdirs.load_config(run) if runs else config
@@ -107,7 +122,7 @@ def check_evaluated(members: list[Member], scores: dict[str, Any], split: str) -
 
 def refuse_trained_on(
     members: list[Member], config: Config, prepared: Prepared, side: splits.Side
-) -> bool:
+) -> bool | None:
     """Refuses members that have trained on slides, or on patches, that they are to be judged by.
 
     Args:
@@ -117,27 +132,93 @@ def refuse_trained_on(
         side: of these records, to be scored.
 
     Returns:
-        Whether it is known that none has trained on the slides that are to be scored.
+        Whether none has trained on the slides that are to be scored; None = not known.
 
     Raises:
         ExpectedError: names the run and how many patches, or that its own records are gone.
     """
-    judged = prepared.tables[side.records].iloc[side.rows]
-    honest = True
+    table = prepared.tables[side.records]
+    judged = table.iloc[side.rows]
+    honest = []
     for member in members:
         records, sides = _origin(member, config, prepared)
-        seen = records.tables[sides.train.records].iloc[sides.train.rows]
+        own = records.tables[sides.train.records]
+        seen = own.iloc[sides.train.rows]
         known = judged["id"].isin(splits.shared_ids(judged, seen))
         known |= judged["slide"].isin(seen["slide"]) & (judged["slide"] != "")
         if known.any():
+            hint = (
+                "leave out --config.data.fold to evaluate runs of all folds out of fold"
+                if config.data.fold
+                else "take runs of the same config.data and data.split_seed (None = seed) as this "
+                "command, or of all folds"
+            )
             raise ExpectedError(
                 f"{member.run} has trained on {known.sum()} of the {len(judged)} patches that are "
-                "to be scored, or on others of their slides: take runs with the same config.seed "
-                "and config.data as this command"
+                f"to be scored, or on others of their slides: {hint}"
             )
-        named = (seen["slide"] != "").all() and (judged["slide"] != "").all()
-        honest &= bool(named) or (records is prepared and sides.honest)
-    return honest
+        value = splits.disjoint((own, sides.train.rows), (table, side.rows))
+        if value is None and judged["id"].isin(own["id"]).all():
+            value = sides.honest  # one data set, which this run has divided
+        honest.append(value)
+    return splits.combine(honest)
+
+
+def are_folds(members: list[Member], config: Config) -> bool:
+    """Whether the runs of an ensemble are folds, whose validation patches are asked for."""
+    is_ensemble = bool(config.predict.checkpoints) and config.data.fold is None
+    asked = is_ensemble and config.evaluate.split == "validation"
+    return asked and all(member.config.data.fold for member in members)
+
+
+def fold_sides(members: list[Member], config: Config, prepared: Prepared) -> list[splits.Sides]:
+    """Returns each run's sides of a cross-validation, in which each patch validates once.
+
+    Args:
+        members: runs with `data.fold`.
+        config: that of the command.
+        prepared: its records.
+
+    Raises:
+        ExpectedError: a fold is missing or there twice, or the runs have divided other patches.
+    """
+    runs: dict[int, str] = {}
+    folds = {parse_fold(member.config.data.fold or "")[1] for member in members}
+    if len(folds) > 1:
+        raise ExpectedError(
+            f"config.predict.checkpoints names runs of {min(folds)} and of {max(folds)} folds: "
+            "give those of one division"
+        )
+    for member in members:
+        number = parse_fold(member.config.data.fold or "")[0]
+        if number in runs:
+            raise ExpectedError(
+                f"{runs[number]} and {member.run} both validate on fold {member.config.data.fold}: "
+                "give one run for each fold"
+            )
+        runs[number] = member.run
+    (count,) = folds
+    missing = [f"{number}/{count}" for number in range(1, count + 1) if number not in runs]
+    if missing:
+        raise ExpectedError(
+            f"config.predict.checkpoints names no run with data.fold = {', '.join(missing)}: add "
+            "it, so that each patch is scored once"
+        )
+    divided = [_origin(member, config, prepared) for member in members]
+    for member, (records, _) in zip(members, divided, strict=True):
+        if records is not prepared:
+            raise ExpectedError(
+                f"{member.run} was trained on other records or slides than {prepared.name}: give "
+                "this command the config.data of that run, without its fold"
+            )
+    rows = np.sort(np.concatenate([sides.validation.rows for _, sides in divided]))
+    sample = splits.draw_sample(prepared.tables, members[0].config)
+    if not np.array_equal(rows, sample.rows):
+        raise ExpectedError(
+            "the runs of config.predict.checkpoints have not divided the same patches into folds: "
+            "train all with one config.data, and one data.split_seed where their seeds differ"
+        )
+    return [sides for _, sides in divided]
 
 
 def _origin(member: Member, config: Config, prepared: Prepared) -> tuple[Prepared, splits.Sides]:
@@ -152,10 +233,16 @@ def _origin(member: Member, config: Config, prepared: Prepared) -> tuple[Prepare
     if member.config.data.source == config.data.source:
         with contextlib.suppress(ExpectedError):
             return divided(prepared)
+    reason: Exception = ExpectedError(f"{member.config.data.tfds_dir} holds none of its records")
     try:
-        return divided(prepare(member.config, write=False))
+        for records in existing(member.config, Path(member.run)):
+            try:
+                return divided(records)
+            except ExpectedError as error:
+                reason = error
     except (ExpectedError, OSError) as error:
-        raise ExpectedError(
-            f"what {member.run} has trained on cannot be told ({error}): restore its records, or "
-            "leave this run out"
-        ) from None
+        reason = error
+    raise ExpectedError(
+        f"what {member.run} has trained on cannot be told ({reason}): restore its records, or "
+        "leave this run out"
+    )

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from scipy.special import expit
 
-from histo_jax import members, preemption
+from histo_jax import files, members, preemption, progress
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
 from histo_jax.data import loader
@@ -27,6 +26,7 @@ class NoTestPatchesError(ExpectedError):
     """The data has nothing to predict."""
 
 
+@runtime.session
 def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """Predicts the test patches with the best checkpoint of `workdir`, on all local devices.
 
@@ -49,21 +49,22 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir).expanduser()
+    folder = files.expand(workdir, "--workdir")
     workdirs.check(folder, config)
     with workdirs.tracked(folder, "predict"):
         devices = jax.local_devices()
         trained = members.restore(config, folder, SingleDeviceSharding(devices[0]))
-        prepared = prepare(config)
+        prepared = prepare(config, folder, raw_may_be_gone=True)
         agreement.check_records(config, prepared.tables)
         if "test" not in prepared.tables:
             raise NoTestPatchesError(
                 f"{config.data.raw_dir or prepared.directory} has no test patches to predict: "
-                f"add them, and remove {prepared.directory} to prepare again"
+                "add them to config.data.raw_dir"
             )
         ids = prepared.tables["test"]["id"]
         if config.predict.checkpoints:
             workdirs.claim(folder, config)
+            workdirs.update_status(folder, records=prepared.name)
         # Each process predicts an equal share; what the last ones lack is filled up with the last.
         share = -(-len(ids) // jax.process_count())
         own = np.minimum(np.arange(share) + share * jax.process_index(), len(ids) - 1)
@@ -84,11 +85,16 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
                 for batch in preemption.stopping(batches)
             )
             outputs = read_behind(forward(member.weights, part) for part in images)
-            # What fills up the last batch comes after all others.
-            logits = np.concatenate([output.reshape(-1) for output in outputs])[:share]
+            with progress.bar(
+                "predicting", share, unit=" img", leave=False, is_shown=workdirs.is_writer()
+            ) as bar:
+                outputs = progress.counted(bar, outputs, per_device * len(devices), share)
+                # What fills up the last batch comes after all others.
+                logits = np.concatenate([output.reshape(-1) for output in outputs])[:share]
             logits = multihost_utils.process_allgather(logits).reshape(-1)[: len(ids)]
             return member.calibration.apply(logits, config.predict.prior)
 
+        log.info("compiling the prediction step")
         probabilities = expit(np.mean([logits_of(member) for member in trained], axis=0))
         table = pd.DataFrame({"id": ids, "label": probabilities})
         path = folder / "submission.csv"

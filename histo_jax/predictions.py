@@ -1,5 +1,6 @@
 """What `evaluate` has said of each patch: `predictions_<split>.csv`."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,20 @@ import numpy as np
 import pandas as pd
 
 from histo_jax import workdir as workdirs
+from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.builder import Prepared
 from histo_jax.errors import ExpectedError
+from histo_jax.metrics import binary_scores
 
 
 def slides(table: pd.DataFrame) -> np.ndarray | None:
-    """Returns the slide of each patch; None where some are not known.
+    """Returns the slide of each patch; None where some are not known, or each has its own.
 
     Patches of one could then be taken for patches of several.
     """
-    return table["slide"].to_numpy() if (table["slide"] != "").all() else None
+    is_known = (table["slide"] != "").all() and table["slide"].duplicated().any()
+    return table["slide"].to_numpy() if is_known else None
 
 
 def write(folder: Path, split: str, table: pd.DataFrame) -> None:
@@ -45,8 +49,55 @@ def read(folder: Path, split: str) -> pd.DataFrame:
 
 
 def read_scores(folder: Path, split: str) -> dict[str, Any]:
-    """Reads the scores that `evaluate` has written beside them."""
-    return json.loads((folder / f"evaluation_{split}.json").read_text(encoding="utf-8"))
+    """Reads the scores that `evaluate` has written beside them.
+
+    Raises:
+        ExpectedError: they are missing or damaged.
+    """
+    path = folder / f"evaluation_{split}.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise ExpectedError(f"{path} is {what}: {_again(split)}") from None
+
+
+def check_scores(folder: Path, split: str, table: pd.DataFrame, scores: dict[str, Any]) -> None:
+    """Refuses scores that are not those of the predictions beside them.
+
+    A process that is killed between the two files leaves such ones.
+
+    Raises:
+        ExpectedError: names the file.
+    """
+    now = binary_scores(table["logit"].to_numpy(), table["label"].to_numpy(np.float64))
+    for name in ("count", "auc", "nll"):
+        # Text may lose the last digit.
+        if scores.get(name) is None or not np.isclose(scores[name], now[name], rtol=1e-6):
+            raise ExpectedError(
+                f"{folder / f'evaluation_{split}.json'} holds the scores of other predictions: "
+                f"{_again(split)}"
+            )
+
+
+def _again(split: str) -> str:
+    return f"run --mode=evaluate --config.evaluate.split={split} again"
+
+
+def make_sides(prepared: Prepared, config: Config, scores: dict[str, Any]) -> splits.Sides:
+    """Returns the sides that `evaluate` has scored.
+
+    Args:
+        prepared: the records.
+        config: that of the command.
+        scores: what `read_scores` returns; out of fold, all patches of the folds validate.
+    """
+    if not scores.get("out_of_fold"):
+        return splits.make_sides(prepared.tables, config)
+    # Any fold will do: the patches that are divided are the same for all.
+    folded = dataclasses.replace(config, data=dataclasses.replace(config.data, fold="1/2"))
+    everything = splits.draw_sample(prepared.tables, folded)
+    return splits.Sides(everything, everything, None, scores["split_by"], scores["honest"])
 
 
 def side(prepared: Prepared, sides: splits.Sides, split: str, table: pd.DataFrame) -> splits.Side:

@@ -1,8 +1,9 @@
-"""Notices that the machine is about to be taken away.
+"""Notices that the machine is about to be taken away, or that somebody wants to stop.
 
 SIGTERM is what spot machines, Kubernetes and SLURM send; SIGUSR1 what `sbatch --signal=USR1@120`
-sends beforehand; on the command line Ctrl-C (SIGINT) counts, too. The first is remembered until the
-work comes to a point where it can stop; the second leaves at once.
+sends beforehand; SIGHUP comes when the terminal is closed; SIGINT is Ctrl-C, or a notebook's
+interrupt. The first is remembered until the work comes to a point where it can stop; the second
+leaves at once.
 """
 
 import contextlib
@@ -12,9 +13,11 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+from histo_jax import streams
+
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start me again
 _INTERRUPTED = 130  # as shells have it: 128 + SIGINT
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 Item = TypeVar("Item")
 
@@ -40,7 +43,16 @@ def _handle(number: int, frame: Any) -> None:
     global _received
     _received = number
     if number == signal.SIGINT:
-        os.write(2, b"\nhisto_jax: stopping as soon as possible; Ctrl-C again leaves at once\n")
+        streams.write_stderr(
+            b"\nhisto_jax: stopping as soon as possible; Ctrl-C again leaves at once\n"
+        )
+
+
+def _handle_interrupt(number: int, frame: Any) -> None:
+    """Handles SIGINT where Python's own handler would raise KeyboardInterrupt."""
+    if _received == number:
+        raise KeyboardInterrupt
+    _handle(number, frame)
 
 
 def _leave_at_the_second(pipe: int, numbers: Iterable[int]) -> None:
@@ -59,21 +71,36 @@ def watch(ctrl_c: bool = False) -> Iterator[None]:
     """Remembers the signals until the end; inside itself, or in another thread, does nothing.
 
     Args:
-        ctrl_c: count SIGINT, too; otherwise it stays Python's KeyboardInterrupt.
+        ctrl_c: treat SIGINT as the others. Otherwise it ends in KeyboardInterrupt, once the work
+            has come to a point where it can stop, so that no notebook loses it; a handler that is
+            not Python's own is left alone.
+
+    Raises:
+        KeyboardInterrupt: SIGINT came, and `ctrl_c` is false.
     """
     global _received
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(_SIGNALS[0]) is _handle:
         yield
         return
-    numbers = (*_SIGNALS, signal.SIGINT) if ctrl_c else _SIGNALS
+    # What `nohup` has set to be ignored stays so.
+    numbers = [n for n in _SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    numbers += [signal.SIGINT] * ctrl_c
     pipe, signalled = os.pipe()
     os.set_blocking(signalled, False)
     wakeup = signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
     threading.Thread(target=_leave_at_the_second, args=(pipe, numbers), daemon=True).start()
     before = {number: signal.signal(number, _handle) for number in numbers}
+    if not ctrl_c and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, _handle_interrupt)
     try:
         yield
+        if _received == signal.SIGINT and not ctrl_c:
+            raise KeyboardInterrupt("interrupted when all was done")
+    except Preempted as error:
+        if error.code == _INTERRUPTED and not ctrl_c:
+            raise KeyboardInterrupt(str(error)) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,12 +1,154 @@
-"""Progress bars, for whoever watches."""
+"""Progress: a bar where somebody watches, a line now and then where it goes into a log."""
 
+import contextlib
+import logging
 import os
-from typing import Any
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tqdm import tqdm
 
+log = logging.getLogger("histo_jax")
 
-def bar(*args: Any, is_shown: bool = True, **kwargs: Any) -> tqdm:
-    """Returns tqdm's bar, shown on a terminal only, and not under CI, where nobody watches one."""
-    is_watched = is_shown and not os.environ.get("CI")
-    return tqdm(*args, **kwargs, disable=None if is_watched else True)
+# Between two lines in a log.
+LOG_SECONDS = 30.0
+
+Item = TypeVar("Item")
+
+
+@runtime_checkable
+class Bar(Protocol):
+    """What `tqdm` and `LogLines` have in common."""
+
+    def update(self, n: int = 1) -> Any:
+        """Counts `n` more as done."""
+
+
+class _Active(threading.local):
+    """What a thread is at, the outermost first."""
+
+    def __init__(self) -> None:
+        self.lines: list[LogLines] = []
+
+
+_active = _Active()
+
+
+class LogLines:
+    """Logs a line every `LOG_SECONDS`, also while nothing is counted; used as `tqdm` is.
+
+    A thread logs, so that a compilation or a slow disk does not look like a process that hangs. Of
+    nested ones the innermost is logged.
+    """
+
+    def __init__(
+        self, desc: str = "", total: int | None = None, unit: str = "", initial: int = 0
+    ) -> None:
+        self._desc, self._total, self._unit = desc, total, unit.strip()
+        self._first = self._done = initial
+        self._values: dict[str, Any] = {}
+        self._began = time.monotonic()
+        self._ended = threading.Event()
+        self._stack: list[LogLines] = []
+
+    def __enter__(self) -> "LogLines":
+        self._stack = _active.lines
+        self._stack.append(self)
+        if self._stack[0] is self:
+            threading.Thread(target=self._log, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self in self._stack:  # with those inside that were not closed
+            del self._stack[self._stack.index(self) :]
+
+    def update(self, n: int = 1) -> None:
+        """Counts `n` more as done."""
+        self._done += n
+
+    def set_postfix(self, *, refresh: bool = True, **values: Any) -> None:
+        """Sets what is said beside the count."""
+        self._values = values
+
+    def _log(self) -> None:
+        while not self._ended.wait(LOG_SECONDS):
+            with contextlib.suppress(IndexError):  # it ends just now
+                log.info("%s", self._stack[-1])
+
+    def __str__(self) -> str:
+        seconds, counted = time.monotonic() - self._began, self._done - self._first
+        parts = [f"{name} {value}" for name, value in self._values.items()]
+        if self._total or counted:
+            of = f" of {self._total:,}" if self._total else ""
+            parts.insert(0, f"{self._done:,}{of} {self._unit}")
+        if counted:
+            parts.append(f"{counted / seconds:,.0f} {self._unit}/s")
+        return f"{self._desc}: {', '.join([*parts, f'{seconds:.0f} s'])}"
+
+
+def bar(desc: str, total: int | None = None, *, is_shown: bool = True, **options: Any) -> Any:
+    """Returns a progress bar, to be used as a context and updated.
+
+    On a terminal and in a notebook it is `tqdm`'s, else `LogLines`. Under CI nobody watches a bar.
+
+    Args:
+        desc: what is done.
+        total: how many there are; None: not known.
+        is_shown: false shows nothing.
+        options: of `tqdm`; `unit` and `initial` hold for lines, too.
+    """
+    if is_shown and not _is_live():
+        return LogLines(desc, total, options.get("unit", ""), options.get("initial", 0))
+    make = _notebook_tqdm() if _is_notebook() else tqdm
+    is_hidden = not is_shown or bool(os.environ.get("CI"))
+    made = make(desc=desc, total=total, disable=is_hidden, **options)
+    if not made.disable and hasattr(made, "_time"):
+        # By the time of day, which it counts by, a clock that is set back stops it.
+        made._time, made.start_t, made.last_print_t = time.monotonic, *[time.monotonic()] * 2
+    return made
+
+
+@contextlib.contextmanager
+def working(desc: str) -> Iterator[None]:
+    """Logs a line every `LOG_SECONDS` where nothing inside is counted; nothing on a terminal."""
+    with contextlib.nullcontext() if _is_live() else LogLines(desc):
+        yield
+
+
+def counted(
+    bar: Bar, items: Iterable[Item], size: int = 1, total: int = sys.maxsize
+) -> Iterator[Item]:
+    """Passes the items on, and counts each as `size`, `total` at most, once the next is asked for.
+
+    The last batch may be filled up, and would count too much.
+    """
+    for item in items:
+        yield item
+        size = min(size, total)
+        bar.update(size)
+        total -= size
+
+
+def _is_live() -> bool:
+    """Whether somebody sees a bar move."""
+    return _is_notebook() or (sys.stderr is not None and sys.stderr.isatty())
+
+
+def _is_notebook() -> bool:
+    """Whether this is a kernel of Jupyter, Colab or Kaggle; a console of IPython is none."""
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    shell = get_ipython and get_ipython()
+    return "IPKernelApp" in getattr(shell, "config", {})
+
+
+def _notebook_tqdm() -> Any:
+    """Returns the bar with widgets, or text where ipywidgets is missing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns where ipywidgets is missing
+        from tqdm.auto import tqdm as auto
+    return auto

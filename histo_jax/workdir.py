@@ -1,18 +1,18 @@
 """The folder of one run: whose it is, and what state it is in."""
 
 import contextlib
-import fcntl
-import functools
 import json
 import logging
 import os
+import re
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from histo_jax import files
-from histo_jax.config import Config, flat, validate
+from histo_jax.config import NO_URL, Config, flat, is_url, set_field, validate
 from histo_jax.errors import ExpectedError
 from histo_jax.preemption import EXIT_STATUS, Preempted, watch
 
@@ -23,11 +23,16 @@ log = logging.getLogger("histo_jax")
 _IDENTITY_PREFIXES = (
     "seed", "data.", "model.", "augment.", "optimizer.", "fit.batch_size", "fit.steps_per_",
 )  # fmt: skip
-WHERE = ("data.raw_dir", "data.tfds_dir", "data.placement")
+WHERE = ("data.raw_dir", "data.tfds_dir", "data.records", "data.placement")
+# Saved as absolute paths, so that a start from another folder means the same files.
+_PATHS = ("data.raw_dir", "data.tfds_dir", "data.slide_map")
+_SOURCE = "source"  # key in config.json, beside the settings
 
 _is_writer = True
-_tracked: set[Path] = set()
-_locks: dict[Path, IO[str]] = {}
+# By real path: the thread that works in a folder, and the lock by which its process holds it.
+_tracked: dict[str, int] = {}
+_tracked_guard = threading.Lock()
+_locks: dict[str, IO[str]] = {}
 
 
 def writes(yes: bool) -> None:
@@ -58,18 +63,40 @@ def plain(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(flat(config)))
 
 
+def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings with relative paths completed; those below a home stay as they are."""
+    return {
+        name: os.path.abspath(value)
+        if name in _PATHS and isinstance(value, str) and value and not value.startswith("~")
+        else value
+        for name, value in values.items()
+    }
+
+
+def is_saved(workdir: Path, name: str, value: Any) -> bool:
+    """Tells whether the `config.json` of a run holds this value of a setting."""
+    if not (workdir / "config.json").exists():
+        return False
+    saved, given = ({name: v} for v in (_read_config(workdir).get(name), value))
+    return _with_absolute_paths(saved) == _with_absolute_paths(given)
+
+
 def _read_config(workdir: Path) -> dict[str, Any]:
     """What `config.json` says.
 
     Raises:
         ExpectedError: it is damaged.
     """
-    path = workdir / "config.json"
+    return _read_json(workdir / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        # Some editors put a byte-order mark in front.
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(values, dict):
             raise ValueError
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ExpectedError(f"{path} is damaged: choose another --workdir") from None
     return values
 
@@ -82,21 +109,50 @@ def load_config(workdir: Path) -> Config:
     """
     if not (workdir / "config.json").exists():
         raise ExpectedError(f"{workdir} is not the folder of a run: it has no config.json")
+    return read_settings(workdir / "config.json")
+
+
+def read_settings(path: Path) -> Config:
+    """Returns the settings that a `config.json` holds; those that it lacks have their default.
+
+    Raises:
+        ExpectedError: it is damaged, or of another version.
+    """
     config = Config()
     known = flat(config)
-    for name, value in _read_config(workdir).items():
+    for name, value in _read_json(path).items():
+        if name == _SOURCE:
+            continue
         if name not in known:
             raise ExpectedError(
-                f"{workdir} was made by another version of histo_jax: its config.json holds "
-                f"{name}, which this one does not know; use that version"
+                f"{path} was written by another version of histo_jax: it holds {name}, which this "
+                "one does not know; use that version"
             )
-        *groups, field = name.split(".")
-        node = functools.reduce(getattr, groups, config)
-        if isinstance(getattr(node, field), tuple):
-            value = tuple(value)
-        setattr(node, field, value)
-    validate(config)
+        is_list = isinstance(known[name], tuple) and isinstance(value, list)
+        set_field(config, name, tuple(value) if is_list else value)
+    try:
+        validate(config)
+    except ExpectedError as error:
+        raise ExpectedError(f"{path}: {error}") from None
     return config
+
+
+def read_source(workdir: Path) -> dict[str, str]:
+    """Returns the hashes of source code that `config.json` holds; 0.1.0 wrote none."""
+    values = _read_config(workdir).get(_SOURCE)
+    return values if isinstance(values, dict) else {}
+
+
+def check_path(workdir: Path) -> None:
+    """Refuses what is no path of this machine, or none that can be worked in; changes nothing.
+
+    Raises:
+        ExpectedError: names it and the remedy.
+    """
+    if is_url(str(workdir)):
+        url = re.sub(":/+", "://", str(workdir), count=1)  # two slashes become one in a `Path`
+        raise ExpectedError(f"--workdir={url} must be {NO_URL}")
+    files.check_name(workdir, "--workdir")
 
 
 def check(workdir: Path, config: Config) -> None:
@@ -105,6 +161,12 @@ def check(workdir: Path, config: Config) -> None:
     Raises:
         ExpectedError: names the folder, and the field with its old and new value.
     """
+    check_path(workdir)
+    if config.predict.checkpoints and any((workdir / "checkpoints").glob("*")):
+        raise ExpectedError(
+            f"{workdir} is a run of its own, whose scores and submission the mean of other runs "
+            "would replace: choose another --workdir, or leave out --config.predict.checkpoints"
+        )
     existing = files.nearest(workdir)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ExpectedError(f"--workdir={workdir} cannot be written: choose a folder that can")
@@ -115,14 +177,15 @@ def check(workdir: Path, config: Config) -> None:
                 f"{workdir} holds checkpoints but no config.json: choose another --workdir"
             )
         return
-    old = _read_config(workdir)
-    for name, value in plain(config).items():
+    # A setting that is newer than the run had its default.
+    old = _with_absolute_paths(plain(Config()) | _read_config(workdir))
+    for name, value in _with_absolute_paths(plain(config)).items():
         counts = name.startswith(_IDENTITY_PREFIXES) and name not in WHERE
         # A schedule spans all epochs, so another number of them makes another run.
         counts |= name == "fit.epochs" and config.optimizer.schedule != "constant"
-        if counts and (name not in old or old[name] != value):
+        if counts and old[name] != value:
             raise ExpectedError(
-                f"{workdir} belongs to another run: {name} was {old.get(name)!r} there and is "
+                f"{workdir} belongs to another run: {name} was {old[name]!r} there and is "
                 f"{value!r} here; choose another --workdir or set --config.{name} back"
             )
 
@@ -134,7 +197,7 @@ def claim(workdir: Path, config: Config) -> None:
         ExpectedError: another process works there, or it has become another run's since `check`.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    held = workdir in _locks
+    held = os.path.realpath(workdir) in _locks
     _lock(workdir)
     try:
         # Another process may have begun and ended a run here since it was looked at.
@@ -147,18 +210,33 @@ def claim(workdir: Path, config: Config) -> None:
         save_config(workdir, config)
 
 
-def save_config(workdir: Path, config: Config) -> None:
-    """Writes `config.json`; to be called in a folder that is claimed."""
-    write_json(workdir / "config.json", plain(config))
+def save_config(workdir: Path, config: Config, source: Mapping[str, str] | None = None) -> None:
+    """Writes `config.json`; to be called in a folder that is claimed.
+
+    Args:
+        workdir: folder of the run.
+        config: its settings.
+        source: hashes of the code that trains it; None keeps those that the file holds.
+    """
+    path = workdir / "config.json"
+    if source is None and path.exists():
+        source = read_source(workdir)
+    values = _with_absolute_paths(plain(config))
+    write_json(path, values | ({_SOURCE: dict(source)} if source else {}))
 
 
 def _lock(workdir: Path) -> None:
     """Takes the folder for this process; the system lets go of it however the process ends."""
-    if workdir in _locks or not _is_writer:
+    key = os.path.realpath(workdir)
+    if key in _locks or not _is_writer:
         return
-    file = (workdir / "lock").open("a+")
+    file = files.open_lock(workdir / "lock")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not files.lock(file):
+            log.warning(
+                "%s is on a file system without locks: see to it that no other process works there",
+                workdir,
+            )
     except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "another process"
@@ -166,14 +244,19 @@ def _lock(workdir: Path) -> None:
         raise ExpectedError(
             f"{workdir} is in use by {owner}: wait for it, stop it, or choose another --workdir"
         ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    _locks[workdir] = file
+    except OSError:
+        file.close()
+        raise
+    if file.writable():
+        with files.naming(workdir / "lock"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+    _locks[key] = file
 
 
 def _release(workdir: Path) -> None:
-    lock = _locks.pop(workdir, None)
+    lock = _locks.pop(os.path.realpath(workdir), None)
     if lock:
         lock.close()
 
@@ -202,23 +285,31 @@ def tracked(workdir: Path, mode: str) -> Iterator[None]:
     leaves nothing behind.
 
     Raises:
-        ExpectedError: another process works there.
+        ExpectedError: another process, or another thread of this one, works there.
     """
-    if workdir in _tracked:
+    key, thread = os.path.realpath(workdir), threading.get_ident()
+    with _tracked_guard:
+        owner = _tracked.get(key)
+        _tracked.setdefault(key, thread)
+    if owner == thread:
         yield
         return
+    if owner is not None:
+        raise ExpectedError(
+            f"{workdir} is in use by another thread of this process: wait for it, or choose "
+            "another --workdir"
+        )
 
     def note(**values: Any) -> None:
         # Without its lock the folder is nobody's yet, or another process's.
-        if workdir in _locks:
+        if key in _locks:
             update_status(workdir, **values)
 
-    if (workdir / "config.json").exists():
-        _lock(workdir)
-        if status(workdir).get("state") == "running":
-            log.info("the last process in %s ended without a word", workdir)
-    _tracked.add(workdir)
     try:
+        if (workdir / "config.json").exists():
+            _lock(workdir)
+            if status(workdir).get("state") == "running":
+                log.info("the last process in %s ended without a word", workdir)
         note(state="running", reason=None)
         with watch():
             yield
@@ -231,14 +322,14 @@ def tracked(workdir: Path, mode: str) -> Iterator[None]:
             note(state=state, reason=str(error) or type(error).__name__)
         raise
     finally:
-        _tracked.discard(workdir)
         _release(workdir)
+        _tracked.pop(key, None)
 
 
 def is_finished(workdir: Path, config: Config, mode: str) -> bool:
     """Tells whether `mode` has finished here with these settings and nothing was trained since."""
     if mode not in status(workdir).get("finished", []):
         return False
-    old = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    new = plain(config)
-    return all(old.get(name) == new[name] for name in new if name not in WHERE)
+    old = _with_absolute_paths(plain(Config()) | _read_config(workdir))
+    new = _with_absolute_paths(plain(config))
+    return all(old[name] == new[name] for name in new if name not in WHERE)

@@ -174,21 +174,54 @@ MISTYPED = """
 --config.model.features[0]=3             | config.model.features[0] --help
 --config.fit.epochs=ten                  | config.fit.epochs ten
 --config.fit.epochs=3.5                  | config.fit.epochs 3.5
---config.fit.epochs=None                 | config.fit.epochs None int
+--config.fit.epochs=None                 | config.fit.epochs None whole number
 --config.fit.epochs=                     | config.fit.epochs
 --config.fit.epochs                      | config.fit.epochs --help
---config.data.source=None                | config.data.source None str
+--config.data.source=None                | config.data.source None text
 --config.optimizer.learning_rate=x       | config.optimizer.learning_rate x
---config.model.features=a,b              | config.model.features 'a int
---config.model.features=1.5,2,2,2,2      | config.model.features 1.5 int
+--config.model.features=a,b              | config.model.features=a,b five whole numbers
+--config.model.features=1.5,2,2,2,2      | config.model.features=1.5 five whole numbers
 --config.predict.tta=yes                 | config.predict.tta=yes true false
 --epochs=3                               | epochs --help
 --mode=train                             | --mode=train run prepare fit evaluate predict
 fit                                      | 'fit' --help
 --workdir=                               | --workdir
 """
+# In this process, where each takes a few milliseconds.
+MISTYPED_TOO = """
+--config.fit.epoch=3                     | did you mean config.fit.epochs?
+--noconfig.predict.ta                    | did you mean config.predict.tta?
+--noconfig.seed                          | --noconfig.seed true or false
+--epochs=3                               | --epochs did you mean --config.fit.epochs?
+--work_dir=x                             | --work_dir did you mean --workdir?
+--modes=fit                              | --modes did you mean --mode?
+--mode=evalute                           | --mode=evalute must be one of did you mean evaluate?
+--mode=Fit                               | did you mean fit?
+--multihost=slrum                        | --multihost=slrum did you mean slurm?
+--process_count=two                      | --process_count=two must be a whole number
+--config.data.placement=devcie           | 'devcie' must be one of did you mean device?
+--config.fit.epochs=1e400                | --config.fit.epochs=1e400 must be a whole number
+--config.fit.epochs=nan                  | --config.fit.epochs=nan must be a whole number
+--config.fit.epochs=-1e0                 | config.fit.epochs = -1e0 must be at least 1
+--config.optimizer.learning_rate=0,1     | learning_rate=0,1 must be a number
+--config.optimizer.learning_rate=0       | learning_rate = 0 must be above 0
+--config.data.validation_fraction=0      | fraction = 0 must be above 0 and below 1
+--config.model.features=8,8              | config.model.features = 8,8 must be five whole numbers
+--config.data.raw_dir=                   | config.data.raw_dir = '' must be a folder
+--config.data.tfds_dir=$PLACE/records    | $PLACE/records was not replaced by the shell
+predict                                  | 'predict' did you mean --mode=predict?
+--workdir=$PLACE/run                     | --workdir=$PLACE/run was not replaced by the shell
+--workdir='run'                          | --workdir='run' has quotes around it
+--workdir=~no-such-user/run              | no-such-user/run such home folder
+--workdir --mode=fit                     | --workdir has no value before --mode=fit
+--config --workdir=run                   | --config has no value
+--flagfile=/no/such                      | --flagfile: No such file /no/such
+--flagfile=FOLDER                        | --flagfile: Is a directory
+--flagfile=FOLDER/train/ID.tif           | --flagfile is no text
+"""
 OUT_OF_RANGE = """seed=-1 data.source=pictures data.samples_per_class=0 data.validation_fraction=1
-data.split_by=patient data.placement=gpu data.synthetic_slides=1 model.name=resnet
+data.split_by=patient data.split_seed=-1 data.fold=6/5 data.fold=1/1 data.fold=half
+data.placement=gpu data.synthetic_slides=1 model.name=resnet
 model.features=8,8 model.dense=0 model.dropout=1 optimizer.learning_rate=nan fit.batch_size=0
 fit.epochs=0 fit.steps_per_epoch=0 augment.shift=5 augment.stain=1
 augment.brightness=-1 augment.mixup=-1 optimizer.schedule=step optimizer.warmup=1
@@ -202,7 +235,7 @@ LEFT_OUT = """
 --config=/no/such.py --workdir=RUN       | /no/such.py configs/quickstart.py
 --config /no/such.py --workdir=RUN       | /no/such.py configs/quickstart.py
 --config= --workdir=RUN                  | --config=: configs/quickstart.py
---config.seed=1 --config=tiny.py         | --config.seed before
+--config.seed=1 --config=tiny.py         | --workdir missing
 """
 
 
@@ -213,6 +246,13 @@ def table(text: str) -> list[list[str]]:
 @pytest.mark.parametrize(("typed", "words"), table(MISTYPED))
 def test_mistyped(place: Place, typed: str, words: str) -> None:
     refuses(real, place.begin(), place.argv("--mode=evaluate", typed), *words.split())
+
+
+@pytest.mark.parametrize(("typed", "words"), table(MISTYPED_TOO))
+def test_mistyped_in_words(place: Place, typed: str, words: str, monkeypatch) -> None:
+    monkeypatch.setenv("PLACE", str(place.root))
+    typed = typed.replace("FOLDER", str(place.raw)).replace("ID", ID)
+    refuses(here, place, place.argv(*typed.split()), *words.split())
 
 
 @pytest.mark.parametrize("setting", OUT_OF_RANGE.split())
@@ -239,7 +279,7 @@ CONFIG_FILES = {
     "nothing": ("def get_config(): pass", "tiny.py", "None", "histo_jax.Config"),
     "missing-import": ("import no_such_module", "tiny.py", "no_such_module"),
     "unknown-field": (CONFIG.replace("fit.epochs", "fit.epoch"), "config.fit.epoch"),
-    "wrong-type": (CONFIG.replace("4, 1\n", "4, '1'\n"), "config.fit.epochs", "'1'", "int"),
+    "wrong-type": (CONFIG.replace("4, 1\n", "4, '1'\n"), "config.fit.epochs", "'1' ", "whole"),
 }
 
 
@@ -255,10 +295,23 @@ def test_help_is_no_mistake() -> None:
     assert real(["--help"]) == (0, "")
 
 
+def test_without_options_one_line_says_what_to_try() -> None:
+    status, said = here([])
+    assert status == 2
+    assert said.count("\n") == 1
+    assert "--config=configs/quickstart.py --workdir=" in said
+
+
+def test_ctrl_c_while_a_config_file_is_read_is_one_line(place: Place) -> None:
+    place.config_file.write_text("raise KeyboardInterrupt")
+    assert here(place.argv()) == (130, "histo_jax: interrupted while the config file was read\n")
+
+
 # --- the workdir ------------------------------------------------------------------------------
 
 IDENTITY = """seed=1 data.source='synthetic' data.samples_per_class=5 data.validation_fraction=0.5
-data.split_by='image' data.synthetic_slides=3 model.features=[2,2,2,2,4] model.dense=8
+data.split_by='image' data.split_seed=5 data.fold='1/2' data.synthetic_slides=3
+model.features=[2,2,2,2,4] model.dense=8
 model.dropout=0.1 optimizer.learning_rate=0.5 fit.batch_size=8 fit.steps_per_epoch=2
 optimizer.ema_decay=0.5 augment.shift=1"""
 
@@ -293,6 +346,62 @@ def test_a_schedule_ties_the_run_to_its_length(place: Place) -> None:
     config.fit.epochs = 9
     with pytest.raises(workdirs.ExpectedError, match=r"fit\.epochs was .* and is 9"):
         workdirs.check(place.workdir, config)
+
+
+def parse(argv: list[str]) -> Config:
+    """Returns the settings that the command line gives to its mode."""
+    seen: list[Config] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for mode in cli.MODES:
+            patch.setitem(cli._VERBS, mode, lambda config, _: seen.append(config))
+        status, said = here(argv)
+    assert (status, len(seen)) == (0, 1), said
+    return seen[0]
+
+
+def test_options_in_any_form_and_order(place: Place) -> None:
+    flagfile = place.root / "flags"
+    flagfile.write_text(f"# said\n--config={place.config_file}\n--config.fit.epochs=2\n")
+    run = f"--workdir={place.workdir}"
+    for argv in (
+        [f"--config={place.config_file}", run, "--config.fit.epochs=3"],
+        ["--config.fit.epochs=3", run, "--config", str(place.config_file)],
+        ["-config", str(place.config_file), "-workdir", str(place.workdir), "-config.fit.epochs=3"],
+        ["--config=nowhere.py", "--config.fit.epochs=9", *place.argv(), "--config.fit.epochs", "3"],
+        [f"--flagfile={flagfile}", run, "--config.fit.epochs=3.0"],
+        ["--config.fit.epochs=3e0", f"--config={place.config_file}", "--workdir", run[10:]],
+    ):
+        assert parse(argv).fit.epochs == 3
+    values = ["predict.tta", "model.features=[1, 2,3 ,4,5]", "fit.batch_size=1_000"]
+    config = parse(place.argv(*(f"--config.{value}" for value in values), "--noconfig.predict.tta"))
+    assert (config.predict.tta, config.fit.batch_size) == (False, 1000)
+    assert config.model.features == (1, 2, 3, 4, 5)
+    twice = ["--config.model.features=1,1,1,1,1", "--config.model.features=2,2,2,2,2"]
+    assert parse(place.argv(*twice)).model.features == (2, 2, 2, 2, 2)
+
+
+@pytest.mark.parametrize("mode", cli.MODES)
+def test_a_run_needs_no_config(place: Place, mode: str) -> None:
+    config = place.begin().config()
+    argv = [f"--workdir={place.workdir}", f"--mode={mode}", "--config.predict.tta"]
+    parsed = parse(argv)
+    assert parsed.predict.tta
+    parsed.predict.tta = False
+    assert parsed == config
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "predict", "audit", "report", "explain", "fit"])
+def test_an_option_against_the_run_is_refused_without_a_config_too(place: Place, mode) -> None:
+    argv = [f"--workdir={place.begin().workdir}", f"--mode={mode}", "--config.model.dense=9"]
+    refuses(here, place, argv, "model.dense was 4 there and is 9 here")
+    if mode != "fit":  # what the file says is not asked for on the command line
+        place.config_file.write_text(place.config_file.read_text().replace("), 4", "), 8"))
+        assert parse(place.argv(f"--mode={mode}")).model.dense == 4
+
+
+def test_compare_needs_neither_config_nor_workdir(place: Place) -> None:
+    assert parse(["--mode=compare", "--config.compare.runs=a,b"]).compare.runs == "a,b"
+    refuses(here, place, ["--mode=compare", "--workdir="], "--workdir is empty")
 
 
 def test_compare_without_two_runs(place: Place) -> None:
@@ -354,21 +463,25 @@ RAW: dict[str, tuple] = {
     "no-test-csv": (gone(SAMPLE), SAMPLE, "missing", "unpack"),
     "no-test-folder": (gone("test"), "raw/test", "missing", "unpack"),
     "empty-test-folder": (gone("test", and_back=True), "raw/test", "empty", "unpack"),
-    "no-header": (content(LABELS, lambda old: old[9:]), LABELS, "id,label", "again"),
-    "other-header": (content(SAMPLE, lambda old: b"x" + old), SAMPLE, "id,label", "again"),
+    "no-header": (content(LABELS, lambda old: old[9:]), LABELS, "id,label", "mend the header"),
+    "other-header": (
+        content(SAMPLE, lambda old: b"x" + old),
+        SAMPLE,
+        "must be id,",
+        "xid,label",
+        "mend the header",
+    ),
     "header-alone": (content(SAMPLE, lambda old: old[:9]), SAMPLE, "no patches", "again"),
     "empty-csv": (content(LABELS, lambda _: b""), LABELS, "no readable CSV"),
     "zeros-csv": (content(LABELS, lambda _: bytes(999)), LABELS),
     "binary-csv": (content(LABELS, lambda _: bytes(range(256)) * 9), LABELS),
-    "utf-16-csv": (content(LABELS, lambda old: old.decode().encode("utf-16")), LABELS),
-    "not-utf-8-csv": (content(SAMPLE, lambda old: old + b"\xe9,0\n"), SAMPLE, "readable CSV"),
+    "not-utf-8-csv": (content(SAMPLE, lambda old: old + b"\xe9,0\n"), SAMPLE, "save it as UTF-8"),
     "ragged-csv": (content(LABELS, lambda old: old + b"a,b,c\n"), LABELS, "no readable CSV"),
     "label-2": (row(f"{ID},2"), ROW, "'2'", "0 or 1", "mend"),
-    "label-1.0": (row(f"{ID},1.0"), ROW, "'1.0'", "0 or 1", "mend"),
+    "label-half": (row(f"{ID},0.5"), ROW, "'0.5'", "0 or 1", "mend"),
     "label-empty": (row(f"{ID},"), ROW, "0 or 1", "mend"),
     "label-left-out": (row(ID), ROW, "0 or 1", "mend"),
     "id-a-path": (row("../../etc/passwd,0"), ROW, "../../etc/passwd", HEX, "mend"),
-    "id-upper-case": (row(f"{ID.upper()},0"), ROW, ID.upper(), HEX, "mend"),
     "id-too-short": (row(f"{ID[1:]},0"), ROW, ID[1:], HEX, "mend"),
     "id-empty": (row(",0"), ROW, HEX, "mend"),
     "id-twice": (row(f"{SECOND},1"), f"{LABELS}, line 3", SECOND, "remove one row"),
@@ -405,6 +518,7 @@ def test_one_class_only(place: Place, label: str) -> None:
 
 INDIVISIBLE = """
 data.samples_per_class=1 | 2 patches config.data.validation_fraction
+data.fold=1/99           | config.data.fold 99 9 fewer
 data.split_by=slide      | config.data.split_by slide 'auto' 'image'
 fit.batch_size=12        | config.fit.batch_size 12 9 smaller more
 """
@@ -416,9 +530,12 @@ def test_data_that_cannot_be_divided(place: Place, setting: str, words: str) -> 
 
 
 def test_records_of_other_files(place: Place) -> None:
-    content(LABELS, lambda old: old[:-43])(place.prepare().raw)
-    words = ("kaggle/1.0.0", "other files", str(place.raw), "--config.data.tfds_dir")
-    refuses(here, place, place.argv(), *words)
+    """A new run would get records of its own; this one began with others."""
+    place.begin().prepare()
+    (records,) = (path.name for path in (place.tfds / "histopathology").iterdir())
+    workdirs.update_status(place.workdir, records=records)
+    content(LABELS, lambda old: old[:-43])(place.raw)
+    refuses(here, place, place.argv(), "other files", str(place.raw), records, "--workdir")
 
 
 def test_neither_raw_files_nor_records(place: Place) -> None:

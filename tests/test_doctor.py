@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import types
@@ -8,9 +9,9 @@ from histo_jax import doctor
 from histo_jax.training import memory
 
 
-def run(*arguments):
+def run(*arguments, **variables):
     return subprocess.run(
-        [sys.executable, "-m", "histo_jax.doctor", *arguments],
+        [sys.executable, "-m", "histo_jax.doctor", *arguments], env=os.environ | variables,
         text=True, capture_output=True, check=False,
     )  # fmt: skip
 
@@ -57,6 +58,7 @@ def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(place, monkeypatc
 
 def test_a_tpu_that_jax_does_not_see_is_a_failure(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "_DEV", tmp_path)
+    monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     (tmp_path / "vfio").mkdir()
     (tmp_path / "vfio" / "vfio").write_text("")
@@ -68,6 +70,11 @@ def test_a_tpu_that_jax_does_not_see_is_a_failure(monkeypatch, tmp_path):
         assert verdict == "FAIL"
         assert said.endswith(f"there is a TPU ({tmp_path / chip}): run launch/install.sh tpu")
         assert next(doctor._driver()) == ("PASS", f"TPU: {tmp_path / chip}")
+        monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # nothing is to be installed
+        verdict, said = next(doctor._devices())
+        assert verdict == "WARN"
+        assert said.endswith("as JAX_PLATFORMS=cpu may have it: unset that to use the accelerator")
+        monkeypatch.delenv("JAX_PLATFORMS")
         (tmp_path / chip).unlink()
 
 
@@ -103,3 +110,29 @@ def test_another_python_is_refused(monkeypatch):
     assert next(doctor._python()) == (
         "FAIL", "Python 3.10.2: use 3.11 to 3.13, PYTHON=/path/to/python launch/install.sh",
     )  # fmt: skip
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(doctor.Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    found = list(doctor._folders())
+    for (verdict, said), setting in zip(
+        found[:2], ("--config.data.tfds_dir", "XDG_CACHE_HOME"), strict=True
+    ):
+        assert verdict == "WARN"
+        assert said == f"this user has no home folder: set {setting} to another one"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("JAX_PLATFORMS", "cuba"), ("XLA_FLAGS", "--xla_no_such_flag")]
+)
+def test_a_variable_that_keeps_jax_from_starting_is_named_not_the_installation(variable, value):
+    done = run(**{variable: value})
+    assert done.returncode == 1
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("FAIL  ")
+    assert f"{variable}={value}" in last
+    assert "install" not in last

@@ -10,11 +10,13 @@ import pytest
 from scipy.special import expit, logit
 
 import histo_jax
-from histo_jax import comparison, evaluation
+from histo_jax import comparison, evaluation, members
+from histo_jax import report as histo_jax_report
 from histo_jax.config import Config
 from histo_jax.data import builder
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import Calibration, binary_scores, with_intervals
+from histo_jax.report import patches
 from histo_jax.training import sharding
 from histo_jax.training.checkpoints import Checkpoints
 
@@ -179,8 +181,8 @@ def test_examples_that_have_changed_since_are_not_scored(make, tmp_path):
 
 
 def test_test_patches_of_one_class_have_no_scores(make, runs, monkeypatch):
-    def one_class(config):
-        prepared = builder.prepare(config)
+    def one_class(*args, **options):
+        prepared = builder.prepare(*args, **options)
         prepared.tables["test"]["label"] = 0
         return prepared
 
@@ -190,8 +192,8 @@ def test_test_patches_of_one_class_have_no_scores(make, runs, monkeypatch):
 
 
 def test_a_test_side_that_shares_a_slide_with_training_is_not_honest(make, runs, monkeypatch):
-    def shared(config):
-        prepared = builder.prepare(config)
+    def shared(*args, **options):
+        prepared = builder.prepare(*args, **options)
         prepared.tables["test"]["slide"] = prepared.tables["train"]["slide"].iloc[0]
         return prepared
 
@@ -222,7 +224,13 @@ def test_compare_pairs_the_runs_patch_by_patch(make, runs, tmp_path):
         assert result[name]["difference"] == pytest.approx(wanted, abs=1e-6)
         low, high = result[name]["interval"]
         assert low <= high
-    assert "accuracy" in comparison.table(result)
+    lines = comparison.table(result).splitlines()
+    assert any("accuracy" in line for line in lines)
+    assert lines[-1] == f"verdict: {result['verdict']}"
+    # Of 4 slides even chance favours one run in all of them, 1 time in 8.
+    assert result["verdict"] == (
+        "no difference can be shown with so few slides (4; at least 6 are needed)"
+    )
     itself = make(compare_runs=f"{runs / 'plain'},{runs / 'plain'}")
     assert comparison.compare(itself, tmp_path)["auc"]["difference"] == 0
 
@@ -238,3 +246,127 @@ def test_compare_refuses_what_it_cannot_pair(make, runs, tmp_path):
     other.to_csv(tmp_path / "other" / "predictions_validation.csv", index=False)
     with pytest.raises(ExpectedError, match="not scored on the same patches"):
         comparison.compare(make(compare_runs=f"{runs / 'plain'},{tmp_path / 'other'}"), tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folds(make, tmp_path_factory):
+    """Two runs of other seeds, each validated on one half of the slides."""
+    folder = tmp_path_factory.mktemp("folds")
+    for number in (1, 2):
+        config = make(data_fold=f"{number}/2", data_split_seed=0)
+        config.seed = number
+        histo_jax.fit(config, folder / str(number))
+        histo_jax.evaluate(config, folder / str(number))
+    return folder
+
+
+def fold_config(make, *runs, **changes):
+    return make(predict_checkpoints=",".join(map(str, runs)), **changes)
+
+
+def by_the_only_one(trained, images):
+    """Stands in for the minutes of compiling of `patches.look`; marks the pixels by the run."""
+    (member,) = trained
+    heat = np.zeros(images.shape[:3], np.float32)
+    heat[:, :4, :4] = 1 if member.run.endswith("1") else -1
+    return np.zeros(len(images)), heat
+
+
+def test_folds_are_scored_each_patch_by_the_run_that_has_not_trained_on_it(
+    make, folds, tmp_path, monkeypatch
+):
+    config, folder = fold_config(make, folds / "2", folds / "1"), tmp_path / "together"
+    scores = histo_jax.evaluate(config, folder)
+    assert scores["out_of_fold"] is True
+    assert (scores["count"], scores["split_by"], scores["honest"]) == (120, "slide", True)
+    alone = {run: predictions(folds / run) for run in ("1", "2")}
+    table = predictions(folder)
+    both = pd.concat(alone.values()).set_index("id").loc[table["id"]]
+    np.testing.assert_allclose(table["logit"], both["logit"], rtol=1e-5)
+    labels = table["label"].to_numpy(np.float64)
+    for name, value in binary_scores(table["logit"].to_numpy(), labels).items():
+        assert scores[name] == pytest.approx(value, rel=1e-6), name
+    for member, run in zip(scores["members"], ("2", "1"), strict=True):
+        own = json.loads((folds / run / "evaluation.json").read_text())
+        assert member["run"] == str(folds / run)
+        assert (member["count"], member["auc"]) == (own["count"], pytest.approx(own["auc"]))
+        assert own["out_of_fold"] is False
+    order = builder.prepare(config).tables["train"]["id"].tolist()
+    assert [row for row in order if row in set(table["id"])] == table["id"].tolist()
+
+    monkeypatch.setattr(patches, "look", by_the_only_one)
+    page = histo_jax_report.report(config, folder).read_text()
+    assert "scored by the one of 2 runs that has not trained on it" in page
+    shown = histo_jax_report.explain(config, folder).set_index("id")["probability"]
+    wanted = table.set_index("id")["logit"].loc[shown.index]
+    np.testing.assert_allclose(shown, expit(wanted), rtol=1e-6)
+    itself = make(compare_runs=f"{folder},{folder}")
+    assert comparison.compare(itself, tmp_path)["auc"]["difference"] == 0
+
+
+def test_what_explains_a_patch_is_the_run_that_has_scored_it(make, folds, monkeypatch):
+    config = fold_config(make, folds / "1", folds / "2")
+    prepared = builder.prepare(config)
+    trained = members.restore(config, folds, sharding.replicated(sharding.batch_sharding()))
+    sides = members.fold_sides(trained, config, prepared)
+    rows = np.concatenate([sides[1].validation.rows[:2], sides[0].validation.rows[:1]])
+    owners = patches.owners(trained, config, prepared, {"out_of_fold": True}, rows)
+    assert owners.tolist() == [1, 1, 0]
+    assert patches.owners(trained, config, prepared, {"out_of_fold": False}, rows) is None
+    monkeypatch.setattr(patches, "look", by_the_only_one)
+    found = patches.gather(prepared, "train", rows, trained, np.zeros(3), owners)
+    assert [p.id for p in found] == prepared.tables["train"]["id"].iloc[rows].tolist()
+    corners = np.stack([p.saliency[0, 0] for p in found]).astype(int)
+    is_orange = corners[:, 0] > corners[:, 2]
+    assert is_orange.tolist() == [False, False, True]
+
+
+def test_folds_score_and_predict_test_patches_as_the_mean_of_all(make, folds, tmp_path):
+    config = fold_config(make, folds / "1", folds / "2", evaluate_split="test")
+    scores = histo_jax.evaluate(config, tmp_path / "ensemble")
+    assert (scores["out_of_fold"], scores["honest"]) == (False, True)
+    assert len({member["count"] for member in scores["members"]}) == 1
+    table = histo_jax.predict(config, tmp_path / "ensemble")
+    np.testing.assert_allclose(
+        logit(table["label"]), predictions(tmp_path / "ensemble", "test")["logit"], rtol=1e-3
+    )
+
+
+def test_folds_that_do_not_make_a_whole_are_refused(make, folds, runs, tmp_path):
+    def refused(words, *names, **changes):
+        config = fold_config(make, *names, **changes)
+        with pytest.raises(ExpectedError, match=words):
+            histo_jax.evaluate(config, tmp_path / "ensemble")
+        assert not (tmp_path / "ensemble").exists()
+
+    def copy(name, **changes):
+        shutil.copytree(folds / "2", tmp_path / name)
+        path = tmp_path / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return tmp_path / name
+
+    one, two = folds / "1", folds / "2"
+    refused(r"names no run with data\.fold = 2/2", one)
+    refused(r"1 twice, which would count double", one, two, one)
+    refused(r"2 and \S+ both validate on fold 2/2", one, two, copy("again"))
+    refused(r"runs of 2 and of 3 folds", one, copy("three", **{"data.fold": "2/3"}))
+    refused("leave out --config.data.fold", one, two, data_fold="1/2")
+    refused(r"has trained on", one, two, runs / "symmetric")
+
+
+def test_an_ensemble_leaves_a_runs_own_files_alone(make, folds):
+    """Its scores and its submission would be replaced by those of the mean."""
+    folder = folds / "1"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    config = fold_config(make, folds / "2", folder, data_fold="1/2", data_split_seed=0)
+    config.seed = 1
+    modes = (
+        histo_jax.evaluate, histo_jax.predict, histo_jax_report.report, histo_jax_report.explain
+    )  # fmt: skip
+    for mode in modes:
+        with pytest.raises(ExpectedError, match=r"a run of its own.*choose another --workdir"):
+            mode(config, folder)
+    with pytest.raises(ExpectedError, match=r"predict\.checkpoints .*leave it out to train"):
+        histo_jax.fit(config, folder.parent / "new")
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert after == before

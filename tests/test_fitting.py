@@ -207,3 +207,16 @@ def test_changed_examples_under_a_run_are_refused(tiny_config, tmp_path, make_ka
     tiny_config.fit.epochs = 2
     with pytest.raises(ExpectedError, match="no longer holds the examples"):
         histo_jax.fit(tiny_config, tmp_path / "run")
+
+
+def test_the_time_left_includes_the_commands_that_follow(tiny_config):
+    rows = {"train": 80, "validation": 20, "test": 30}
+    sides = fitting.splits.Sides(
+        *(fitting.splits.Side(name, np.arange(count)) for name, count in rows.items()), "image"
+    )
+    assert fitting._patches_after(tiny_config, sides, ()) == 0
+    assert fitting._patches_after(tiny_config, sides, ("evaluate", "predict")) == 20 + 30
+    tiny_config.predict.tta, tiny_config.evaluate.split = True, "test"
+    assert fitting._patches_after(tiny_config, sides, ("evaluate", "predict")) == 7 * (30 + 30)
+    report = fitting._patches_after(tiny_config, sides, ("report",))
+    assert report == 36 * 24 * 3

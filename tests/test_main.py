@@ -107,6 +107,32 @@ def test_configs_are_valid(path):
     assert "--workdir=/dev/null/run cannot be written" in done.stderr
 
 
+def test_a_run_is_predicted_with_again_without_its_config(run, tmp_path):
+    workdir, _ = run
+    before = pd.read_csv(workdir / "submission.csv")
+    (workdir / "submission.csv").unlink()
+    assert "histo_jax.models.cnn" in json.loads((workdir / "config.json").read_text())["source"]
+    assert "histo_jax.models.cnn" not in (workdir / "report.html").read_text()
+    start(f"--workdir={workdir}", "--mode=predict")
+    pd.testing.assert_frame_equal(pd.read_csv(workdir / "submission.csv"), before)
+    lines = start("--mode=compare", f"--config.compare.runs={workdir},{workdir}").stdout
+    assert f"{workdir} minus {workdir}" in lines
+    assert not (ROOT / "compare.json").exists()
+
+
+def test_questions_are_answered_without_the_heavy_imports():
+    code = (
+        "import sys; from histo_jax import main as m; m._define_flags(); m._parse_flags(sys.argv)"
+    )
+    watch = "; print([n for n in sys.modules if n in ('jax', 'flax', 'numpy', 'pandas')])"
+    for option, words in (("--help", "--config.seed="), ("--version", "histo_jax ")):
+        wrapped = f"import atexit, sys; atexit.register(lambda: exec({watch[2:]!r})); {code}"
+        command = [sys.executable, "-c", wrapped, option]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert words in done.stdout
+        assert done.stdout.endswith("[]\n")
+
+
 def test_help_lists_every_field():
     text = start("--help").stdout
     for name in ("--workdir", "--mode", "--config.data.raw_dir", "--config.predict.batch_size"):

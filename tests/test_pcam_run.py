@@ -1,5 +1,6 @@
 """PatchCamelyon's layout through the verbs."""
 
+import json
 import shutil
 
 import h5py
@@ -9,9 +10,12 @@ import pytest
 from PIL import Image
 
 import histo_jax
+from histo_jax.data import audit
 from histo_jax.data.builder import prepare
+from histo_jax.data.splits import make_sides
 from histo_jax.errors import ExpectedError
 from histo_jax.prediction import NoTestPatchesError
+from histo_jax.report import patches, report
 
 
 @pytest.fixture
@@ -51,6 +55,38 @@ def test_official_splits_are_kept_and_scored(pcam_config, tmp_path):
     tables = prepare(pcam_config).tables
     assert table["id"].tolist() == tables["test"]["id"].tolist()
     assert set(tables["train"]["slide"]) == {"train_0", "train_1", "train_2"}
+
+
+def nothing(trained, images):
+    return np.zeros(len(images)), np.zeros(images.shape[:3], np.float32)
+
+
+def test_what_the_data_does_not_say_is_not_known_anywhere(pcam_config, tmp_path, monkeypatch):
+    """The official splits, whose files name no slides."""
+    for name, count in (("train", 24), ("valid", 10), ("test", 13)):
+        write(tmp_path / "raw", name, count)
+        (tmp_path / "raw" / f"camelyonpatch_level_2_split_{name}_meta.csv").unlink()
+    run = tmp_path / "run"
+    histo_jax.fit(pcam_config, run)
+    for split in ("validation", "test"):
+        pcam_config.evaluate.split = split
+        scores = histo_jax.evaluate(pcam_config, run)
+        assert json.loads((run / "evaluation.json").read_text())["honest"] is None
+        assert (scores["split_by"], scores["interval_over"]) == ("official", "patches")
+        assert "was not checked" in scores["note"]
+    prepared = prepare(pcam_config)
+    audited = audit.audit(prepared, make_sides(prepared.tables, pcam_config), seed=0)
+    assert audited["honest"] is None
+    assert "was not checked" in audit.table(audited)
+    assert not audit.has_leak(audited)
+    monkeypatch.setattr(patches, "look", nothing)  # which compiles for long
+    page = report(pcam_config, run).read_text()
+    assert "Not known whether honest" in page
+    assert "Honest:" not in page
+    assert "Optimistic:" not in page
+    # An ensemble knows no more than its runs.
+    pcam_config.predict.checkpoints = str(run)
+    assert histo_jax.evaluate(pcam_config, tmp_path / "ensemble")["honest"] is None
 
 
 def test_without_a_test_split_there_is_nothing_to_predict(pcam_config, tmp_path):
@@ -94,4 +130,4 @@ def test_slides_that_a_member_may_have_trained_on_make_no_honest_score(
     for name, count in (("train", 24), ("valid", 10)):
         write(tmp_path / "raw", name, count)
     pcam_config.predict.checkpoints = str(tmp_path / "run")
-    assert not histo_jax.evaluate(pcam_config, tmp_path / "judged")["honest"]
+    assert histo_jax.evaluate(pcam_config, tmp_path / "judged")["honest"] is None

@@ -7,11 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import histo_jax
 from histo_jax import fitting, preemption, workdir
@@ -222,6 +224,118 @@ def test_preempted_in_validation_is_saved_and_validated_later(tiny_config, tmp_p
     histo_jax.fit(tiny_config, tmp_path / "stopped")
     one, other = ((tmp_path / n / "history.csv").read_bytes() for n in ("whole", "stopped"))
     assert one == other
+    assert curves(tmp_path / "whole") == curves(tmp_path / "stopped")
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run / "events")).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_what_a_kill_left_beside_the_checkpoints_is_made_to_agree_with_them(tiny_config, tmp_path):
+    histo_jax.fit(tiny_config, tmp_path)
+    whole, wanted = (tmp_path / "history.csv").read_bytes(), curves(tmp_path)
+    assert [step for step, _ in wanted["gradient_norm"]] == [3, 6]
+    # As if each had been written before, or after, the newest checkpoint was whole.
+    shutil.rmtree(tmp_path / "events")
+    (tmp_path / "history.csv").write_bytes(whole + b"3,9,0.1,0.1,0.1,0.1\n")
+    workdir.update_status(tmp_path, step=3)
+    histo_jax.fit(tiny_config, tmp_path)
+    assert (tmp_path / "history.csv").read_bytes() == whole
+    assert curves(tmp_path) == wanted
+    assert workdir.status(tmp_path)["step"] == 6
+    # The epoch's save was not whole: it is taken once more, and nothing is there twice.
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
+    (tmp_path / "status.json").write_text("")
+    histo_jax.fit(tiny_config, tmp_path)
+    assert (tmp_path / "history.csv").read_bytes() == whole
+    assert curves(tmp_path) == wanted
+    assert workdir.status(tmp_path)["step"] == 6
+
+
+def test_a_notebooks_interrupt_saves_and_the_next_call_goes_on(tiny_config, tmp_path, monkeypatch):
+    """SIGINT with Python's own handler, in the middle of the first epoch."""
+    tiny_config.fit.epochs, tiny_config.fit.steps_per_epoch = 1, 8
+    histo_jax.fit(tiny_config, tmp_path / "whole")
+    make = fitting.steps.make_train_step
+
+    def interrupted(*arguments):
+        train_step, calls = make(*arguments), []
+
+        def step(state, batch):
+            calls.append(1)
+            if len(calls) == 1:
+                signal.raise_signal(signal.SIGINT)
+            return train_step(state, batch)
+
+        return step
+
+    monkeypatch.setattr(fitting.steps, "make_train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted, saved at step [2-5];"):
+        histo_jax.fit(tiny_config, tmp_path / "stopped")
+    monkeypatch.undo()
+    status = workdir.status(tmp_path / "stopped")
+    assert status["state"] == "failed"
+    assert status["reason"].startswith("interrupted, saved at step")
+    assert 0 < status["step"] < 8
+    histo_jax.fit(tiny_config, tmp_path / "stopped")
+    one, other = ((tmp_path / n / "history.csv").read_bytes() for n in ("whole", "stopped"))
+    assert one == other
+
+
+def test_a_second_interrupt_from_python_raises_at_once_and_none_is_lost():
+    with preemption.watch():
+        signal.raise_signal(signal.SIGINT)
+        assert preemption.requested()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        preemption._received = 0  # dealt with here
+    # One that comes after the last point to stop at.
+    with pytest.raises(KeyboardInterrupt, match="when all was done"), preemption.watch():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not preemption.requested()
+
+
+def test_an_interrupt_handler_of_the_users_own_is_left_alone():
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+    try:
+        with preemption.watch():
+            signal.raise_signal(signal.SIGINT)
+            assert not preemption.requested()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [1]
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_closed_terminal_counts_as_preemption_unless_nohup_ignores_it(is_ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        with preemption.watch(ctrl_c=True):
+            signal.raise_signal(signal.SIGHUP)
+            assert preemption.requested() != is_ignored
+            if not is_ignored:
+                assert preemption.Preempted().code == 75
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_thread_of_the_users_own_trains_and_hears_no_signal():
+    seen = []
+
+    def work():
+        with preemption.watch():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [signal.SIG_DFL]
 
 
 @pytest.fixture

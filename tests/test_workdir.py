@@ -1,6 +1,10 @@
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -119,3 +123,73 @@ def test_a_folder_that_became_another_run_meanwhile_is_refused(tmp_path):
         begin()
     assert (tmp_path / "config.json").read_text() == of_another
     assert workdir.status(tmp_path) == {"state": "complete"}
+
+
+def test_a_second_thread_is_refused_as_a_second_process_is(tmp_path, monkeypatch):
+    claim(tmp_path / "run")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    said = []
+
+    def second(folder):
+        try:
+            with workdir.tracked(folder, "fit"):
+                said.append("let in")
+        except ExpectedError as error:
+            said.append(str(error))
+
+    with workdir.tracked(tmp_path / "run", "run"):
+        for folder in (tmp_path / "run", tmp_path / "link", type(tmp_path)("run")):
+            thread = threading.Thread(target=second, args=(folder,))
+            thread.start()
+            thread.join()
+        with workdir.tracked(type(tmp_path)("run"), "fit"):  # nested, by another spelling
+            pass
+        assert workdir.status(tmp_path / "run")["state"] == "running"
+    assert len(said) == 3
+    assert all("is in use by another thread of this process" in line for line in said)
+    second(tmp_path / "run")
+    assert said[3:] == ["let in"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_said_to_be_one(tmp_path, monkeypatch, caplog, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(workdir.log, "propagate", True)
+    claim(tmp_path)
+    assert f"{tmp_path} is on a file system without locks" in caplog.text
+    assert workdir.status(tmp_path)["state"] == "complete"
+
+
+def test_a_lock_that_fails_names_its_file(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output") as caught:
+        claim(tmp_path)
+    assert caught.value.filename == str(tmp_path / "lock")
+
+
+def test_the_lock_file_of_another_user_can_be_locked(tmp_path, monkeypatch):
+    (tmp_path / "lock").write_bytes(b"process 7 on caf\xe9\n")
+    real = type(tmp_path).open
+
+    def forbidden(path, mode="r", **options):
+        if mode != "r" and path.name == "lock":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, mode, **options)
+
+    monkeypatch.setattr(type(tmp_path), "open", forbidden)
+    claim(tmp_path)
+    assert workdir.status(tmp_path)["state"] == "complete"
+    with files.open_lock(tmp_path / "lock") as other:
+        files.lock(other)
+        with pytest.raises(ExpectedError, match="in use by process 7 on caf"):
+            claim(tmp_path)
+    (tmp_path / "lock").unlink()
+    with pytest.raises(PermissionError):
+        claim(tmp_path)

@@ -1,5 +1,6 @@
 """Proof that training, validation and test share nothing, and what colour alone can tell."""
 
+import hashlib
 import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -10,14 +11,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tqdm import tqdm
 
 from histo_jax import preemption, progress
 from histo_jax.data import near
 from histo_jax.data.builder import SQUARES, SUMS, Prepared
 from histo_jax.data.example import IMAGE_SIZE, UNLABELLED
 from histo_jax.data.loader import Records, ordered_batches
-from histo_jax.data.splits import OPTIMISTIC, Side, Sides
+from histo_jax.data.splits import Side, Sides, caveat, has_slide_names
 
 # Examples that the report lists of each finding.
 EXAMPLES, NEAR_EXAMPLES = 20, 50
@@ -54,6 +54,7 @@ class _Part(NamedTuple):
     table: pd.DataFrame
     hashes: np.ndarray
     contrast: np.ndarray
+    knows_slides: bool
     histograms: np.ndarray  # int64[k, 48]: red, green and blue of the k rows that were wanted
 
 
@@ -68,9 +69,9 @@ def audit(prepared: Prepared, sides: Sides, seed: int) -> dict[str, Any]:
     Returns:
         What JSON can hold. `sides`: per side the counts of `_describe`. `pairs`: per pair of sides,
         as 'train/validation', patches that are `identical` by id, the SHA-1 of the pixels; the
-        `shared_slides`, None where a side's are not known; patches of the second side that are
-        `near` to one of the first. `control`: validation AUC of a logistic regression on colour
-        histograms. `honest`, and in `note` why the validation score is not.
+        `shared_slides`, None where none is found and not all are known; patches of the second side
+        that are `near` to one of the first. `control`: validation AUC of a logistic regression on
+        colour histograms. `honest`, see `Sides`, and in `note` why the validation score is not.
     """
     named = {"train": sides.train, "validation": sides.validation}
     if sides.test is not None:
@@ -81,7 +82,7 @@ def audit(prepared: Prepared, sides: Sides, seed: int) -> dict[str, Any]:
     wanted["train"] = rank < CONTROL_PATCHES
     wanted["validation"][:] = True
     total = sum(len(side.rows) for side in named.values())
-    with progress.bar(total=total, desc="audit", unit=" patches") as bar:
+    with progress.bar("audit", total, unit=" patches") as bar:
         parts = {name: _look(prepared, side, wanted[name], bar) for name, side in named.items()}
     return {
         "sides": {name: _describe(part) for name, part in parts.items()},
@@ -91,7 +92,7 @@ def audit(prepared: Prepared, sides: Sides, seed: int) -> dict[str, Any]:
         },
         "control": _control(parts["train"], wanted["train"], parts["validation"]),
         "honest": sides.honest,
-        "note": "" if sides.honest else OPTIMISTIC,
+        "note": caveat(sides.honest),
     }
 
 
@@ -101,6 +102,14 @@ def has_leak(report: dict[str, Any]) -> bool:
         pair["identical"]["count"] or (pair["shared_slides"] or {"count": 0})["count"]
         for pair in report["pairs"].values()
     )
+
+
+def digest(table: pd.DataFrame) -> str:
+    """Returns a SHA-256 of `id` and `label` of patches: tells whether others were audited."""
+    pairs = zip(table["id"], table["label"], strict=True)
+    return hashlib.sha256(
+        "".join(f"{name} {label}\n" for name, label in pairs).encode()
+    ).hexdigest()
 
 
 def table(report: dict[str, Any]) -> str:
@@ -138,7 +147,7 @@ def _columns(labels: dict[str, str], columns: dict[str, dict[str, Any]]) -> str:
     return pd.DataFrame(cells, index=list(labels.values())).to_string()
 
 
-def _look(prepared: Prepared, side: Side, wanted: np.ndarray, bar: tqdm) -> _Part:
+def _look(prepared: Prepared, side: Side, wanted: np.ndarray, bar: progress.Bar) -> _Part:
     """Reads a side's images once; counts the colours of the rows in bool[n] `wanted`."""
     records = prepared.records(*side)
     seen: list[tuple[np.ndarray, np.ndarray]] = []
@@ -154,7 +163,10 @@ def _look(prepared: Prepared, side: Side, wanted: np.ndarray, bar: tqdm) -> _Par
         bar.update(len(images))
     hashes, contrast = (np.concatenate(values) for values in zip(*seen, strict=True))
     rows = prepared.tables[side.records].iloc[side.rows]
-    return _Part(records, rows, hashes, contrast, np.array(histograms))
+    knows_slides = bool((rows["slide"] != "").all()) and has_slide_names(
+        prepared.tables[side.records]
+    )
+    return _Part(records, rows, hashes, contrast, knows_slides, np.array(histograms))
 
 
 def _describe(part: _Part) -> dict[str, Any]:
@@ -167,6 +179,7 @@ def _describe(part: _Part) -> dict[str, Any]:
     flat = (variance <= _FLAT**2).all(axis=1)
     ids = rows["id"].to_numpy()
     return {
+        "digest": digest(rows),
         "patches": len(rows),
         "without_tumour": int((labels == 0).sum()),
         "with_tumour": int((labels == 1).sum()),
@@ -187,10 +200,11 @@ def _found(names: Iterable[str]) -> dict[str, Any]:
 
 
 def _compare(first: _Part, second: _Part) -> dict[str, Any]:
-    slides, others = (set(part.table["slide"]) - {""} for part in (first, second))
+    shared = (set(first.table["slide"]) & set(second.table["slide"])) - {""}
+    is_known = bool(shared) or (first.knows_slides and second.knows_slides)
     return {
         "identical": _found(set(first.table["id"]) & set(second.table["id"])),
-        "shared_slides": _found(slides & others) if slides and others else None,
+        "shared_slides": _found(shared) if is_known else None,
         "near": _near(first, second),
     }
 

@@ -2,12 +2,12 @@
 
 Beside each split's records lies `<split>.csv`, one row a record in the records' order: id, label,
 slide, and per channel the sum of the pixels and of their squares, so that splits and
-normalisation need no image. `prepared.json` says from which files they came.
+normalisation need no image. `prepared.json` says from which files they came, and a short hash of
+these files is part of the folder's name, so that several studies lie in one `data.tfds_dir`.
 """
 
 import contextlib
-import fcntl
-import functools
+import datetime
 import io
 import itertools
 import json
@@ -15,7 +15,9 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -26,8 +28,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import ExampleSerializer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from histo_jax import files, preemption, progress
-from histo_jax.config import Config, DataConfig
+from histo_jax import environment, files, preemption, progress
+from histo_jax import workdir as workdirs
+from histo_jax.config import Config, DataConfig, validate
 from histo_jax.data import kaggle, pcam, slides, synthetic
 from histo_jax.data.example import IMAGE_SHAPE, Example
 from histo_jax.data.loader import Records, Source
@@ -40,6 +43,10 @@ SQUARES = ("squares_red", "squares_green", "squares_blue")
 _RECORD = "prepared.json"
 _SHARD = 8192  # records in one file: 230 MB
 _AT_ONCE = 512  # examples in memory: 14 MB
+_ABANDONED_SECONDS = 24 * 3600
+
+# What is replaced while records are written (TFDS's serializer, stdout) belongs to the process.
+_one_at_a_time = threading.Lock()
 
 
 class _Reader(NamedTuple):
@@ -60,9 +67,9 @@ class _ReaderConfig(tfds.core.BuilderConfig):
         super().__init__(name=name)
         self.damaged: dict[str, str] = {}
 
-    def raw_files(self) -> list[Path]:
-        """Returns the files that the records are made from; none where they cannot be seen."""
-        return []
+    def fingerprint(self) -> tuple[str | None, str | None]:
+        """Returns what the raw data holds, and its times, as SHA-256; None = cannot be seen."""
+        return None, None
 
     def readers(self, scratch: Path, downloads: Any) -> dict[str, _Reader]:
         """Returns one reader a split, when records must be written."""
@@ -72,13 +79,15 @@ class _ReaderConfig(tfds.core.BuilderConfig):
 class _Kaggle(_ReaderConfig):
     def __init__(self, data: DataConfig) -> None:
         super().__init__("kaggle")
-        self._raw_dir = Path(data.raw_dir).expanduser() if data.raw_dir else None
+        self._raw_dir = (
+            files.expand(data.raw_dir, "--config.data.raw_dir") if data.raw_dir else None
+        )
         self._skip = data.on_damaged == "skip"
 
-    def raw_files(self) -> list[Path]:
+    def fingerprint(self) -> tuple[str | None, str | None]:
         if self._raw_dir is None or not self._raw_dir.is_dir():
-            return []
-        return kaggle.raw_files(self._raw_dir)
+            return None, None
+        return kaggle.fingerprint(self._raw_dir), None
 
     def readers(self, scratch: Path, downloads: Any) -> dict[str, _Reader]:
         if self._raw_dir is None:
@@ -99,12 +108,14 @@ class _Kaggle(_ReaderConfig):
 class _PatchCamelyon(_ReaderConfig):
     def __init__(self, data: DataConfig) -> None:
         super().__init__("pcam")
-        self._raw_dir = Path(data.raw_dir).expanduser() if data.raw_dir else None
+        self._raw_dir = (
+            files.expand(data.raw_dir, "--config.data.raw_dir") if data.raw_dir else None
+        )
 
-    def raw_files(self) -> list[Path]:
+    def fingerprint(self) -> tuple[str | None, str | None]:
         if self._raw_dir is None or not self._raw_dir.is_dir():
-            return []
-        return pcam.raw_files(self._raw_dir)
+            return None, None
+        return pcam.fingerprint(self._raw_dir)
 
     def readers(self, scratch: Path, downloads: Any) -> dict[str, _Reader]:
         found = pcam.find(self._raw_dir) if self._raw_dir else self._download(downloads)
@@ -184,13 +195,13 @@ class Histopathology(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, reader: _Reader) -> Iterator[dict[str, Any]]:
         rows = []
         ones = np.ones(IMAGE_SHAPE[0] * IMAGE_SHAPE[1])
-        bar = progress.bar(reader.examples, split, reader.total, unit=" img")
-        for example in preemption.stopping(bar):
-            # Exact in float64, and by a matrix product several times as fast as `sum`.
-            pixels = example.image.reshape(-1, 3).astype(np.float64)
-            sums = np.concatenate([ones @ pixels, np.einsum("ij,ij->j", pixels, pixels)])
-            rows.append((example.id, example.label, example.slide, *sums.astype(np.int64)))
-            yield example._asdict()
+        with progress.bar(f"preparing {split}", reader.total, unit=" img") as bar:
+            for example in preemption.stopping(progress.counted(bar, reader.examples)):
+                # Exact in float64, and by a matrix product several times as fast as `sum`.
+                pixels = example.image.reshape(-1, 3).astype(np.float64)
+                sums = np.concatenate([ones @ pixels, np.einsum("ij,ij->j", pixels, pixels)])
+                rows.append((example.id, example.label, example.slide, *sums.astype(np.int64)))
+                yield example._asdict()
         table = pd.DataFrame(rows, columns=["id", "label", "slide", *SUMS, *SQUARES])
         table.to_csv(Path(self.data_dir) / f"{split}.csv", index=False)
 
@@ -198,8 +209,9 @@ class Histopathology(tfds.core.GeneratorBasedBuilder):
 class _Parsed:
     """Random access to records; TFDS's own parser takes twice as long, under Python's lock."""
 
-    def __init__(self, serialised: Any) -> None:
+    def __init__(self, serialised: Any, literal: files.LiteralFolder) -> None:
         self._serialised = serialised
+        self._literal = literal  # as long as records are read, their folder keeps this name
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         return [_parse(record) for record in self._serialised.__getitems__(rows)]
@@ -221,25 +233,32 @@ class Prepared:
 
     Attributes:
         directory: folder of the records.
+        name: what `data.records` calls them.
         tables: per split a table, row i = record i: id, label, slide ('' = not known), pixel sums.
     """
 
-    def __init__(self, builder: Histopathology, data: DataConfig) -> None:
-        self._builder = builder
-        self.directory = Path(builder.data_dir)
-        types = {"id": str, "slide": str}
+    def __init__(self, reader: _ReaderConfig, directory: Path, data: DataConfig) -> None:
+        self._literal = _literal(directory.parents[2])
+        self._builder = builder = _make(reader, self._literal)
+        self.directory = directory
+        self.name = self.directory.parent.name
         self.tables = {
-            split: pd.read_csv(
-                self.directory / f"{split}.csv", dtype=types, na_values=[], keep_default_na=False
-            )
-            for split in builder.info.splits
+            split: _read_table(directory / f"{split}.csv", info.num_examples)
+            for split, info in builder.info.splits.items()
         }
         self.tables["train"] = slides.fill_in(self.tables["train"], data, self.directory)
+        self.tables = slides.unify(self.tables)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{split}: {len(table)}" for split, table in self.tables.items())
+        return f"Prepared({str(self.directory)!r}, {counts})"
 
     def source(self, split: str) -> Source:
         """Returns random access to a split's records."""
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        return _Parsed(self._builder.as_data_source(split=split, deserialize_method=raw))
+        return _Parsed(
+            self._builder.as_data_source(split=split, deserialize_method=raw), self._literal
+        )
 
     def records(self, split: str, rows: np.ndarray) -> Records:
         """Returns some labelled records of a split, by row."""
@@ -247,72 +266,347 @@ class Prepared:
         return Records(self.source(split), rows, labels)
 
 
-def prepare(config: Config, write: bool = True) -> Prepared:
+def _read_table(path: Path, rows: int) -> pd.DataFrame:
+    types = {"id": str, "slide": str}
+    try:
+        table = pd.read_csv(path, dtype=types, na_values=[], keep_default_na=False)
+    except ValueError:
+        raise _damaged(path) from None
+    # Cut inside a number, the last row looks whole.
+    if len(table) != rows or not path.read_bytes().endswith(b"\n"):
+        raise _damaged(path)
+    return table
+
+
+class _Finished(NamedTuple):
+    """Records that are complete: their folder, and the content of its `prepared.json`."""
+
+    directory: Path
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.directory.parent.name
+
+    @property
+    def origin(self) -> str:
+        """From what they were made, and when, in words."""
+        written = (self.directory / _RECORD).stat().st_mtime
+        day = datetime.datetime.fromtimestamp(written).strftime("%Y-%m-%d %H:%M")
+        # Version 0.1.0 did not note the folder.
+        source = self.record.get("origin", "files of a folder that was not noted")
+        return f"made from {source} on {day}"
+
+
+# What was logged, so that the modes of one `run` do not repeat it.
+_announced: set[tuple[Path, Path | None]] = set()
+
+
+@environment.defaults()
+@progress.working("prepare")
+def prepare(config: Config, workdir: Path | None = None, raw_may_be_gone: bool = False) -> Prepared:
     """Returns the records of `config.data`, writing them first where they are not there yet.
+
+    `prepare(config).tables["train"]` has a row for each training patch with `id`, `label` and
+    `slide`, and `prepare(config).records("train", rows).images(positions)` reads pixels.
 
     TFDS writes to a temporary folder and renames it, so a break leaves nothing that looks
     finished. Of several processes one writes, and the others wait for it.
 
     Args:
         config: all settings.
-        write: false: only those that are there, whatever has become of the raw files.
+        workdir: folder of a run, which keeps to the records that it began with.
+        raw_may_be_gone: accept that `data.raw_dir` is missing or has changed if the `config.json`
+            of `workdir` names the same folder; for modes that only read.
 
     Raises:
-        ExpectedError: the raw data is missing, wrong, or no longer that of the records; `write` is
-            false, and no records are there.
+        ExpectedError: the raw data is missing, wrong, or not that of the run's records; or several
+            records fit, and nothing says which are meant.
         OSError: `data.tfds_dir` cannot be written, or the disk is full.
     """
-    data = config.data
-    reader: _ReaderConfig = (
-        _Kaggle(data) if data.source == "kaggle"
-        else _PatchCamelyon(data) if data.source == "pcam"
-        else _Synthetic(config.seed, data.synthetic_slides)
-    )  # fmt: skip
-    tfds_dir = Path(data.tfds_dir).expanduser()
-    existing = files.nearest(tfds_dir)
-    if not existing.is_dir() or not os.access(existing, os.X_OK):
-        raise ExpectedError(
-            f"{tfds_dir} cannot be a folder, for {existing} is none: set --config.data.tfds_dir"
-        )
-    make = functools.partial(
-        Histopathology, data_dir=tfds_dir, config=reader, file_format="array_record"
-    )
-    directory = Path(make().data_dir)
-    if not write:
-        if not (directory / _RECORD).exists():
-            raise ExpectedError(f"{directory} holds no prepared records")
-        return Prepared(make(), data)
-    if not (directory / _RECORD).exists():
+    validate(config)
+    data, reader, dataset = config.data, _reader(config), _dataset_folder(config.data)
+    seen, problem = _look(reader, data)
+    found = _choose(data, reader.name, dataset, workdir, raw_may_be_gone, seen, problem)
+    if found is None:
+        if seen["files"]:
+            reader.name = f"{reader.name}-{seen['files'][:12]}"
+        directory = dataset / reader.name / str(Histopathology.VERSION)
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with (directory.parent / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it however the process ends
+        with _one_at_a_time, _locked(directory.parent / "lock"):
             if not (directory / _RECORD).exists():
-                _write(make, directory, reader)
-    _check_raw_files(directory, reader, data)
-    return Prepared(make(), data)
+                _write(directory, reader, seen, data)
+        found = _read_record(directory)
+    _check_damaged(found, data)
+    reader.name = found.name
+    prepared = Prepared(reader, found.directory, data)
+    if (found.directory, workdir) not in _announced:
+        _announced.add((found.directory, workdir))
+        counts = ", ".join(f"{len(table):,} {name}" for name, table in prepared.tables.items())
+        log.info("records: %s (%s patches), %s", found.directory, counts, found.origin)
+    return prepared
 
 
-def _write(make: Callable[[], Histopathology], directory: Path, reader: _ReaderConfig) -> None:
-    # What a killed process left; the record is written last, so without it nothing is finished.
-    for left_over in (directory, *directory.parent.glob("incomplete.*")):
-        shutil.rmtree(left_over, ignore_errors=True)
-    log.info("preparing %s into %s", reader.name, directory)
-    seen = _fingerprint(reader)
-    with contextlib.ExitStack() as stack:
-        # TFDS announces "unknown size" there, and its bars know no total.
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(mock.patch.object(ExampleSerializer, "serialize_example", _serialize))
-        stack.enter_context(files.disk_errors(directory.parent))
-        tfds.disable_progress_bar()
-        stack.callback(tfds.enable_progress_bar)
-        make().download_and_prepare(
-            download_config=tfds.download.DownloadConfig(
-                try_download_gcs=False, force_checksums_validation=True
-            )
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Waits for other processes; the system lets go of the lock however this one ends."""
+    is_told = False
+    with files.open_lock(path) as file:
+        while True:
+            try:
+                if not files.lock(file):
+                    log.warning(
+                        "%s cannot be locked, its file system keeps no locks: see to it that no "
+                        "other process prepares the same records now", path,
+                    )  # fmt: skip
+                break
+            except BlockingIOError:
+                if not is_told:
+                    log.info("waiting for another process that prepares %s", path.parent)
+                is_told = True
+            if preemption.requested():
+                raise preemption.Preempted
+            time.sleep(0.2)
+        yield
+
+
+def existing(config: Config, workdir: Path) -> Iterator[Prepared]:
+    """Yields the records that a run may have trained on, the most likely first; writes none.
+
+    Args:
+        config: of the run.
+        workdir: its folder.
+    """
+    reader, dataset = _reader(config), _dataset_folder(config.data)
+    names = (config.data.records, workdirs.status(workdir).get("records"))
+    for found in sorted(_finished(dataset, reader.name), key=lambda found: found.name not in names):
+        reader.name = found.name
+        yield Prepared(reader, found.directory, config.data)
+
+
+def _reader(config: Config) -> _ReaderConfig:
+    data = config.data
+    if data.source == "kaggle":
+        return _Kaggle(data)
+    if data.source == "pcam":
+        return _PatchCamelyon(data)
+    if data.raw_dir is not None:
+        raise ExpectedError(
+            f"config.data.raw_dir = {data.raw_dir!r} is not read by config.data.source = "
+            "'synthetic': set --config.data.source=kaggle or pcam, or leave out raw_dir"
         )
-    for path, reason in reader.damaged.items():
-        log.warning("left out: %s %s", path, reason)
-    files.write_json(directory / _RECORD, {**seen, "damaged": reader.damaged})
+    return _Synthetic(config.data_seed, data.synthetic_slides)
+
+
+def _dataset_folder(data: DataConfig) -> Path:
+    """Returns the folder in which each study's records have a folder of their own."""
+    tfds_dir = files.expand(data.tfds_dir, "--config.data.tfds_dir")
+    files.check_name(tfds_dir, "--config.data.tfds_dir")
+    nearest = files.nearest(tfds_dir)
+    if not nearest.is_dir() or not os.access(nearest, os.X_OK):
+        raise ExpectedError(
+            f"{tfds_dir} cannot be a folder, for {nearest} is none: set --config.data.tfds_dir"
+        )
+    return tfds_dir / Histopathology.name
+
+
+def _literal(tfds_dir: Path) -> files.LiteralFolder:
+    """Returns a name of the folder that TFDS takes literally."""
+    if files.is_special(tfds_dir):
+        tfds_dir.mkdir(parents=True, exist_ok=True)
+    return files.LiteralFolder(tfds_dir)
+
+
+def _make(reader: _ReaderConfig, literal: files.LiteralFolder) -> Histopathology:
+    return Histopathology(data_dir=literal.path, config=reader, file_format="array_record")
+
+
+def _finished(dataset: Path, source: str) -> list[_Finished]:
+    """Returns all complete records of a source by name; those of version 0.1.0 have no hash."""
+    version = str(Histopathology.VERSION)
+    paths = [*dataset.glob(f"{source}/{version}"), *dataset.glob(f"{source}-*/{version}")]
+    found = []
+    for path in sorted(paths):
+        if (path / _RECORD).is_file():
+            with contextlib.suppress(ExpectedError):  # it is told where these records are used
+                found.append(_read_record(path))
+    return found
+
+
+def _read_record(directory: Path) -> _Finished:
+    try:
+        record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
+        return _Finished(directory, {"files": None, "times": None, "damaged": {}, **record})
+    except (ValueError, TypeError):
+        raise _damaged(directory / _RECORD) from None
+
+
+def _choose(
+    data: DataConfig,
+    source: str,
+    dataset: Path,
+    workdir: Path | None,
+    raw_may_be_gone: bool,
+    seen: dict[str, Any],
+    problem: ExpectedError | None,
+) -> _Finished | None:
+    """Returns the records to use, None where they must be written; see `prepare` and `_look`."""
+    finished = _finished(dataset, source)
+    name = data.records or (workdirs.status(workdir).get("records") if workdir else None)
+    own = next((found for found in finished if found.name == name), None)
+    if data.records and not own:
+        raise ExpectedError(
+            f"config.data.records = {data.records!r} is not in {dataset}, which holds "
+            f"{_listed(finished) or f'no records of {source}'}"
+        )
+    if data.raw_dir is None:
+        return own or _only(finished, dataset)
+    is_lenient = bool(
+        raw_may_be_gone and workdir and workdirs.is_saved(workdir, "data.raw_dir", data.raw_dir)
+    )
+    if problem:
+        if not finished:
+            raise problem
+        if not is_lenient:
+            raise ExpectedError(
+                f"{problem} (--config.data.raw_dir=None uses the records in {dataset})"
+            ) from None
+        own = own or _only(finished, dataset)
+        assert own
+        log.warning("%s; %s, %s, serves", problem, own.name, own.origin)
+        return own
+    same = [found for found in finished if found.record["files"] == seen["files"]]
+    if own is None and is_lenient and not same:
+        own = _only(finished, dataset)
+    if own is None:
+        own = same[-1] if same else None
+    elif own not in same and not is_lenient:
+        raise ExpectedError(
+            f"{data.raw_dir} holds other files than {own.name}, {own.origin}: restore those, or "
+            f"choose another {'--config.data.records' if data.records else '--workdir'}"
+        )
+    if own and seen["times"] and own.record["times"] not in (None, seen["times"]):
+        log.warning(
+            "%s has changed since it was prepared: remove %s to prepare again",
+            data.raw_dir, own.directory,
+        )  # fmt: skip
+    return own
+
+
+def _only(finished: list[_Finished], dataset: Path) -> _Finished | None:
+    if len(finished) > 1:
+        raise ExpectedError(
+            f"{dataset} holds several records, {_listed(finished)}: set --config.data.records to "
+            "the name of one, or --config.data.raw_dir to its files"
+        )
+    return finished[0] if finished else None
+
+
+def _listed(finished: list[_Finished]) -> str:
+    return ", ".join(f"{found.name} ({found.origin})" for found in finished)
+
+
+def _look(reader: _ReaderConfig, data: DataConfig) -> tuple[dict[str, Any], ExpectedError | None]:
+    """Returns the fingerprint of `data.raw_dir`, or what is wrong with that folder."""
+    nothing = {"files": None, "times": None}
+    if data.raw_dir is None:
+        return nothing, None
+    try:
+        _check_layout(files.expand(data.raw_dir, "--config.data.raw_dir"), data.source)
+        return _fingerprint(reader), None
+    except ExpectedError as error:
+        return nothing, error
+
+
+def _check_layout(raw_dir: Path, source: str) -> None:
+    if not raw_dir.is_dir():
+        raise ExpectedError(f"{raw_dir}: no such folder; set --config.data.raw_dir")
+    fits = {
+        "kaggle": (raw_dir / "train_labels.csv").exists(),
+        "pcam": any(raw_dir.glob("camelyonpatch_level_2_split_*")),
+    }
+    other = next((name for name in fits if fits[name] and not fits[source]), None)
+    if other:
+        raise ExpectedError(
+            f"{raw_dir} holds files of data.source = {other!r} and none of {source!r}: set "
+            f"--config.data.source={other}, or --config.data.raw_dir"
+        )
+
+
+def _write(directory: Path, reader: _ReaderConfig, seen: dict[str, Any], data: DataConfig) -> None:
+    """Writes the records, and last of all `prepared.json`; leaves nothing where that fails.
+
+    Args:
+        directory: folder of the records; its parent is locked.
+        reader: of the raw files.
+        seen: their fingerprint.
+        data: settings.
+    """
+    _remove_left_overs(directory)
+    log.info("preparing %s into %s", reader.name, directory)
+    try:
+        with contextlib.ExitStack() as stack:
+            # TFDS announces "unknown size" there, and its bars know no total.
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(
+                mock.patch.object(ExampleSerializer, "serialize_example", _serialize)
+            )
+            stack.enter_context(files.naming(directory.parent))
+            stack.enter_context(files.disk_errors(directory.parent))
+            tfds.disable_progress_bar()
+            stack.callback(tfds.enable_progress_bar)
+            literal = _literal(directory.parents[2])  # is needed until all is written
+            _make(reader, literal).download_and_prepare(
+                download_config=tfds.download.DownloadConfig(
+                    try_download_gcs=False, force_checksums_validation=True
+                )
+            )
+        for path, reason in reader.damaged.items():
+            log.warning("left out: %s %s", path, reason)
+        record = {**seen, "damaged": reader.damaged, "origin": _origin(data, reader)}
+        files.write_json(directory / _RECORD, record)
+    except BaseException:
+        _remove_unfinished(directory)
+        raise
+
+
+def _origin(data: DataConfig, reader: _ReaderConfig) -> str:
+    if data.raw_dir:
+        return str(Path(data.raw_dir).expanduser().absolute())
+    return "the published files" if data.source == "pcam" else reader.name
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Removes a study's folder, whose lock is held, where it holds no complete records."""
+    for path in directory.parent.glob("incomplete.*"):
+        shutil.rmtree(path, ignore_errors=True)
+    if (directory / _RECORD).exists():
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (directory.parent / "lock").unlink()
+        directory.parent.rmdir()
+
+
+def _remove_left_overs(directory: Path) -> None:
+    """Removes what killed processes left, here and in other studies that nobody is preparing."""
+    # The record is written last, so without it nothing is finished.
+    for path in (directory, *directory.parent.glob("incomplete.*")):
+        shutil.rmtree(path, ignore_errors=True)
+    for lock_file in directory.parent.parent.glob("*/lock"):
+        if lock_file.parent == directory.parent:
+            continue
+        # Without the lock (another process prepares there), or the right to write: let it be.
+        with contextlib.suppress(OSError), files.open_lock(lock_file) as lock:
+            files.lock(lock)
+            written = (path.stat().st_mtime for path in lock_file.parent.rglob("*"))
+            # Some network mounts give the lock to every host, so recent work counts as busy, too.
+            if time.time() - max(written) > _ABANDONED_SECONDS:
+                _remove_unfinished(lock_file.parent / directory.name)
+
+
+def _damaged(path: Path) -> ExpectedError:
+    return ExpectedError(f"{path} is damaged: remove {path.parent} to prepare again")
 
 
 def _serialize(serializer: ExampleSerializer, example: Any) -> bytes:
@@ -321,27 +615,20 @@ def _serialize(serializer: ExampleSerializer, example: Any) -> bytes:
 
 
 def _fingerprint(reader: _ReaderConfig) -> dict[str, Any]:
-    paths = reader.raw_files()
-    content, times = files.fingerprints(paths) if paths else (None, None)
+    content, times = reader.fingerprint()
     return {"files": content, "times": times}
 
 
-def _check_raw_files(directory: Path, reader: _ReaderConfig, data: DataConfig) -> None:
-    """Compares the raw files, where all can be seen, with those the records were made from."""
-    record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
-    again = f"remove {directory} to prepare again, or set another --config.data.tfds_dir"
-    if record["damaged"] and data.on_damaged == "stop":
+def _check_damaged(found: _Finished, data: DataConfig) -> None:
+    damaged = found.record["damaged"]
+    if damaged and data.on_damaged == "stop":
         raise ExpectedError(
-            f"{len(record['damaged'])} damaged patches were left out of these records: set "
-            f"--config.data.on_damaged=skip, or restore the files and {again}"
+            f"{len(damaged)} damaged patches were left out of these records: set "
+            f"--config.data.on_damaged=skip, or restore the files and remove {found.directory} to "
+            "prepare again"
         )
-    try:
-        now = _fingerprint(reader)
-    except ExpectedError as error:  # the records are whole without them
-        log.warning("using %s as it is: %s", directory, error)
-        return
-    # Downloaded records name no files: those that are named now are others.
-    if now["files"] and now["files"] != record["files"]:
-        raise ExpectedError(f"{data.raw_dir} holds other files than were prepared: {again}")
-    if now["times"] and record["times"] and now["times"] != record["times"]:
-        log.warning("%s has changed since it was prepared: %s", data.raw_dir, again)
+    if whole := kaggle.restored(damaged):
+        log.warning(
+            "%d damaged patches that were left out are whole now: remove %s to prepare again",
+            len(whole), found.directory,
+        )  # fmt: skip

@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold, train_test_split
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
 
-from histo_jax.config import Config
+from histo_jax.config import Config, DataConfig, parse_fold
 from histo_jax.data.builder import SQUARES, SUMS
 from histo_jax.data.example import IMAGE_SIZE
 from histo_jax.errors import ExpectedError
@@ -37,66 +38,75 @@ class Sides:
         train: examples to train on.
         validation: examples that choose the checkpoint; none of them is in `train`.
         test: examples to predict; None where the data has none.
-        by: 'slide' where no slide is on two sides, 'image' where only no image is.
+        by: 'slide' where no slide is on two sides, 'image' where only no image is, 'official' where
+            the data's own split was kept and its slides cannot be compared.
+        honest: whether the validation score speaks of slides that training has not seen; None = not
+            known. Of a random division by image it is known that it does not.
     """
 
     train: Side
     validation: Side
     test: Side | None
     by: str
+    honest: bool | None
 
     @property
-    def honest(self) -> bool:
-        """Whether the validation score speaks of slides that training has not seen."""
-        return self.by == "slide"
+    def division(self) -> str:
+        """How training and validation were divided, in words."""
+        if self.honest is not None:
+            return f"by {self.by}"
+        if self.by == "official":
+            return "by the data's own split, slides not checked"
+        return "by image, for each patch names a slide of its own"
 
 
+UNCHECKED = (
+    "whether patches of one slide are in training and are scored was not checked: not all patches "
+    "name their slide, or each names one of its own"
+)
 OPTIMISTIC = (
     "the score is optimistic: slides are not known, not used or on both sides, so neighbours of "
     "one slide train and are scored"
 )
 
 
+def caveat(honest: bool | None) -> str:
+    """Returns what must be said beside a score; '' where nothing must."""
+    return "" if honest else UNCHECKED if honest is None else OPTIMISTIC
+
+
+def combine(honest: Iterable[bool | None]) -> bool | None:
+    """Returns what holds for all together: false where one is false, else None where one is."""
+    values = list(honest)
+    return False if False in values else None if None in values else True
+
+
 def make_sides(tables: dict[str, pd.DataFrame], config: Config) -> Sides:
-    """Draws the balanced sample and divides it, by `config.seed` alone; official splits rule.
+    """Draws the balanced sample and divides it, by `config.data_seed` alone; official splits rule.
 
     Args:
         tables: per split the columns `id`, `label` (0 or 1) and `slide` ('' = not known); see
-            `builder.Prepared`. Where there is a 'validation', it validates whole.
-        config: `data.samples_per_class`, `data.validation_fraction` and `data.split_by` rule.
+            `builder.Prepared`. Where there is a 'validation', it validates whole, unless
+            `data.fold` divides the training patches instead.
+        config: `data.samples_per_class`, `data.validation_fraction`, `data.split_by` and
+            `data.fold` rule.
 
     Raises:
         ExpectedError: slides are asked for but not known, or a side lacks a class.
     """
-    data, table = config.data, tables["train"]
-    all_labels, slides = table["label"].to_numpy(), table["slide"].to_numpy()
-    candidates = np.arange(len(table))
-    official = "validation" in tables
-    slides_known = bool((slides != "").any())
-    if data.split_by == "slide" and not (slides_known or official):
-        raise ExpectedError(
-            "config.data.split_by = 'slide', but this data names no slides: give "
-            "config.data.slide_map, or use 'auto' or 'image'"
-        )
-    by = "slide" if official or (slides_known and data.split_by != "image") else "image"
-    if by == "slide" and not official:
-        # An example of an unknown slide has no side on which it is safe.
-        candidates = np.flatnonzero(slides != "")
-    rows = candidates[_sample(all_labels[candidates], data.samples_per_class, config.seed)]
-    labels = all_labels[rows]
-    if official and share(table.iloc[rows], tables["validation"]):
-        by = "image"
-    if official:
-        validation = Side("validation", np.arange(len(tables["validation"])))
-        train = Side("train", rows)
+    table, by = tables["train"], _unit(tables, config.data)
+    sample = draw_sample(tables, config)
+    if by == "official":
+        train, validation = sample, Side("validation", np.arange(len(tables["validation"])))
+        honest = disjoint((table, train.rows), (tables["validation"], validation.rows))
+        by = {True: "slide", False: "image", None: "official"}[honest]
     else:
-        fraction = data.validation_fraction
-        inside = (
-            _validation_by_slide(labels, slides[rows], fraction, config.seed)
-            if by == "slide"
-            else _validation_by_image(labels, fraction, config.seed)
-        )
-        train, validation = Side("train", rows[~inside]), Side("train", rows[inside])
+        labels, slides = (table[name].to_numpy()[sample.rows] for name in ("label", "slide"))
+        inside = _validation(labels, slides if by == "slide" else None, config)
+        train, validation = (Side("train", sample.rows[rows]) for rows in (~inside, inside))
+        honest = by == "slide"
+        if honest and not has_slide_names(table):
+            by, honest = "image", None
     test = Side("test", np.arange(len(tables["test"]))) if "test" in tables else None
     for name, side in (("training", train), ("validation", validation)):
         counts = np.bincount(tables[side.records]["label"].iloc[side.rows], minlength=2)
@@ -105,7 +115,58 @@ def make_sides(tables: dict[str, pd.DataFrame], config: Config) -> Sides:
                 f"the {name} set has {counts[0]} patches without and {counts[1]} with tumour, and "
                 "needs both classes: give more patches of the other"
             )
-    return Sides(train, validation, test, by)
+    return Sides(train, validation, test, by, honest)
+
+
+def _unit(tables: dict[str, pd.DataFrame], data: DataConfig) -> str:
+    """Returns what is kept whole: 'official' = the data's own split, 'slide' or 'image'."""
+    is_official = "validation" in tables and data.fold is None
+    slides_known = bool((tables["train"]["slide"] != "").any())
+    if data.split_by == "slide" and not (slides_known or is_official):
+        raise ExpectedError(
+            "config.data.split_by = 'slide', but this data names no slides: give "
+            "config.data.slide_map, or use 'auto' or 'image'"
+        )
+    if is_official:
+        return "official"
+    return "slide" if slides_known and data.split_by != "image" else "image"
+
+
+def draw_sample(tables: dict[str, pd.DataFrame], config: Config) -> Side:
+    """Returns what is drawn of the training patches before they are divided; see `make_sides`."""
+    labels, slides = (tables["train"][name].to_numpy() for name in ("label", "slide"))
+    # An example of an unknown slide has no side on which it is safe.
+    is_safe = slides != "" if _unit(tables, config.data) == "slide" else np.ones(len(labels), bool)
+    rows = np.flatnonzero(is_safe)
+    chosen = _sample(labels[rows], config.data.samples_per_class, config.data_seed)
+    return Side("train", rows[chosen])
+
+
+def has_slide_names(table: pd.DataFrame) -> bool:
+    """Whether the names in `slide` can be slides': most patches share theirs with another.
+
+    Where each patch names one of its own, it is some other identifier, and divides nothing.
+    """
+    counts = table["slide"][table["slide"] != ""].value_counts()
+    return bool((counts == 1).sum() <= counts.sum() / 2)
+
+
+def disjoint(
+    first: tuple[pd.DataFrame, np.ndarray], second: tuple[pd.DataFrame, np.ndarray]
+) -> bool | None:
+    """Tells whether two sides share no slide and no pixels; None = not all slides are known.
+
+    Args:
+        first: the whole table of its records, and the rows of the side.
+        second: likewise.
+    """
+    sides = [table.iloc[rows] for table, rows in (first, second)]
+    if share(*sides):
+        return False
+    are_known = all((side["slide"] != "").all() for side in sides)
+    return (
+        True if are_known and all(has_slide_names(table) for table, _ in (first, second)) else None
+    )
 
 
 def share(first: pd.DataFrame, second: pd.DataFrame) -> bool:
@@ -146,6 +207,41 @@ def _sample(labels: np.ndarray, per_class: int | None, seed: int) -> np.ndarray:
             rows = rng.choice(rows, per_class, replace=False)
         chosen.append(rows)
     return np.sort(np.concatenate(chosen))
+
+
+def _validation(labels: np.ndarray, slides: np.ndarray | None, config: Config) -> np.ndarray:
+    """Returns which of the examples validate, bool[n]; by slide where `slides` are given."""
+    data, seed = config.data, config.data_seed
+    if data.fold:
+        return _fold(labels, slides, data.fold, seed)
+    if slides is None:
+        return _validation_by_image(labels, data.validation_fraction, seed)
+    return _validation_by_slide(labels, slides, data.validation_fraction, seed)
+
+
+def _fold(labels: np.ndarray, slides: np.ndarray | None, fold: str, seed: int) -> np.ndarray:
+    """The examples of one fold; all folds are looked at, so that no run begins in vain."""
+    number, folds = parse_fold(fold)
+    counts = {"patches without": (labels == 0).sum(), "patches with tumour": (labels == 1).sum()}
+    if slides is not None:
+        counts["slides"] = len(np.unique(slides))
+    for what, count in counts.items():
+        if count < folds:
+            raise ExpectedError(
+                f"config.data.fold = {fold!r} asks for {folds} folds, and there are {count} "
+                f"{what}: choose fewer folds"
+            )
+    splitter = (StratifiedKFold if slides is None else StratifiedGroupKFold)(
+        folds, shuffle=True, random_state=seed
+    )
+    divided = [rows for _, rows in splitter.split(labels, labels, slides)]
+    for other, rows in enumerate(divided, start=1):
+        if len(np.unique(labels[rows])) < 2:
+            raise ExpectedError(
+                f"fold {other} of config.data.fold = {fold!r} has patches of one class only: "
+                "choose fewer folds, or another config.data.split_seed"
+            )
+    return np.isin(np.arange(len(labels)), divided[number - 1])
 
 
 def _validation_by_image(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

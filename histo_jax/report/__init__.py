@@ -1,6 +1,26 @@
-"""What people look at: the page `report.html`, and pictures of where the network looked."""
+"""What people look at: the page `report.html`, and pictures of where the network looked.
 
+As a function, `histo_jax.report(config, workdir)` writes the page; see `histo_jax.report.report`.
+"""
+
+import os
+import sys
+import types
+from pathlib import Path
+
+from histo_jax.config import Config
 from histo_jax.report.explanation import explain
 from histo_jax.report.page import report
 
 __all__ = ["explain", "report"]
+
+
+class _Callable(types.ModuleType):
+    """Lets `histo_jax.report` be this package and the command: the attribute can be only one."""
+
+    def __call__(self, config: Config, workdir: str | os.PathLike[str]) -> Path:
+        """Writes `report.html`; see `histo_jax.report.report`."""
+        return report(config, workdir)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,5 +1,6 @@
 """Pictures of where the network looked, for chosen patches."""
 
+import hashlib
 import io
 import logging
 import os
@@ -14,9 +15,10 @@ from PIL import Image, ImageDraw
 from histo_jax import files, members, predictions
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, names, validate
-from histo_jax.data import splits
 from histo_jax.data.builder import Prepared, prepare
 from histo_jax.errors import ExpectedError
+from histo_jax.members import Member
+from histo_jax.report import folder as folders
 from histo_jax.report import patches
 from histo_jax.training import runtime
 
@@ -25,6 +27,7 @@ log = logging.getLogger("histo_jax")
 _ENLARGED = 4
 
 
+@runtime.session
 def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """Writes `explain/<id>.png` for the patches of `config.explain.ids`.
 
@@ -32,13 +35,17 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     against it in blue (integrated gradients), the centre framed. Without ids the patches are those
     of the report's galleries. With `config.predict.checkpoints` the mean of these runs is shown.
 
+    `explain/patches.csv` has one row for each picture. Pictures of one checkpoint accumulate; those
+    of another checkpoint are removed.
+
     Args:
         config: that of the run; folders may differ.
         workdir: folder of a run that `fit` has trained; with `predict.checkpoints` any.
 
     Returns:
-        `id`, `slide`, `label` (-1: not known) and calibrated `probability` of each, as evaluated,
-        or for given ids of one pass, without `predict.tta`; also written to `explain/patches.csv`.
+        What was added to `explain/patches.csv`: `id`; `slide`; `label`, -1 = not known; calibrated
+        `probability`, as evaluated, or for given ids of one pass; `tta`, whether it is a mean over
+        symmetries; `checkpoint`, the step and a digest of the weights, of each run of an ensemble.
 
     Raises:
         ExpectedError: an id is in no split, or there is no checkpoint; without ids, nothing was
@@ -47,11 +54,12 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir).expanduser()
+    folder = files.expand(workdir, "--workdir")
     workdirs.check(folder, config)
+    tta = False
     with workdirs.tracked(folder, "explain"):
         trained = members.restore(config, folder, SingleDeviceSharding(jax.local_devices()[0]))
-        prepared = prepare(config)
+        prepared = prepare(config, folder, raw_may_be_gone=True)
         if config.explain.ids:
             found = [
                 patch
@@ -61,20 +69,71 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         else:
             split = config.evaluate.split
             table = predictions.read(folder, split)
-            members.check_evaluated(trained, predictions.read_scores(folder, split), split)
-            sides = splits.make_sides(prepared.tables, config)
+            scores = predictions.read_scores(folder, split)
+            members.check_evaluated(trained, scores, split)
+            tta = scores.get("tta", False)
+            sides = predictions.make_sides(prepared, config, scores)
             side = predictions.side(prepared, sides, split, table)
+            predictions.check_scores(folder, split, table, scores)
             chosen = pd.unique(np.concatenate(list(patches.galleries(table, config.seed).values())))
             logits = table["logit"].to_numpy()[chosen]
-            found = patches.gather(prepared, side.records, side.rows[chosen], trained, logits)
+            rows = side.rows[chosen]
+            owners = patches.owners(trained, config, prepared, scores, rows)
+            found = patches.gather(prepared, side.records, rows, trained, logits, owners)
         table = pd.DataFrame([patch[:4] for patch in found], columns=patches.Patch._fields[:4])
+        table = table.assign(tta=tta, checkpoint=_identify(trained, folder))
         if workdirs.is_writer():
-            (folder / "explain").mkdir(parents=True, exist_ok=True)
-            for patch in found:
-                files.write_bytes(folder / "explain" / f"{patch.id}.png", _draw(patch))
-        workdirs.write_text(folder / "explain" / "patches.csv", table.to_csv(index=False))
+            drawn = {f"{patch.id}.png": _draw(patch) for patch in found}
+            ours = {name for rows in prepared.tables.values() for name in rows["id"]}
+            _add(folder / "explain", table, drawn, ours)
     log.info("%d patches in %s", len(table), folder / "explain")
     return table
+
+
+def _identify(trained: list[Member], folder: Path) -> str:
+    """Returns the steps of the checkpoints, each with a digest of what was trained."""
+    names = []
+    for member in trained:
+        digest = hashlib.sha256(repr(member.calibration).encode())
+        for leaf in jax.tree.leaves(member.weights):
+            digest.update(np.asarray(leaf).tobytes())
+        run = "" if Path(member.run) == folder else f"{member.run} "
+        names.append(f"{run}step {member.step} weights {digest.hexdigest()[:8]}")
+    return " + ".join(names)
+
+
+def _add(folder: Path, table: pd.DataFrame, drawn: dict[str, bytes], ours: set[str]) -> None:
+    """Adds rows and pictures; all others that are not of the same checkpoint are removed.
+
+    Args:
+        folder: of the pictures.
+        table: the new rows of `patches.csv`.
+        drawn: the new pictures, by file name.
+        ours: ids of all patches; a picture of another name is the user's own.
+    """
+    folders.recover(folder)
+    known = _read_rows(folder / "patches.csv")
+    pictures = {path.stem for path in folder.glob("*.png")}
+    kept = known[
+        (known["checkpoint"] == table["checkpoint"].iloc[0])
+        & ~known["id"].isin(table["id"])
+        & known["id"].isin(pictures)
+    ]
+    rows = pd.concat([kept, table]) if len(kept) else table
+    csv = rows.to_csv(index=False, columns=list(table.columns)).encode()
+    obsolete = {f"{name}.png" for name in pictures & (ours | set(known["id"])) - set(kept["id"])}
+    folders.update(folder, {**drawn, "patches.csv": csv}, obsolete)
+
+
+def _read_rows(path: Path) -> pd.DataFrame:
+    """Returns the rows of `patches.csv` as text; those of 0.1.0 name no checkpoint."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False)
+    except (OSError, ValueError):
+        table = pd.DataFrame()
+    return table.reindex(
+        columns=["id", *table.columns.difference(["id", "checkpoint"]), "checkpoint"]
+    )
 
 
 def _find(prepared: Prepared, wanted: list[str]) -> dict[str, np.ndarray]:

@@ -5,14 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import precision_recall_curve, roc_curve
+
+from histo_jax.report import backend
+
+with backend.ignored():
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 # Of Okabe & Ito's palette, told apart in every kind of colour blindness; lines differ in style too.
 NEGATIVE, POSITIVE, LINE = "#0072B2", "#D55E00", "#222222"
@@ -36,7 +40,9 @@ _STYLE: Any = {
 def _axes() -> Iterator[tuple[Axes, list[str]]]:
     """Opens a figure; at the end its SVG is appended to the list."""
     done: list[str] = []
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context():
+        mpl.rcdefaults()  # not the user's matplotlibrc and styles
+        mpl.rcParams.update(_STYLE)
         figure = Figure(figsize=(4.2, 3.6), layout="constrained")
         yield figure.add_subplot(), done
         text = io.StringIO()
@@ -56,7 +62,7 @@ def learning_curves(history: pd.DataFrame, used: pd.DataFrame) -> str:
         axes.plot(epochs, validation, "-", marker=".", color=POSITIVE, label="validation")
         axes.plot(used["epoch"], used["validation_loss"], "o", color=LINE, label="used")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="epoch", ylabel="loss, nats", ylim=(0, None))
+        axes.set(xlabel="epoch", ylabel="negative log-likelihood", ylim=(0, None))
         axes.legend()
     return done[0]
 
@@ -111,7 +117,7 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
         axes.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
         axes.plot(said, true, "-", color=LINE, linewidth=1)
         axes.scatter(said, true, 8 + 150 * counts / counts.max(), color=NEGATIVE, zorder=3)
-        axes.set(xlabel="probability said", ylabel="share with tumour", aspect="equal")
+        axes.set(xlabel="predicted probability", ylabel="share with tumour", aspect="equal")
     return done[0]
 
 

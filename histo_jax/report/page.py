@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import datetime
 import io
 import itertools
 import json
@@ -20,17 +21,17 @@ from PIL import Image
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from histo_jax import members, predictions
+from histo_jax import files, members, predictions
 from histo_jax import workdir as workdirs
 from histo_jax.config import Config, validate
+from histo_jax.data import audit as audits
 from histo_jax.data import splits
-from histo_jax.data.audit import has_leak
-from histo_jax.data.audit import table as audit_table
 from histo_jax.data.builder import prepare
 from histo_jax.errors import ExpectedError
 from histo_jax.members import Member
 from histo_jax.metrics.scores import per_patch_loss
 from histo_jax.report import figures, patches
+from histo_jax.report import folder as folders
 from histo_jax.report.patches import gather
 from histo_jax.training import runtime
 
@@ -45,13 +46,34 @@ _SCORES = {
     "accuracy": "accuracy at probability 0.5",
     "sensitivity_at_95_specificity": "sensitivity at 95% specificity",
     "specificity_at_95_sensitivity": "specificity at 95% sensitivity",
-    "nll": "negative log-likelihood, nats",
+    "nll": "negative log-likelihood (NLL)",
     "brier": "Brier score",
     "ece": "calibration error (ECE)",
 }
+# Each in a line, for readers who do not compute them; `%s` is the share of tumour.
+_MEANINGS = {
+    "auc": "How often a patch with tumour gets a higher probability than one without: 0.5 is "
+    "guessing, 1 is perfect.",
+    "average_precision": "Share of those called tumour that have it (precision), mean over all "
+    "sensitivities: %s is guessing, 1 is perfect.",
+    "accuracy": "Share of patches that are classified correctly.",
+    "sensitivity_at_95_specificity": "Share of patches with tumour that are found where 95% of "
+    "those without are cleared.",
+    "specificity_at_95_sensitivity": "Share of patches without tumour that are cleared where 95% "
+    "of those with it are found.",
+    "nll": "Penalty for probabilities that are far from the truth, most of all for sure mistakes "
+    "(natural logarithm): 0 is perfect, 0.693 is saying 50% of every patch.",
+    "brier": "Mean squared distance between probability and truth (0 or 1): 0 is perfect, 0.25 is "
+    "saying 50% of every patch.",
+    "ece": "Mean distance between the predicted probability and how often there was tumour: 0 is "
+    "perfect.",
+}
+# All figures that `render` can draw; those of an earlier page that it does not draw are removed.
+_FIGURES = ("learning_curves", "roc", "precision_recall", "calibration", "histogram")
 _OF_EVALUATION = ("evaluate.", "predict.")
 
 
+@runtime.session
 def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     """Writes `report.html`, one page without any other file, and its figures into `report/`.
 
@@ -67,35 +89,41 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     """
     validate(config)
     runtime.set_up()
-    folder = Path(workdir).expanduser()
+    folder = files.expand(workdir, "--workdir")
     workdirs.check(folder, config)
     split = config.evaluate.split
     table = predictions.read(folder, split)
     scores = predictions.read_scores(folder, split)
     with workdirs.tracked(folder, "report"):
-        prepared = prepare(config)
-        sides = splits.make_sides(prepared.tables, config)
+        prepared = prepare(config, folder, raw_may_be_gone=True)
+        sides = predictions.make_sides(prepared, config, scores)
         side = predictions.side(prepared, sides, split, table)
+        predictions.check_scores(folder, split, table, scores)
         trained = _judged(config, folder, scores)
         members.check_evaluated(trained, scores, split)
         chosen = patches.galleries(table, config.seed)
         # All at once: the networks are compiled for them only one time.
         rows = np.concatenate(list(chosen.values()))
         logits = table["logit"].to_numpy()[rows]
-        found = iter(gather(prepared, side.records, side.rows[rows], trained, logits))
+        owners = patches.owners(trained, config, prepared, scores, side.rows[rows])
+        found = iter(gather(prepared, side.records, side.rows[rows], trained, logits, owners))
         galleries = {
             title: list(itertools.islice(found, len(places))) for title, places in chosen.items()
         }
         # Several runs have no history in common.
         history = None if "members" in scores else folder / "history.csv"
-        audited = _read(folder / "audit.json")
+        seen = prepared.tables[sides.train.records].iloc[sides.train.rows]
+        validation = prepared.tables[sides.validation.records].iloc[sides.validation.rows]
+        found_audit = _read(folder / "audit.json")
+        audited = found_audit if _is_audit_of(found_audit, seen, validation) else None
         # Those of training are as `fit` has saved them; those of evaluation as it was done.
         settings = workdirs.plain(config)
         saved = _read(folder / "config.json") or settings
-        settings |= {k: v for k, v in saved.items() if not k.startswith(_OF_EVALUATION)}
+        settings |= {
+            k: v for k, v in saved.items() if k in settings and not k.startswith(_OF_EVALUATION)
+        }
         settings["predict.tta"] = scores.get("tta", settings["predict.tta"])
         settings["predict.checkpoints"] = _runs(scores)
-        seen = prepared.tables[sides.train.records].iloc[sides.train.rows]
         text, drawn = render(
             workdir=folder.absolute().name,
             source=config.data.source,
@@ -113,16 +141,19 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
             },
             parameters=[_count_parameters(member) for member in trained],
             trained_with=workdirs.status(folder).get("trained_with"),
-            audit=audit_table(audited) if audited else None,
-            leak=bool(audited and has_leak(audited)),
+            # Its note on honesty stands in the page already.
+            audit=audits.table(audited | {"note": ""}) if audited else None,
+            leak=bool(audited and audits.has_leak(audited)),
             audit_knows_slides=bool(
                 audited and all(pair["shared_slides"] for pair in audited["pairs"].values())
             ),
+            is_audit_of_others=bool(found_audit and not audited),
+            color_auc=audited["control"]["validation_auc"] if audited else None,
+            date=_date(folder / f"evaluation_{split}.json"),
         )
         if workdirs.is_writer():
-            (folder / "report").mkdir(exist_ok=True)
-        for name, svg in drawn.items():
-            workdirs.write_text(folder / "report" / f"{name}.svg", svg)
+            svgs = {f"{name}.svg": svg.encode() for name, svg in drawn.items()}
+            folders.update(folder / "report", svgs, {f"{name}.svg" for name in _FIGURES})
         workdirs.write_text(folder / "report.html", text)
     log.info("report in %s", folder / "report.html")
     return folder / "report.html"
@@ -147,6 +178,23 @@ def _count_parameters(member: Member) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(member.weights.params))
 
 
+def _is_audit_of(
+    audit: dict[str, Any] | None, train: pd.DataFrame, validation: pd.DataFrame
+) -> bool:
+    """Whether these patches were audited; audits of 0.1.0 do not tell."""
+    tables = {"train": train, "validation": validation}
+    audited = audit.get("sides", {}) if audit else {}
+    return all(
+        audited.get(name, {}).get("digest") == audits.digest(table)
+        for name, table in tables.items()
+    )
+
+
+def _date(path: Path) -> str:
+    """Returns the day that a file was written, in UTC: with today's the page would change."""
+    return datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).date().isoformat()
+
+
 def render(
     *,
     scores: dict[str, Any],
@@ -154,6 +202,9 @@ def render(
     table: pd.DataFrame,
     galleries: dict[str, list[patches.Patch]],
     settings: dict[str, Any],
+    color_auc: float | None = None,
+    is_audit_of_others: bool = False,
+    date: str = "",
     **facts: Any,
 ) -> tuple[str, dict[str, str]]:
     """Returns the page, and its figures as SVG by name.
@@ -164,10 +215,14 @@ def render(
         table: what `predictions.read` returns.
         galleries: patches by title.
         settings: by dotted name, as JSON gives them.
+        color_auc: what colour histograms alone reach on the validation patches; None = not known.
+        is_audit_of_others: whether there is an audit that is not of these patches.
+        date: of the evaluation.
         facts: the other words of `page.html`.
     """
     logits, labels = table["logit"].to_numpy(), table["label"].to_numpy(np.float64)
     probabilities = expit(logits)
+    prior = f"{scores['prior']:.3f}"
     drawn = {
         "roc": figures.roc(logits, labels, scores),
         "precision_recall": figures.precision_recall(probabilities, labels, scores),
@@ -185,6 +240,11 @@ def render(
     text = _template().render(
         scores=scores,
         score_names=_SCORES,
+        meanings=_MEANINGS | {"average_precision": _MEANINGS["average_precision"] % prior},
+        color=_against_color(facts["split"], scores, color_auc),
+        color_auc=color_auc,
+        is_audit_of_others=is_audit_of_others,
+        date=date,
         figures=drawn,
         epochs=epochs,
         used=next((row for row in epochs if row.step == scores.get("checkpoint_step")), None),
@@ -202,6 +262,16 @@ def render(
         **facts,
     )
     return text, drawn
+
+
+def _against_color(split: str, scores: dict[str, Any], color_auc: float | None) -> str | None:
+    """Returns how the network does against colour histograms: better, worse, or 'unproven'."""
+    if color_auc is None or split != "validation":
+        return None
+    if color_auc >= scores["auc"]:
+        return "worse"
+    is_proven = scores["auc_low"] is not None and scores["auc_low"] > color_auc
+    return "better" if is_proven else "unproven"
 
 
 def _template() -> jinja2.Template:

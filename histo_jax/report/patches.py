@@ -1,17 +1,18 @@
 """Single patches to look at: which, what was said of them, and where the network looked."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, Int, UInt8
 from PIL import Image
 from scipy.special import expit
 
+from histo_jax.config import Config
 from histo_jax.data.builder import Prepared
-from histo_jax.members import Member
+from histo_jax.members import Member, fold_sides
 from histo_jax.metrics.scores import per_patch_loss
 from histo_jax.report.saliency import integrated_gradients
 
@@ -51,9 +52,9 @@ def galleries(table: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
     labels = table["label"].to_numpy()
     by_loss = np.argsort(-per_patch_loss(logits, labels), kind="stable")
     return {
-        "Most wrong": by_loss[is_wrong(logits, labels)[by_loss]][:_SHOWN],
-        "Least sure": np.argsort(np.abs(logits), kind="stable")[:_SHOWN],
-        "At random": np.random.default_rng(seed).permutation(len(table))[:_SHOWN],
+        "Highest loss": by_loss[is_wrong(logits, labels)[by_loss]][:_SHOWN],
+        "Most uncertain": np.argsort(np.abs(logits), kind="stable")[:_SHOWN],
+        "Random sample": np.random.default_rng(seed).permutation(len(table))[:_SHOWN],
     }
 
 
@@ -68,6 +69,7 @@ def gather(
     rows: np.ndarray,
     trained: list[Member],
     logits: Float[np.ndarray, " rows"] | None = None,
+    owners: Int[np.ndarray, " rows"] | None = None,
 ) -> list[Patch]:
     """Reads some records, and looks at them with the networks.
 
@@ -77,7 +79,15 @@ def gather(
         rows: int[rows], which of them.
         trained: the networks, whose mean is told; with none of them there is no saliency.
         logits: calibrated; None = what the networks say.
+        owners: for each row the number of the one network that is asked; None = all are.
     """
+    if owners is not None and logits is not None:
+        found: dict[int, Patch] = {}
+        for owner in np.unique(owners):
+            places = np.flatnonzero(owners == owner)
+            some = gather(prepared, split, rows[places], [trained[owner]], logits[places])
+            found |= zip(places.tolist(), some, strict=True)
+        return [found[place] for place in range(len(rows))]
     images = prepared.records(split, rows).images(np.arange(len(rows)))
     pictures: list[Pixels] | list[None] = [None] * len(rows)
     if trained:
@@ -91,6 +101,20 @@ def gather(
         Patch(*patch)
         for patch in zip(*columns, expit(logits).tolist(), images, pictures, strict=True)
     ]
+
+
+def owners(
+    trained: list[Member],
+    config: Config,
+    prepared: Prepared,
+    scores: dict[str, Any],
+    rows: np.ndarray,
+) -> np.ndarray | None:
+    """Returns which network has scored each row out of fold; None where all have scored all."""
+    if not (trained and scores.get("out_of_fold")):
+        return None
+    folds = fold_sides(trained, config, prepared)
+    return np.argmax([np.isin(rows, sides.validation.rows) for sides in folds], axis=0)
 
 
 def look(

@@ -27,7 +27,7 @@ log = logging.getLogger("histo_jax")
 
 _METRIC = "validation_loss"
 # Errors that say nothing of a checkpoint: it may be whole.
-_NO_DAMAGE = (ExpectedError, PermissionError, MemoryError, jax.errors.JaxRuntimeError)
+_NO_DAMAGE = (ExpectedError, MemoryError, jax.errors.JaxRuntimeError)
 # What Orbax writes beside the arrays, bytes; about 200 kB were measured.
 _OVERHEAD = 500_000
 
@@ -39,8 +39,9 @@ class Checkpoint:
     Attributes:
         state: parameters, BatchNorm statistics, normalisation, optimizer state, step, random key.
         early_stopping: its state.
-        data: JSON-able; where the order of examples stands, the fingerprint of that order, and
-            after a validation the calibration that was fitted on it.
+        data: JSON-able; where the order of examples stands, the fingerprint of that order, the
+            gradient norm of the last step, and after a validation the calibration that was fitted
+            on it.
         history: JSON-able; one entry a finished epoch.
     """
 
@@ -67,6 +68,9 @@ class Checkpoints:
         self._directory = (workdir / "checkpoints").absolute()
         self._replaced = self._directory.with_name("replaced")
         if not read_only:
+            _once(lambda: self._directory.mkdir(parents=True, exist_ok=True))
+        self._literal = files.LiteralFolder(self._directory)
+        if not read_only:
             _once(self._tidy_up)
         try:
             self._manager = self._open(read_only)
@@ -74,13 +78,13 @@ class Checkpoints:
             if not read_only:
                 raise
             raise ExpectedError(
-                f"{self._directory} holds a damaged checkpoint ({one_line(error)}): start that run "
-                "again, which puts it aside"
+                f"{self._directory} holds a damaged checkpoint ({self._said(error)}): start that "
+                "run again, which puts it aside"
             ) from None
 
     def _open(self, read_only: bool) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
-            self._directory,
+            self._literal.path,
             # Named here, or the metadata of a folder that this process did not write is empty.
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
@@ -104,7 +108,7 @@ class Checkpoints:
                 ),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
-                create=not read_only,
+                create=False,
                 save_interval_steps=int(not read_only),
             ),
         )
@@ -118,7 +122,10 @@ class Checkpoints:
             try:
                 json.loads(path.read_bytes())
             except ValueError as error:
-                _put_aside(path.parents[1], error)
+                _put_aside(path.parents[1], self._said(error))
+
+    def _said(self, error: Exception) -> str:
+        return one_line(error).replace(str(self._literal.path), str(self._directory))
 
     @classmethod
     def of(cls, workdir: Path, read_only: bool = False) -> "Checkpoints":
@@ -135,7 +142,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with files.disk_errors(self._directory):
+        with files.naming(self._directory), files.disk_errors(self._directory):
             self._manager.close()
 
     def save(self, checkpoint: Checkpoint, validation_loss: float | None) -> None:
@@ -150,6 +157,7 @@ class Checkpoints:
         """
         step = int(checkpoint.state.step)
         self.wait()
+        is_first = not self._manager.all_steps()
         _once(lambda: shutil.rmtree(self._replaced, ignore_errors=True))
         # Orbax notices a full disk late and says so at length.
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoint.state)) + _OVERHEAD
@@ -162,7 +170,7 @@ class Checkpoints:
             # whole: until then it is the newest.
             _once(lambda: self._replace(step))
             self._manager.reload()
-        with files.disk_errors(self._directory):
+        with files.naming(self._directory), files.disk_errors(self._directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -173,6 +181,21 @@ class Checkpoints:
                 ),
                 metrics=None if validation_loss is None else {_METRIC: validation_loss},
             )
+        if is_first:
+            self.wait()
+            self._read_back(checkpoint)
+
+    def _read_back(self, checkpoint: Checkpoint) -> None:
+        """Refuses a folder from which what was saved does not come back, before hours are spent."""
+        try:
+            self.restore(int(checkpoint.state.step), checkpoint.state, checkpoint.early_stopping)
+        except Exception as error:  # whatever Orbax and TensorStore find wrong
+            if not _is_damage(error):
+                raise
+            raise ExpectedError(
+                f"{self._directory} cannot hold checkpoints: the first one cannot be read back "
+                f"({self._said(error)}); choose another --workdir"
+            ) from None
 
     def _replace(self, step: int) -> None:
         self._replaced.mkdir()
@@ -184,7 +207,7 @@ class Checkpoints:
         Raises:
             OSError: it could not be written.
         """
-        with files.disk_errors(self._directory):
+        with files.naming(self._directory), files.disk_errors(self._directory):
             self._manager.wait_until_finished()
 
     def best_step(self) -> int | None:
@@ -209,11 +232,11 @@ class Checkpoints:
                 checkpoint = self.restore(step, like, early_stopping)
                 self._manager.reload()
                 return checkpoint
-            except _NO_DAMAGE:
-                raise
             except Exception as error:  # whatever Orbax and TensorStore find wrong
+                if not _is_damage(error):
+                    raise
                 damaged = self._directory / str(step)
-                _once(functools.partial(_put_aside, damaged, error))
+                _once(functools.partial(_put_aside, damaged, self._said(error)))
         self._manager.reload()
         return None
 
@@ -228,19 +251,20 @@ class Checkpoints:
         Raises:
             ExpectedError: the checkpoint holds the state of another model.
         """
-        saved = self._manager.item_metadata(step)["state"]
-        if saved is None:
-            raise ValueError("the metadata of its state is missing")
-        self._check_shapes(step, saved.tree, like)
-        parts = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like),
-                early_stopping=ocp.args.StandardRestore(early_stopping),
-                data=ocp.args.JsonRestore(),
-                history=ocp.args.JsonRestore(),
-            ),
-        )
+        with files.disk_errors(self._directory / str(step)):
+            saved = self._manager.item_metadata(step)["state"]
+            if saved is None:
+                raise ValueError("the metadata of its state is missing")
+            self._check_shapes(step, saved.tree, like)
+            parts = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like),
+                    early_stopping=ocp.args.StandardRestore(early_stopping),
+                    data=ocp.args.JsonRestore(),
+                    history=ocp.args.JsonRestore(),
+                ),
+            )
         return Checkpoint(
             parts["state"], parts["early_stopping"], parts["data"], parts["history"]["epochs"]
         )
@@ -263,9 +287,9 @@ class Checkpoints:
         early_stopping = EarlyStopping.create(config.early_stopping)
         try:
             return self.restore(step, abstract_state(config, place), early_stopping)
-        except _NO_DAMAGE:
-            raise
         except Exception as error:  # whatever Orbax and TensorStore find wrong
+            if not _is_damage(error):
+                raise
             path = self._directory / str(step)
             if not path.exists():
                 raise ExpectedError(
@@ -273,7 +297,7 @@ class Checkpoints:
                 ) from None
             raise ExpectedError(
                 f"{path}, the best checkpoint, is damaged "
-                f"({one_line(error)}): restore it, or remove it to take the next best"
+                f"({self._said(error)}): restore it, or remove it to take the next best"
             ) from None
 
     def _check_shapes(self, step: int, saved: Any, like: TrainState) -> None:
@@ -294,6 +318,13 @@ class Checkpoints:
                 )
 
 
+def _is_damage(error: Exception) -> bool:
+    """Whether it speaks of what is in a checkpoint: a missing part does, a forbidden one not."""
+    if isinstance(error, OSError):
+        return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    return not isinstance(error, _NO_DAMAGE)
+
+
 def _once(change: Callable[[], None]) -> None:
     """Changes the folder, which all processes see, in the first; the others wait."""
     if jax.process_index() == 0:
@@ -301,10 +332,8 @@ def _once(change: Callable[[], None]) -> None:
     multihost_utils.sync_global_devices("histo_jax checkpoints")
 
 
-def _put_aside(path: Path, error: Exception) -> None:
+def _put_aside(path: Path, reason: str) -> None:
     place = path.parents[1] / "damaged" / f"{path.name}-{uuid.uuid4().hex[:8]}"
     place.parent.mkdir(exist_ok=True)
     path.rename(place)
-    log.warning(
-        "checkpoint %s is damaged and was put aside as %s (%s)", path.name, place, one_line(error)
-    )
+    log.warning("checkpoint %s is damaged and was put aside as %s (%s)", path.name, place, reason)

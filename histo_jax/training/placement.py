@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32, UInt8
-from tqdm import tqdm
 
 from histo_jax import preemption, progress
 from histo_jax.data import loader
@@ -93,10 +92,12 @@ class Examples:
 
     def _send(self, positions: np.ndarray) -> tuple[jax.Array, jax.Array]:
         own = positions[own_rows(len(positions))]
-        return (
-            spread(self._prepare(own), self._batched),
-            spread(self._labels[own], self._batched),
-        )
+        # In a thread of Grain's, where the user's setting holds, not that of `runtime.session`.
+        with jax.transfer_guard("allow"):
+            return (
+                spread(self._prepare(own), self._batched),
+                spread(self._labels[own], self._batched),
+            )
 
 
 def place(wanted: str, sides: Sequence[Records], batched: NamedSharding) -> list[Examples]:
@@ -117,7 +118,7 @@ def place(wanted: str, sides: Sequence[Records], batched: NamedSharding) -> list
     if placement == "disk":
         return [on_disk(side, batched) for side in sides]
     load = _on_devices if placement == "device" else _in_memory
-    with progress.bar(total=count, desc="loading", unit=" img") as bar:
+    with progress.bar("loading", count, unit=" img") as bar:
         return [load(side, batched, bar) for side in sides]
 
 
@@ -166,7 +167,7 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _parts(side: Records, bar: tqdm) -> Iterator[tuple[int, np.ndarray]]:
+def _parts(side: Records, bar: progress.Bar) -> Iterator[tuple[int, np.ndarray]]:
     """Reads all pixels of a side, as `(first position, uint8[k, 96, 96, 3])`."""
     batches = loader.ordered_batches(side.source, side.rows, _READ_AT_ONCE)
     start = 0
@@ -177,14 +178,14 @@ def _parts(side: Records, bar: tqdm) -> Iterator[tuple[int, np.ndarray]]:
         bar.update(len(images))
 
 
-def _in_memory(side: Records, batched: NamedSharding, bar: tqdm) -> Examples:
+def _in_memory(side: Records, batched: NamedSharding, bar: progress.Bar) -> Examples:
     pixels = np.empty((len(side.rows), *IMAGE_SHAPE), np.uint8)
     for start, images in _parts(side, bar):
         pixels[start : start + len(images)] = images
     return Examples(side.labels, batched, lambda positions: pixels.take(positions, axis=0))
 
 
-def _on_devices(side: Records, batched: NamedSharding, bar: tqdm) -> Examples:
+def _on_devices(side: Records, batched: NamedSharding, bar: progress.Bar) -> Examples:
     everywhere, gather = replicated(batched), make_gather(batched)
     # Flat, because a TPU would fill up a last axis of 3 to 128. Written part by part into one
     # buffer, so that there is never a second copy beside it.

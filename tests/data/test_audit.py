@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+import histo_jax
 from histo_jax import preemption
 from histo_jax.config import Config
 from histo_jax.data import audit, synthetic
@@ -51,7 +52,7 @@ class Memory(Prepared):
     def sides(self, by: str = "image") -> Sides:
         """Official sides: all of 'train', 'validation' and, where there is one, 'test'."""
         side = {name: Side(name, np.arange(len(table))) for name, table in self.tables.items()}
-        return Sides(side["train"], side["validation"], side.get("test"), by)
+        return Sides(side["train"], side["validation"], side.get("test"), by, by == "slide")
 
 
 def sha1(image: np.ndarray) -> str:
@@ -196,7 +197,7 @@ def test_unknown_slides_are_not_shared_and_that_is_said(clean):
     # Unknown slides beside known ones on both sides are no common slide.
     clean.tables["train"].loc[5:, "slide"] = "a"
     pair = audit.audit(clean, clean.sides(), seed=0)["pairs"]["train/validation"]
-    assert pair["shared_slides"] == {"count": 0, "examples": []}
+    assert pair["shared_slides"] is None  # nor proof that there is none
 
 
 def test_repeats_inside_a_side_are_no_leak(clean):
@@ -231,7 +232,7 @@ def test_rows_of_sides_not_records_are_audited(clean):
     clean.add("train", images)
     inside = np.isin(np.arange(600), [0, 100, 300, 555, 599])
     train, validation = (Side("train", np.flatnonzero(mask)) for mask in (~inside, inside))
-    report = audit.audit(clean, Sides(train, validation, None, "image"), seed=0)
+    report = audit.audit(clean, Sides(train, validation, None, "image", False), seed=0)
     assert list(report["pairs"]) == ["train/validation"]
     assert [side["patches"] for side in report["sides"].values()] == [595, 5]
     near = report["pairs"]["train/validation"]["near"]
@@ -295,3 +296,15 @@ def test_a_signal_ends_an_audit(clean):
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(preemption.Preempted):
             audit.audit(clean, clean.sides("slide"), seed=0)
+
+
+def test_audit_and_prepare_are_commands_from_python_too(tiny_config, tmp_path):
+    report = histo_jax.audit(tiny_config, tmp_path / "run")
+    assert report == json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert report["sides"]["test"]["patches"] == 7
+    prepared = histo_jax.prepare(tiny_config)
+    assert {split: len(table) for split, table in prepared.tables.items()} == {
+        "train": 40,
+        "test": 7,
+    }
+    assert repr(prepared) == f"Prepared({str(prepared.directory)!r}, train: 40, test: 7)"

@@ -1,5 +1,6 @@
 """The published files, plain and packed; each mistake one line; downloads from a small server."""
 
+import errno
 import gzip
 import hashlib
 import http.server
@@ -7,6 +8,7 @@ import io
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -112,9 +114,6 @@ def test_slides_and_test_may_be_missing(raw: Path) -> None:
     found = pcam.find(raw)
     assert list(found) == ["train", "validation"]
     assert {example.slide for example in pcam.read(found["validation"])} == {""}
-    assert pcam.raw_files(raw) == [
-        raw / f"{STEM}{n}_{k}.h5" for n in ("train", "valid") for k in "xy"
-    ]
 
 
 def test_plain_goes_before_packed(raw: Path) -> None:
@@ -194,37 +193,35 @@ def null(raw: Path) -> None:
 
 
 HDF5, AGAIN = "no readable HDF5", "download it again"
+# What no download would mend.
+FORM, FILL = "must be uint8[n, 96, 96, 3]: write", "complete it"
 BAD = {
-    "x-other-key": (hdf5(X, "images", 9, 96, 96, 3), X, "no dataset 'x'", AGAIN),
-    "x-group": (group_for_dataset, X, "no dataset 'x'", AGAIN),
-    "x-float": (hdf5(X, "x", 700, 96, 96, 3, dtype=np.float32), X, "float32", "uint8", AGAIN),
-    "x-small": (hdf5(X, "x", 700, 64, 64, 3), X, "[700, 64, 64, 3]", "[96, 96, 3]", AGAIN),
-    "x-flat": (hdf5(X, "x", 700), X, "uint8[700]", AGAIN),
-    "x-scalar": (hdf5(X, "x"), X, "uint8[]", AGAIN),
-    "x-null": (null, X, "uint8[]", AGAIN),
-    "x-no-patches": (hdf5(X, "x", 0, 96, 96, 3), X, "uint8[0, 96, 96, 3]", AGAIN),
+    "x-other-key": (hdf5(X, "images", 9, 96, 96, 3), X, "no dataset 'x'", "holds images"),
+    "x-group": (group_for_dataset, X, "no dataset 'x'", "write it"),
+    "x-float": (hdf5(X, "x", 7, 96, 96, 3, dtype=np.float32), X, "float32[7,", FORM, "0 to 255"),
+    "x-small": (hdf5(X, "x", 700, 64, 64, 3), X, "uint8[700, 64, 64, 3]", FORM),
+    "x-flat": (hdf5(X, "x", 700), X, "uint8[700]", FORM),
+    "x-scalar": (hdf5(X, "x"), X, "uint8[]", FORM),
+    "x-null": (null, X, "uint8[]", FORM),
+    "x-no-patches": (hdf5(X, "x", 0, 96, 96, 3), X, "uint8[0, 96, 96, 3]", FORM),
     "x-no-hdf5": (lambda raw: (raw / X).write_bytes(bytes(999)), X, HDF5, AGAIN),
     "x-empty": (cut(X, 0), X, HDF5, AGAIN),
     "x-cut": (cut(X, 0.9), X, HDF5, "truncated", AGAIN),
     "x-cut-early": (cut(X, 1e-5), X, HDF5, AGAIN),
-    "y-other-key": (hdf5(Y, "x", 700, 1, 1, 1), Y, "no dataset 'y'", AGAIN),
-    "y-int": (hdf5(Y, "y", 700, 1, 1, 1, dtype=np.int64), Y, "int64", "uint8", AGAIN),
-    "y-flat": (hdf5(Y, "y", 700), Y, "uint8[700]", "[1, 1, 1]", AGAIN),
+    "y-other-key": (hdf5(Y, "x", 700, 1, 1, 1), Y, "no dataset 'y'", "holds x", "write it"),
     "y-cut": (cut(Y, 0.7), Y, HDF5, AGAIN),
-    "y-longer": (hdf5(Y, "y", 701, 1, 1, 1), Y, X, "701", "700", "download both again"),
-    "y-shorter": (hdf5(Y, "y", 699, 1, 1, 1), Y, X, "699", "700", "download both again"),
-    "label-2": (hdf5(Y, "y", 700, 1, 1, 1, fill=2), Y, "label 2 of patch 0", "0 or 1", AGAIN),
-    "meta-no-wsi": (text(META, lambda old: old.replace("wsi", "slide")), META, "wsi", AGAIN),
-    "meta-longer": (text(META, lambda old: old + "1,1,False,True,s\n"), META, "701", X, "again"),
-    "meta-shorter": (text(META, lambda old: old[: old[:-1].rindex("\n")]), META, "699", "again"),
-    "meta-cut": (cut(META, 0.5), META, X, "again"),
+    "y-longer": (hdf5(Y, "y", 701, 1, 1, 1), Y, X, "701", "700", "each patch needs one"),
+    "y-shorter": (hdf5(Y, "y", 699, 1, 1, 1), Y, X, "699", "700", "each patch needs one"),
+    "label-2": (hdf5(Y, "y", 700, 1, fill=2), Y, "label 2 of patch 0", "0 or 1", "699 more of 700"),
+    "meta-no-wsi": (text(META, lambda old: old.replace("wsi", "w")), META, "center_", "mend"),
+    "meta-longer": (text(META, lambda old: old + "1,1,False,True,s\n"), META, "701", X, FILL),
+    "meta-shorter": (text(META, lambda old: old[: old[:-1].rindex("\n")]), META, "699", FILL),
+    "meta-cut": (cut(META, 0.5), META, X, FILL),
     "meta-cut-in-row": (text(META, lambda old: old[: old.rindex(",")]), META, "699 in 700"),
-    "meta-no-slide": (text(META, lambda old: old.replace("train_7\n", "\n")), META, "690", "again"),
+    "meta-no-slide": (text(META, lambda old: old.replace("train_7\n", "\n")), META, "690", FILL),
     "meta-empty": (cut(META, 0), META, "no readable CSV", AGAIN),
     "meta-ragged": (text(META, lambda old: old + "1," * 9 + "\n"), META, "no readable CSV", AGAIN),
-    "meta-binary": (
-        lambda raw: (raw / META).write_bytes(bytes(range(256)) * 9), META, "no readable CSV", AGAIN,
-    ),
+    "meta-binary": (lambda raw: (raw / META).write_bytes(bytes(range(256))), META, "UTF-8"),
 }  # fmt: skip
 
 
@@ -274,6 +271,247 @@ def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ExpectedError) as error:
         pcam.find(tmp_path / "raw")
     one_line(error, str(tmp_path / "raw"), "no such folder", "--config.data.raw_dir")
+
+
+def test_all_missing_files_are_named_and_looked_for(raw: Path) -> None:
+    names = [f"{STEM}{n}_{k}.h5" for n in ("train", "valid") for k in "xy"]
+    (raw / "deep" / "er").mkdir(parents=True)
+    for path in raw.glob("*.h5"):
+        path.rename(raw / "deep" / "er" / path.name)
+    with pytest.raises(ExpectedError) as error:
+        pcam.find(raw)
+    one_line(error, *names, "are missing", f"{raw}/deep/er has all", "give this folder instead")
+
+
+def test_a_missing_file_under_another_name_is_found(raw: Path) -> None:
+    (raw / X).rename(raw / X.replace(".h5", ".HDF5"))
+    with pytest.raises(ExpectedError, match=rf"rename {STEM}train_x\.HDF5 to {X}"):
+        pcam.find(raw)
+    (raw / X.replace(".h5", ".HDF5")).unlink()
+    (raw / X).mkdir()
+    with pytest.raises(ExpectedError, match=rf"{X} is a folder"):
+        pcam.find(raw)
+
+
+# --- patches of one's own ------------------------------------------------------------------------
+
+LABELS = np.arange(700) % 2
+IMAGES = np.random.default_rng(700).integers(0, 256, (700, 96, 96, 3), np.uint8)  # as `pixels`
+
+
+def put(name: str, key: str, values: object, **options: object) -> Callable[[Path], None]:
+    return lambda raw: write(raw / name, key, values, **options)
+
+
+def annotated(raw: Path) -> None:
+    with h5py.File(raw / X, "a") as file:
+        file["x"].attrs["scanner"] = file.attrs["site"] = "Aachen"
+        file["coordinates"] = np.zeros((700, 2))
+
+
+ENUM = h5py.enum_dtype({"none": 0, "tumour": 1}, "i1")
+OWN = {
+    "int64": put(Y, "y", LABELS),
+    "big-endian": put(Y, "y", LABELS.astype(">i4")),
+    "boolean": put(Y, "y", LABELS.astype(bool)),
+    "enum": put(Y, "y", LABELS.astype("i1"), dtype=ENUM),
+    "float": put(Y, "y", LABELS.astype(np.float32)),
+    "column": put(Y, "y", LABELS[:, None]),
+    "row": put(Y, "y", LABELS[None].astype(np.uint16)),
+    "packed": put(X, "x", IMAGES, compression="lzf", chunks=(33, 96, 96, 3)),
+    "growing": put(X, "x", IMAGES, maxshape=(None, 96, 96, 3), chunks=(64, 96, 96, 3)),
+    "annotated": annotated,
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_files_of_ones_own(raw: Path, name: str) -> None:
+    OWN[name](raw)
+    files = pcam.find(raw)["train"]
+    assert pcam.check(files) == 700
+    for place, example in zip(range(3), pcam.read(files), strict=False):
+        assert (example.label, type(example.label)) == (place % 2, int)
+        assert (example.image == IMAGES[place]).all()
+
+
+def virtual(raw: Path) -> None:
+    layout = h5py.VirtualLayout((700, 96, 96, 3), np.uint8)
+    layout[:] = h5py.VirtualSource("elsewhere.h5", "x", layout.shape)
+    with h5py.File(raw / X, "w") as file:
+        file.create_virtual_dataset("x", layout)
+
+
+def unknown_filter(raw: Path) -> None:
+    with h5py.File(raw / X, "w") as file:
+        plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plan.set_chunk((1, 96, 96, 3))
+        plan.set_filter(32001, h5py.h5z.FLAG_OPTIONAL, ())  # Blosc
+        space = h5py.h5s.create_simple((9, 96, 96, 3))
+        h5py.h5d.create(file.id, b"x", h5py.h5t.NATIVE_UINT8, space, plan)
+
+
+OTHER_FORMS = {
+    "one-hot": (put(Y, "y", np.eye(2)[LABELS]), Y, "1400 labels", "float64[700, 2]", "needs one"),
+    "soft": (put(Y, "y", LABELS * 0.9), Y, "label 0.9 of patch 1", "349 more of 700", "mend"),
+    "not-known": (put(Y, "y", np.where(LABELS, 1, np.nan)), Y, "label nan of patch 0", "349 more"),
+    "words": (put(Y, "y", np.where(LABELS, b"yes", b"no")), Y, "S3[700]", "numbers 0 and 1"),
+    "channels-first": (hdf5(X, "x", 7, 3, 96, 96), X, "uint8[7, 3, 96, 96]", "channels last"),
+    "transparency": (hdf5(X, "x", 7, 96, 96, 4), X, "uint8[7, 96, 96, 4]", "fourth channel"),
+    "group": (group_for_dataset, X, "no dataset 'x'", "x is a group"),
+    "virtual": (virtual, X, "x lies in other files"),
+    "blosc": (unknown_filter, X, "filter 32001", "not installed", "gzip"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_other_forms_are_not_to_be_downloaded_again(raw: Path, name: str) -> None:
+    spoil, *words = OTHER_FORMS[name]
+    spoil(raw)
+    with pytest.raises(ExpectedError) as error:
+        pcam.check(pcam.find(raw)["train"])
+    one_line(error, str(raw), *words)
+    assert "download" not in str(error.value)
+
+
+@pytest.mark.parametrize("word", ["nan", "Unknown", "-", " "])
+def test_slides_that_are_not_known_are_none(raw: Path, word: str) -> None:
+    text(META, lambda old: old.replace("train_7\n", f"{word}\n"))(raw)
+    with pytest.raises(ExpectedError, match="names the slides of 690 in 700 patches"):
+        pcam.check(pcam.find(raw)["train"])
+
+
+# --- what is no damage ---------------------------------------------------------------------------
+
+
+def test_a_file_that_another_program_writes(raw: Path) -> None:
+    code = "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(raw / X)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        writer.stdout.readline()
+        with pytest.raises(ExpectedError) as error:
+            pcam.check(pcam.find(raw)["train"])
+        writer.communicate(b"\n")
+    one_line(error, str(raw / X), "has locked it", "close it")
+    assert "download" not in str(error.value)
+    if sys.platform == "linux":
+        one_line(error, f"process {writer.pid} (python")
+    assert pcam.check(pcam.find(raw)["train"]) == 700
+
+
+def test_a_file_whose_writer_was_killed(raw: Path) -> None:
+    code = (
+        "import h5py, os, sys\nfile = h5py.File(sys.argv[1], 'a', libver='latest')\n"
+        "file['more'] = 1\nfile.flush()\nos.kill(os.getpid(), 9)"
+    )
+    with h5py.File(raw / X, "w", libver="latest") as file:
+        file["x"] = IMAGES
+    subprocess.run([sys.executable, "-c", code, str(raw / X)], check=False)
+    with pytest.raises(ExpectedError, match=r"its writer was killed: .*h5clear"):
+        pcam.check(pcam.find(raw)["train"])
+
+
+def test_a_mount_without_locks(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, refused = h5py.File, []
+
+    def open_file(path: Path, mode: str, locking: object = None) -> h5py.File:
+        if locking is None:
+            refused.append(path)
+            raise OSError(errno.ENOLCK, "Unable to open file (unable to lock file, errno = 37)")
+        return real(path, mode, locking=locking)
+
+    monkeypatch.setattr(pcam.h5py, "File", open_file)
+    assert pcam.check(pcam.find(raw)["train"]) == 700
+    assert refused
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_the_system_refuses(raw: Path, monkeypatch, number: int) -> None:
+    pack(raw / Y)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, "Can't read data")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pcam.h5py, "File", fail)
+        with pytest.raises(ExpectedError) as error:
+            pcam.check(pcam.find(raw)["validation"])
+        said = f"split_valid_x.h5 cannot be read ({os.strerror(number)}): "
+        one_line(error, said)
+    monkeypatch.setattr(pcam.gzip, "open", fail)
+    for read in (lambda: pcam.fingerprint(raw), lambda: next(pcam._gunzip(raw / f"{Y}.gz"))):
+        with pytest.raises(ExpectedError) as error:
+            read()
+        one_line(error, f"{raw / Y}.gz cannot be read ({os.strerror(number)}): ")
+
+
+def test_a_full_scratch_disk_is_not_blamed_on_another_folder(raw, scratch, monkeypatch) -> None:
+    pack(raw / Y)
+
+    def full(path: Path) -> Iterator[bytes]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+
+    monkeypatch.setattr(pcam, "_gunzip", full)
+    with (
+        pytest.raises(OSError, match="No space") as error,
+        pcam.unpacked(pcam.find(raw)["train"], scratch),
+    ):
+        pass
+    assert error.value.filename == str(scratch)
+
+
+# --- the fingerprint -----------------------------------------------------------------------------
+
+
+def repacked(raw: Path) -> None:
+    for path in list(raw.glob("*.h5")):
+        pack(path)
+
+
+SAME = {
+    "copied": lambda raw: [os.utime(path, (1, 1)) for path in raw.iterdir()],
+    "packed": repacked,
+    "packed-beside": lambda raw: (raw / f"{X}.gz").write_bytes(b"never looked at"),
+    "windows": text(META, lambda old: old.replace("\n", "\r\n")),
+    "columns": text(META, lambda old: "".join(f"1;{r}\n" for r in old.replace(",", ";").split())),
+    "junk": lambda raw: (raw / f"._{X}").symlink_to("/nowhere/at/all"),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_fingerprint_is_of_what_is_read(raw: Path, name: str) -> None:
+    before = pcam.fingerprint(raw)
+    SAME[name](raw)
+    content, times = pcam.fingerprint(raw)
+    assert content == before[0]
+    assert times == before[1] or name in ("copied", "packed")
+
+
+CHANGED = {
+    "labels": put(Y, "y", (1 - LABELS).astype(np.uint8)[:, None, None, None]),
+    "a-patch": put(X, "x", np.concatenate([IMAGES[:9], IMAGES[8:9], IMAGES[10:]])),
+    "slides": text(META, lambda old: old.replace("train_7", "train_8")),
+    "no-slides": lambda raw: (raw / META).unlink(),
+    "longer": lambda raw: (raw / X).write_bytes((raw / X).read_bytes() + b"."),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_the_fingerprint_tells_changes(raw: Path, name: str) -> None:
+    before = pcam.fingerprint(raw)[0]
+    CHANGED[name](raw)
+    assert pcam.fingerprint(raw)[0] != before
+
+
+def test_a_change_far_behind_shows_in_the_time(raw: Path) -> None:
+    before = pcam.fingerprint(raw)
+    with (raw / X).open("r+b") as file:  # 19 MB
+        file.seek(-1, io.SEEK_END)
+        file.write(b"!")
+    content, times = pcam.fingerprint(raw)
+    assert content == before[0]
+    assert times != before[1]
 
 
 # --- packed files ------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import gzip
 import logging
 
 import h5py
@@ -48,7 +49,7 @@ def test_a_partial_map_is_refused_or_leaves_the_rest_out(tmp_path, caplog):
     [
         ([(90, "a")], "id,wsi", "no patch"),
         ([(0, "a")], "id,slide", "header must be id,wsi"),
-        ([(0, "a"), (0, "b")], "id,wsi", "stands there twice"),
+        ([(0, "a"), (0, "b")], "id,wsi", "line 3: 1 ids stand there twice"),
     ],
 )
 def test_a_wrong_map_is_one_line(tmp_path, rows, header, words):
@@ -56,6 +57,61 @@ def test_a_wrong_map_is_one_line(tmp_path, rows, header, words):
     with pytest.raises(ExpectedError, match=words) as error:
         slides.fill_in(make_table(), data, tmp_path)
     assert data.slide_map in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "wsi;coord_x;id\n" + "".join(f"s{i % 2};9;{i:040X}.tif\n" for i in range(6)),
+        "id,wsi\r\n" + "".join(f"{i:040x} ,{'Ss'[i % 3 % 2]}{i % 2} \r\n" for i in range(6)) * 2,
+    ],
+    ids=["more-columns", "repeats"],
+)
+def test_other_forms_of_a_map(tmp_path, text):
+    (tmp_path / "map.csv").write_bytes(text.encode())
+    data = DataConfig(slide_map=str(tmp_path / "map.csv"))
+    tables = slides.unify({"train": slides.fill_in(make_table(), data, tmp_path)})
+    assert [name.lower() for name in tables["train"]["slide"]] == ["s0", "s1"] * 3
+    assert tables["train"]["slide"].nunique() == 2
+
+
+def test_slides_that_are_not_known_are_not_one_slide(tmp_path):
+    data = write_map(tmp_path, enumerate(["a", "nan", "NA", "-", " Unknown", ""]))
+    with pytest.raises(ExpectedError, match="slides of 1 of 6 patches"):
+        slides.fill_in(make_table(), data, tmp_path)
+    data.on_damaged = "skip"
+    assert slides.fill_in(make_table(), data, tmp_path)["slide"].tolist() == ["a"] + [""] * 5
+    data = write_map(tmp_path, enumerate(["nan"] * 6))
+    with pytest.raises(ExpectedError, match="names no slide in its column wsi"):
+        slides.fill_in(make_table(), data, tmp_path)
+
+
+def test_a_map_that_contradicts_itself_says_how_often(tmp_path):
+    data = write_map(tmp_path, [(i, f"s{k}") for k in range(2) for i in range(6)])
+    with pytest.raises(ExpectedError, match="line 8: 6 ids stand there twice with other slides"):
+        slides.fill_in(make_table(), data, tmp_path)
+
+
+def test_one_slide_has_one_name_in_all_tables(caplog):
+    tables = {
+        "train": pd.DataFrame({"slide": ["Slide_01", "b", "nan", "7"], "label": 0}),
+        "validation": pd.DataFrame({"slide": ["slide_01 ", "B\u200b", "c", "07.0"]}),
+        "test": pd.DataFrame({"slide": ["SLIDE_01", ""]}),
+    }
+    logging.getLogger("histo_jax").addHandler(caplog.handler)
+    for _ in range(2):
+        unified = slides.unify(tables)
+    logging.getLogger("histo_jax").removeHandler(caplog.handler)
+    assert unified["train"].to_dict("list") == {
+        "slide": ["Slide_01", "b", "", "7"],
+        "label": [0] * 4,
+    }
+    assert unified["validation"]["slide"].tolist() == ["Slide_01", "b", "c", "7"]
+    assert unified["test"]["slide"].tolist() == ["Slide_01", ""]
+    assert [record.message for record in caplog.records] == [
+        "slides spelled in more than one way: 3, the first as 'SLIDE_01', 'Slide_01', 'slide_01 '; "
+        "each counts as one slide"
+    ]
 
 
 def test_a_missing_map_is_named(tmp_path):
@@ -94,3 +150,42 @@ def test_patchcamelyon_without_meta_names_no_slides(tmp_path):
     make_pcam(tmp_path, images, None)
     with pytest.raises(ExpectedError, match=r"_meta\.csv"):
         slides.fill_in(make_table(), DataConfig(slide_map=str(tmp_path)), tmp_path)
+
+
+def test_a_look_up_that_was_cut_short_is_made_anew_and_one_that_cannot_be_kept_serves(
+    tmp_path, monkeypatch
+):
+    raw, cache = tmp_path / "pcam", tmp_path / "cache"
+    raw.mkdir()
+    cache.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), dtype=np.uint8)
+    make_pcam(raw, images, ["s1", "s1", "s2", "s3"])
+    ids = [example.id for example in pcam.read(pcam.find(raw)["train"])]
+    table, data = pd.DataFrame({"id": ids, "slide": ""}), DataConfig(slide_map=str(raw))
+    whole = slides.fill_in(table, data, cache)
+    (kept,) = cache.iterdir()
+    kept.write_text("\n".join(kept.read_text().split("\n")[:3]) + "\n")
+    pd.testing.assert_frame_equal(slides.fill_in(table, data, cache), whole)
+    kept.unlink()
+
+    # The records of another user: nothing can be written beside them.
+    with gzip.open(raw / "camelyonpatch_level_2_split_train_y.h5.gz", "wb") as packed:
+        packed.write((raw / "camelyonpatch_level_2_split_train_y.h5").read_bytes())
+    (raw / "camelyonpatch_level_2_split_train_y.h5").unlink()
+
+    def forbidden(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(slides.files, "write_text", forbidden)
+    monkeypatch.setattr(slides.os, "access", lambda *_: False)
+    unpacked = pcam.unpacked
+    scratches = []
+    monkeypatch.setattr(
+        pcam, "unpacked", lambda its, scratch: scratches.append(scratch) or unpacked(its, scratch)
+    )
+    pd.testing.assert_frame_equal(slides.fill_in(table, data, cache), whole)
+    assert scratches
+    assert cache not in scratches
+    monkeypatch.setattr(pcam, "read", lambda _: pytest.fail("read again"))
+    pd.testing.assert_frame_equal(slides.fill_in(table, data, cache), whole)
+    assert not list(cache.iterdir())

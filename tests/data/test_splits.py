@@ -150,7 +150,8 @@ def test_official_splits_rule():
     for rule in ("auto", "slide", "image"):
         config.data.split_by = rule
         sides = splits.make_sides(tables, config)
-        assert sides.honest
+        assert (sides.by, sides.honest) == ("official", None)
+        assert "slides not checked" in sides.division
         assert (sides.train.records, len(sides.train.rows)) == ("train", 40)
         assert sides.validation.records == "validation"
         assert sides.validation.rows.tolist() == list(range(40))
@@ -186,17 +187,87 @@ def test_training_on_test_patches_is_refused(caplog):
 
 @pytest.mark.parametrize(
     ("shared", "by"),
-    [("nothing", "slide"), ("slide", "image"), ("pixels", "image"), ("glass", "slide")],
-)
+    [
+        ("nothing", "slide"), ("slide", "image"), ("pixels", "image"), ("glass", "slide"),
+        ("one unknown", "official"), ("names of patches", "official"),
+    ],
+)  # fmt: skip
 def test_official_sides_are_honest_only_where_they_share_nothing(shared, by):
     train, validation = make_table(slides=4), make_table(slides=4)
     validation["id"] = [f"{i:040x}" for i in range(1000, 1400)]
     validation["slide"] = "other " + validation["slide"]
     if shared == "slide":
         validation.loc[7, "slide"] = train.loc[3, "slide"]
-    elif shared != "nothing":
+    elif shared in ("pixels", "glass"):
         validation.loc[7, "id"] = train.loc[3, "id"]
+    elif shared == "one unknown":
+        validation.loc[7, "slide"] = ""
+    elif shared == "names of patches":
+        train["slide"] = train["id"]
     if shared == "glass":  # of one colour
         train.loc[3, list(SQUARES)] = 9216 * 200**2
     sides = splits.make_sides({"train": train, "validation": validation}, Config())
-    assert (sides.by, sides.honest) == (by, by == "slide")
+    assert (sides.by, sides.honest) == (by, {"slide": True, "image": False}.get(by))
+
+
+def test_slide_names_that_no_two_patches_share_make_no_honest_split():
+    table = make_table(40)
+    table["slide"] = table["id"]
+    sides = make_split(table, Config())
+    assert (sides.by, sides.honest) == ("image", None)
+    assert "each patch names a slide of its own" in sides.division
+    assert "checked" in splits.caveat(sides.honest)
+    table.loc[:24, "slide"] = "s"
+    assert make_split(table, Config()).honest
+
+
+def test_what_holds_for_all_together():
+    assert splits.combine([True, None, False]) is False
+    assert splits.combine([True, None]) is None
+    assert splits.combine([True, True]) is True
+
+
+@pytest.mark.parametrize("slides", [0, 12])
+def test_folds_are_disjoint_and_cover_everything(slides):
+    tables = {"train": make_table(slides=slides), "validation": make_table(40, slides=2)}
+    config = Config()
+    config.data.samples_per_class, config.data.split_seed = 100, 7
+    folds = []
+    for number in range(1, 5):
+        config.seed, config.data.fold = number, f"{number}/4"  # other seeds, one division
+        sides = splits.make_sides(tables, config)
+        assert (sides.by, sides.honest) == (("slide", True) if slides else ("image", False))
+        assert sides.validation.records == "train"  # the data's own validation split is left out
+        both = np.concatenate([sides.train.rows, sides.validation.rows])
+        assert sorted(both) == splits.draw_sample(tables, config).rows.tolist()
+        if slides:
+            names = (set(tables["train"]["slide"].iloc[side.rows]) for side in sides_of(sides))
+            assert not set.intersection(*names)
+        folds.append(sides.validation.rows)
+    assert sorted(np.concatenate(folds)) == splits.draw_sample(tables, config).rows.tolist()
+
+
+def sides_of(sides):
+    return sides.train, sides.validation
+
+
+@pytest.mark.parametrize(
+    ("slides", "count", "words"),
+    [(0, 500, "200 patches with"), (3, 4, "3 slides"), (4, 4, "patches of one class only")],
+)
+def test_more_folds_than_the_data_has_are_refused(slides, count, words):
+    table, config = make_table(slides=slides), Config()
+    table["label"] = (np.arange(400) < 200).astype(int)
+    if slides == 4:
+        table["slide"] = [f"s{i // 100}" for i in range(400)]
+    config.data.fold = f"1/{count}"
+    with pytest.raises(ExpectedError, match=words):
+        make_split(table, config)
+
+
+def test_the_data_can_have_a_seed_of_its_own():
+    table, one, other = make_table(slides=9), Config(), Config(seed=5)
+    other.data.split_seed = 0
+    for name in ("train", "validation"):
+        rows = (getattr(make_split(table, config), name).rows for config in (one, other))
+        np.testing.assert_array_equal(*rows)

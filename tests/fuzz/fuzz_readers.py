@@ -31,7 +31,7 @@ import pandas as pd
 from PIL import Image
 
 from histo_jax.config import DataConfig
-from histo_jax.data import kaggle, pcam, slides
+from histo_jax.data import kaggle, names, pcam, slides
 from histo_jax.data.example import Example
 from histo_jax.errors import ExpectedError
 
@@ -65,19 +65,24 @@ def feed_labels(folder: Path, content: bytes) -> Iterator[Example]:
         (folder / csv_name).write_bytes(content)
         for patch, id_ in zip(PATCHES, IDS, strict=True):
             (folder / name / f"{id_}.tif").write_bytes(tiff(patch))
-    for files in [kaggle.list_files(folder, split) for split in kaggle._FOLDERS]:
+    named = [kaggle.list_files(folder, split) for split in kaggle._FOLDERS]
+    assert kaggle.fingerprint(folder)
+    for files in named:
         yield from kaggle.read(files, skip=False, damaged={})
 
 
 def feed_tiff(folder: Path, content: bytes) -> Iterator[Example]:
     """As the flat patch; what is left out must be refused where nothing may be left out."""
-    path = folder / f"{IDS[0]}.tif"
+    path, sound = (folder / f"{name}.tif" for name in IDS[:2])
     path.write_bytes(content)
+    sound.write_bytes(tiff(PATCHES[1]))
     damaged: dict[str, str] = {}
-    kept = list(kaggle.read([(path, 1)], skip=True, damaged=damaged))
-    assert len(kept) + len(damaged) == 1
+    kept = list(kaggle.read([(path, 1), (sound, 1)], skip=True, damaged=damaged))
+    assert len(kept) + len(damaged) == 2
+    assert kept[-1].id == IDS[1]
+    assert kaggle.restored(damaged) == []
     again = list(kaggle.read([(path, 1)], skip=False, damaged={}))
-    assert len(again) == len(kept)
+    assert len(again) + 1 == len(kept)
     yield from kept
 
 
@@ -100,6 +105,7 @@ def feed_pcam(name: str, folder: Path, content: bytes) -> Iterator[Example]:
             examples += 1
             yield example
     assert examples == count
+    assert all(pcam.fingerprint(folder))
 
 
 def feed_map(folder: Path, content: bytes) -> Iterator[Example]:
@@ -108,7 +114,7 @@ def feed_map(folder: Path, content: bytes) -> Iterator[Example]:
     table = pd.DataFrame({"id": IDS, "slide": ""})
     for on_damaged in ("skip", "stop"):
         data = DataConfig(slide_map=str(path), on_damaged=on_damaged)
-        filled = slides.fill_in(table, data, folder)
+        filled = slides.unify({"train": slides.fill_in(table, data, folder)})["train"]
         yield from map(Example, filled["id"], PATCHES, [0] * 3, filled["slide"])
 
 
@@ -120,14 +126,17 @@ def tiff(image: np.ndarray, **options) -> bytes:
     return buffer.getvalue()
 
 
-def h5(count: int = 3, libver: str = "earliest", chunk: bytes = b"", **options) -> bytes:
+def h5(
+    count: int = 3, libver: str = "earliest", chunk: bytes = b"", labels: str = "u1", **options
+) -> bytes:
     """Both datasets; unwritten, which costs no byte, where there are more than three patches."""
     with h5py.File(buffer := io.BytesIO(), "w", libver=libver) as file:
         x = file.create_dataset("x", (count, 96, 96, 3), np.uint8, **options)
         options.pop("chunks", None)
-        y = file.create_dataset("y", (count, 1, 1, 1), np.uint8, **options)
+        shape = (count, 1, 1, 1) if labels == "u1" else (count,)
+        y = file.create_dataset("y", shape, labels, **options)
         if count == 3:
-            x[:], y[:] = PATCHES, np.array([0, 1, 1], np.uint8)[:, None, None, None]
+            x[:], y[:] = PATCHES, np.array([0, 1, 1], labels).reshape(shape)
         if chunk:
             x.id.write_direct_chunk((0, 0, 0, 0), chunk)
     return buffer.getvalue()
@@ -147,6 +156,7 @@ def tables(header: str, rows: list[str]) -> list[bytes]:
     # Pandas's own reader took 13 seconds and half a GB for each of these two.
     texts += ["\n".join([header, rows[0] + "," * 100_000]), header + ",c" * 100_000 + "\n1"]
     texts += ["\n".join([header, *['"x\ny",1'] * 2])]  # a name of two lines, twice
+    texts += [text.replace(",", "\t"), text.upper().replace(",", " , "), f"\n\n{text},\n\n"]
     return [*(t.encode() for t in texts), *(text.encode(c) for c in ("utf-16", "utf-8-sig"))]
 
 
@@ -161,6 +171,7 @@ def numbers(*sizes: int) -> list[bytes]:
 
 PACKED = {"compression": "gzip", "chunks": (1, 96, 96, 3)}
 TEXT = [t.encode() for t in ('"', ",", "\n", "\r", "\0", ";", "\ufeff", "-1", "nan", "é", "\u2028")]
+TEXT += [t.encode() for t in ("\u200b", "\u00a0", "e\u0301", "\uff17", "7.0", ".tif", "\t", ";;")]
 TEXT += [b"\xff\xfe", b"\x1b", b"9" * 400, b"x" * 200_000, b"," * 50_000, b"\n" * 50_000]
 FLAT = tiff(PATCHES[0])
 CODECS = ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "zstd")
@@ -172,7 +183,8 @@ KINDS = {
          FLAT.replace(b"\x60\0\0\0", b"\xff\xff\xff\x7f"), FLAT.replace(b"\x60\0", b"\xff\xff")],
         feed_tiff, numbers(2, 4)),
     "pcam.h5": Kind(
-        [h5(), h5(**PACKED), h5(libver="latest"), h5(libver="latest", **PACKED),
+        [h5(), h5(**PACKED), h5(labels=">i8"), h5(labels="f4"), h5(labels="?"),
+         h5(libver="latest"), h5(libver="latest", **PACKED),
          h5(shuffle=True, fletcher32=True, chunks=(2, 96, 96, 3)),
          h5(2**33), h5(2**40), h5(2**33, compression="lzf", chunks=(1, 96, 96, 3)),
          h5(60_000, chunk=bomb(1600), compression="gzip", chunks=(60_000, 96, 96, 3)),
@@ -235,7 +247,7 @@ def judge(kind: str, folder: Path, content: bytes) -> tuple[str, str]:
             assert re.fullmatch("[0-9a-f]{40}", id_)
             assert (image.dtype, image.shape) == (np.uint8, (96, 96, 3))
             assert label in (-1, 0, 1)
-            assert isinstance(slide, str)
+            assert slide == names.clean(slide)
     except ExpectedError as error:
         # What only the limit of the child refused would have been allocated elsewhere.
         bad = not str(error).isprintable() or re.search("memory|allocate ", str(error), re.I)
@@ -251,6 +263,7 @@ def child(pipe) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (DISK, DISK))
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     # What announces more is refused by the reader, and what writes more by the limit above.
+    os.cpu_count = lambda: 1  # one image in memory at a time
     free = pcam.shutil.disk_usage("/")._replace(free=DISK)
     pcam.shutil.disk_usage = lambda _: free
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EOFError):

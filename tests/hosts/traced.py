@@ -61,10 +61,10 @@ def read_behind(outputs, read=prediction.read_behind):
     return read(outputs)
 
 
-def prepare(config, prepare=fitting.prepare):
+def prepare(*args, prepare=fitting.prepare):
     if jax.process_index() == 0:
         time.sleep(float(os.environ.get("HISTO_JAX_TRACED_SECONDS", 0)))
-    return prepare(config)
+    return prepare(*args)
 
 
 def binary_scores(logits, labels, scores=fitting.binary_scores):

@@ -58,7 +58,7 @@ def facts():
         }
         return {
             "workdir": "w", "source": "kaggle", "split": "validation", "scores": scores,
-            "history": None, "table": table, "galleries": {"Most wrong": [patch]},
+            "history": None, "table": table, "galleries": {"Highest loss": [patch]},
             "settings": {"seed": 0}, "records": "r", "fingerprint": "f", "audit": None,
             "leak": False, "audit_knows_slides": True,
             "trained_on": {"patches": 4000, "slides": 9}, "parameters": [5000],
@@ -81,8 +81,8 @@ def many(facts):
         }
     )  # fmt: skip
     # Noise, which no picture format makes small.
-    patch = facts()["galleries"]["Most wrong"][0]
-    return facts(table=table, galleries={"Most wrong": [patch] * 36})
+    patch = facts()["galleries"]["Highest loss"][0]
+    return facts(table=table, galleries={"Highest loss": [patch] * 36})
 
 
 EVIL = '<script>alert("x")</script><img src="x:" onerror="alert(1)">'
@@ -92,9 +92,9 @@ EVIL = '<script>alert("x")</script><img src="x:" onerror="alert(1)">'
 def evil_page(facts):
     """A page with HTML in everything that is not our own."""
     made = facts()
-    patch = made["galleries"]["Most wrong"][0]._replace(id=EVIL, slide=EVIL)
+    patch = made["galleries"]["Highest loss"][0]._replace(id=EVIL, slide=EVIL)
     changes = {
-        "table": made["table"].assign(slide=EVIL), "galleries": {"Most wrong": [patch]},
+        "table": made["table"].assign(slide=EVIL), "galleries": {"Highest loss": [patch]},
         "workdir": EVIL, "settings": {EVIL: EVIL}, "records": EVIL, "audit": EVIL,
     }  # fmt: skip
     return page.render(**made | changes)[0]

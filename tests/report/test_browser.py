@@ -117,6 +117,7 @@ def test_a_patch_is_enlarged_by_the_keyboard_and_closed_again(page, run):
     dialog = page.get_by_role("dialog")
     said = dialog.inner_text()
     assert any(f"; {name}, " in said for name in table["id"])
+    assert all(text in said for text in ("Orange raises", "Blue lowers", "Frame: the label"))
     pictures = dialog.locator("img")
     assert [picture.is_visible() for picture in pictures.all()] == [True, True]
     assert pictures.first.bounding_box()["width"] > 200

@@ -4,9 +4,12 @@ import contextlib
 import copy
 import html.parser
 import json
+import os
 import re
 import shutil
+import sys
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +21,8 @@ from sklearn.metrics import log_loss, precision_recall_curve, roc_auc_score, roc
 
 import histo_jax
 from histo_jax import predictions
+from histo_jax.data import splits
+from histo_jax.data.audit import audit
 from histo_jax.data.builder import prepare
 from histo_jax.errors import ExpectedError
 from histo_jax.metrics import binary_scores, operating_points
@@ -80,7 +85,7 @@ def test_the_answer_comes_first_and_every_score_is_that_of_the_evaluation(run):
 
 
 ANSWERS = {
-    "Honest if the data's own division is:": {"interval_over": "patches"},
+    "Not known whether honest: not all patches name": {"honest": None},
     "Optimistic: neighbours of one slide": {"honest": False},
     "resampling patches, and so too narrow": {"interval_over": "patches"},
     "No interval: patches of one slide": {"auc_low": None, "auc_high": None},
@@ -98,7 +103,7 @@ def test_the_answer_says_what_is_known_and_what_not(facts, wanted):
     said = words_of(page.render(**made)[0])
     assert wanted in said
     assert wanted not in usual
-    is_known = made["scores"]["honest"] and made["scores"]["interval_over"] == "slides"
+    is_known = bool(made["scores"]["honest"]) and made["scores"]["interval_over"] == "slides"
     assert ("Honest: no slide" in said) == is_known
 
 
@@ -109,6 +114,115 @@ def test_a_leak_that_the_audit_found_stands_in_the_answer(facts):
     assert "The audit found" not in words_of(page.render(**facts())[0])
     said = words_of(page.render(**facts(audit="table", audit_knows_slides=False))[0])
     assert "The audit found no patch on two sides; slides are not known." in said
+
+
+@pytest.fixture
+def _without_attribution(monkeypatch):
+    """Whoever does not look at it need not wait for it."""
+    monkeypatch.setattr(page, "_judged", lambda *_: [])
+
+
+@pytest.mark.usefixtures("_without_attribution")
+def test_purpose_and_date_come_first_and_each_score_is_explained(config, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    os.utime(tmp_path / "run" / "evaluation_validation.json", (1e9, 1e9))
+    report(config, tmp_path / "run")
+    text = text_of(tmp_path / "run")
+    before = words_of(text).partition("Tumour classifier: run")[2].partition("AUC 0.")[0]
+    assert "whether the centre of a stained (H&E) patch of lymph node holds" in before
+    assert "Research use only. Not a medical device." in before
+    assert "evaluated on 2001-09-09" in before
+    # The page says nothing of today.
+    report(config, tmp_path / "run")
+    assert text_of(tmp_path / "run") == text
+    rows = Page(text).rows
+    for name, title in page._SCORES.items():
+        if name != "auc":  # explained beside the answer
+            (place,) = [n for n, row in enumerate(rows) if row and row[0].startswith(title)]
+            assert len(rows[place + 1]) == 1, name
+            assert len(rows[place + 1][0]) > 30, name
+    assert f"{json.loads((run / 'evaluation.json').read_text())['prior']:.3f} is guessing" in text
+    assert "nats" not in text
+
+
+COLOR = {
+    "Colour alone does better": {"auc": 0.8, "auc_low": 0.7, "color_auc": 0.81},
+    "Colour alone does as well": {"auc": 0.8, "auc_low": 0.7, "color_auc": 0.8},
+    "not proven, as that lies within its interval": {
+        "auc": 0.8, "auc_low": 0.7, "color_auc": 0.75,
+    },
+    "not proven, as it has no interval": {"auc": 0.8, "auc_low": None, "color_auc": 0.75},
+    "better than colour histograms alone, which reach AUC 0.600": {
+        "auc": 0.8, "auc_low": 0.7, "color_auc": 0.6,
+    },
+    "Of the validation patches, colour histograms alone reach AUC 0.900": {
+        "auc": 0.8, "auc_low": 0.7, "color_auc": 0.9, "split": "test",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wanted", COLOR)
+def test_the_network_is_told_against_colour_alone(facts, wanted):
+    changes = dict(COLOR[wanted])
+    made = facts(color_auc=changes.pop("color_auc"), split=changes.pop("split", "validation"))
+    made["scores"] |= changes
+    said = words_of(page.render(**made)[0])
+    assert [text for text in COLOR if text in said] == [wanted]
+    if wanted.startswith("Colour alone"):
+        # The headline: before the score itself.
+        assert said.index(wanted) < said.index("AUC 0.800", said.index("Research use only"))
+
+
+@pytest.mark.usefixtures("_without_attribution")
+def test_only_an_audit_of_these_patches_is_shown(config, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run" / "audit.json"
+
+    def report_with(found):
+        path.write_text(json.dumps(found))
+        report(config, tmp_path / "run")
+        return words_of(text_of(tmp_path / "run"))
+
+    prepared = prepare(config)
+    found = audit(prepared, splits.make_sides(prepared.tables, config), 0)
+    found["note"] = "optimistic, as the page says for itself"
+    said = report_with(found)
+    auc = found["control"]["validation_auc"]
+    assert re.search(rf"[Cc]olour histograms.{{1,40}}reach AUC {auc:.3f}", said)
+    assert "The audit found no patch or slide on two sides." in said
+    assert found["note"] not in said
+    for older in (found["sides"]["train"] | {"digest": "x"}, {"patches": 1}):
+        said = report_with(found | {"sides": found["sides"] | {"train": older}})
+        assert "is of other patches or of an earlier version: --mode=audit" in said
+        assert "The audit found" not in said
+        assert f"{auc:.3f}" not in said
+
+
+def test_no_caveat_stands_twice(facts):
+    made = facts(audit="slides: not known, cannot be checked", audit_knows_slides=False)
+    made["scores"] |= {"honest": False, "interval_over": "patches", "resampled": 40}
+    made["scores"]["note"] = f"{splits.OPTIMISTIC}; these patches chose the checkpoint"
+    said = words_of(page.render(**made)[0])
+    for caveat in ("neighbours of one slide", "chose the checkpoint", "fitted", "too narrow"):
+        assert said.count(caveat) == 1, caveat
+    assert said.count("not known") == 1
+    assert "chose the checkpoint" not in words_of(page.render(**facts(split="test"))[0])
+
+
+def test_the_legend_tells_colours_frame_and_size(facts):
+    said = words_of(page.render(**facts())[0])
+    for text in ("Orange raises the predicted", "Blue lowers it", "32x32 of 96x96", "93 micro"):
+        assert said.count(text) == 1, text
+    # Of other patches nobody knows how large they are.
+    assert "micrometres" not in words_of(page.render(**facts(source="synthetic"))[0])
+    assert "drawn by a program" in words_of(page.render(**facts(source="synthetic"))[0])
+    made = facts()
+    made["galleries"]["Highest loss"][0] = made["galleries"]["Highest loss"][0]._replace(
+        saliency=None
+    )
+    said = words_of(page.render(**made)[0])
+    assert "Frame: the label is about this centre alone" in said
+    assert "Orange" not in said
 
 
 def test_thresholds_are_said_so_that_their_levels_hold(facts):
@@ -162,7 +276,7 @@ def test_every_picture_has_a_text_and_every_control_a_label(run):
     assert sum(attributes.get("class") == "patch" for attributes in buttons) > 24
     assert all("alt" in attributes for tag, attributes in found.tags if tag == "img")
     named = [a["aria-label"] for a in buttons if a.get("class") == "patch"]
-    assert all("tumour, probability said: 0." in label for label in named)
+    assert all("tumour, predicted probability of tumour: 0." in label for label in named)
     labelled = [a["for"] for tag, a in found.tags if tag == "label"]
     assert all(a["id"] in labelled for tag, a in found.tags if tag == "input")
     assert all(a.get("aria-label") for tag, a in found.tags if tag == "figure")
@@ -184,8 +298,8 @@ def test_galleries_show_the_most_wrong_and_the_least_sure(config, run):
     loss = np.logaddexp(0, np.where(table["label"] == 1, -1, 1) * table["logit"])
     order = np.argsort(-loss, kind="stable")
     wrong = (table["logit"] > 0) != (table["label"] == 1)
-    assert f"{wrong.sum()} of {len(table)} are called wrongly at 50%" in words
-    gallery = words.partition("Most wrong")[2].partition("Least sure")[0]
+    assert f"{wrong.sum()} of {len(table)} are misclassified at 50%" in words
+    gallery = words.partition("Highest loss")[2].partition("Most uncertain")[0]
     wanted = table["id"][order][wrong[order]][: patches._SHOWN]
     found = re.findall(r'<br>\s*<span class="soft">(\w{12})', gallery)
     assert found == [i[:12] for i in wanted]
@@ -193,11 +307,11 @@ def test_galleries_show_the_most_wrong_and_the_least_sure(config, run):
 
 def test_patches_that_are_called_rightly_are_not_among_the_wrong():
     table = pd.DataFrame({"logit": [-3.0, 2, -1, 4], "label": [0, 0, 1, 1]})
-    assert patches.galleries(table, 0)["Most wrong"].tolist() == [1, 2]
+    assert patches.galleries(table, 0)["Highest loss"].tolist() == [1, 2]
 
 
 def test_a_network_that_is_never_wrong_has_a_page(facts):
-    text, _ = page.render(**facts(galleries={"Most wrong": []}))
+    text, _ = page.render(**facts(galleries={"Highest loss": []}))
     assert "integrated gradients" not in text
 
 
@@ -329,7 +443,7 @@ def test_curves_are_those_of_scikit_learn_and_points_those_of_the_evaluation(dra
     true, said = calibration_curve(labels, probabilities, n_bins=15)
     np.testing.assert_array_equal(calibration.lines[1].get_xydata(), np.stack([said, true], 1))
     named = (calibration.get_xlabel(), calibration.get_ylabel())
-    assert named == ("probability said", "share with tumour")
+    assert named == ("predicted probability", "share with tumour")
 
     for label, bars in enumerate(histogram.containers):
         wanted, _ = np.histogram(probabilities[labels == label], np.linspace(0, 1, 31))
@@ -384,6 +498,12 @@ def test_the_mean_of_several_runs_is_shown_as_theirs(config, run, tmp_path):
     assert f"The mean of 2 runs: {run} (AUC" in words
     assert f"predict.checkpoints {run},{run}" in words
     assert "Learning curves" not in words
+    # Nor is one left beside the page by an earlier report; what is the user's own stays.
+    curve, own = (tmp_path / "together" / "report" / n for n in ("learning_curves.svg", "own.svg"))
+    curve.write_text("of another run")
+    own.write_text("mine")
+    report(config, tmp_path / "together")
+    assert (curve.exists(), own.read_text()) == (False, "mine")
     assert re.search(r"; ([\d,]+) \+ \1 parameters", words)
     assert "The runs, each trained as its own report says, were judged on" in words
     # Only what was evaluated is explained.
@@ -445,10 +565,75 @@ def test_explain_takes_ids_of_any_split(config, run):
         explain_ids(config, run, f"{ids[0]},abc")
 
 
+@pytest.fixture
+def explained_run(config, run, explained, tmp_path):
+    """A copy of the run, with the pictures of its galleries and files of the user's own."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "explain" / "mine.png").write_bytes(b"my own picture")
+    return tmp_path / "run"
+
+
+def pictures_and_rows(run):
+    rows = pd.read_csv(run / "explain" / "patches.csv", keep_default_na=False).set_index("id")
+    pictures = {path.stem for path in (run / "explain").glob("*.png")} - {"mine"}
+    assert pictures == set(rows.index)
+    return rows
+
+
+def test_pictures_of_one_checkpoint_accumulate(config, explained, explained_run):
+    before = pictures_and_rows(explained_run)
+    first, other = explained["id"][0], prepare(config).tables["test"]["id"][7]
+    said = explain_ids(config, explained_run, f"{first},{other}")
+    rows = pictures_and_rows(explained_run)
+    assert rows.index.is_unique
+    assert set(rows.index) == {*before.index, other}
+    assert set(said["id"]) == {first, other}
+    assert rows["checkpoint"].nunique() == 1
+    unchanged = before.index.drop(first)
+    pd.testing.assert_frame_equal(rows.loc[unchanged], before.loc[unchanged])
+    # A picture that was deleted has no row any more.
+    (explained_run / "explain" / f"{other}.png").unlink()
+    explain_ids(config, explained_run, first)
+    assert set(pictures_and_rows(explained_run).index) == set(before.index)
+
+
+def as_of_other_weights(rows):
+    return rows.assign(checkpoint=rows["checkpoint"].str[:-1] + "x")
+
+
+def as_of_version_0_1_0(rows):
+    return rows.drop(columns=["tta", "checkpoint"]).iloc[:3]
+
+
+@pytest.mark.parametrize("older", [as_of_other_weights, as_of_version_0_1_0, None])
+def test_pictures_of_another_checkpoint_are_removed(config, explained, explained_run, older):
+    path = explained_run / "explain" / "patches.csv"
+    if older:
+        older(pd.read_csv(path)).to_csv(path, index=False)
+    else:
+        path.write_bytes(b"\xff,damaged")
+    explain_ids(config, explained_run, explained["id"][1])
+    assert pictures_and_rows(explained_run).index.tolist() == [explained["id"][1]]
+    assert (explained_run / "explain" / "mine.png").read_bytes() == b"my own picture"
+
+
 def explain_ids(config, run, ids):
     config = copy.deepcopy(config)
     config.explain.ids = ids
     return explain(config, run)
+
+
+def test_figures_depend_on_no_style_of_the_user():
+    drawn = figures.calibration(np.arange(16) / 15, np.arange(16) % 2.0)
+    with mpl.rc_context({"text.usetex": True, "font.size": 30, "axes.facecolor": "black"}):
+        again = figures.calibration(np.arange(16) / 15, np.arange(16) % 2.0)
+        assert mpl.rcParams["font.size"] == 30
+    assert drawn == again
+
+
+def test_the_package_is_the_command_too(config, run):
+    assert histo_jax.report is sys.modules["histo_jax.report"]
+    assert histo_jax.report(config, run) == run / "report.html"
 
 
 def test_probabilities_on_the_edges_of_bins_are_drawn():

@@ -198,6 +198,63 @@ def test_a_damaged_metric_of_a_run_that_is_only_read_is_one_line(config, tmp_pat
     assert not (tmp_path / "damaged").exists()
 
 
+@pytest.mark.parametrize("name", ["lr=[1,2]", "a\\b*", "caf\udce9/**"])
+def test_a_folder_whose_name_is_a_pattern_for_orbax_keeps_checkpoints(config, tmp_path, name):
+    folder = tmp_path / name / "run"
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(make(config, 1, [0.5]), 0.5)
+        checkpoints.save(make(config, 2, [0.5, 0.4]), 0.4)
+    with Checkpoints(folder) as checkpoints:
+        assert_equal(restore_latest(checkpoints, config), make(config, 2, [0.5, 0.4]))
+    with Checkpoints.of(folder, read_only=True) as checkpoints:
+        assert checkpoints.best_step() == 2
+    # Nothing beside it: TensorStore makes a slash of a backslash.
+    assert [path.name for path in tmp_path.iterdir()] == [name.split("/")[0]]
+    (folder / "checkpoints" / "2" / "state" / "_METADATA").unlink()
+    place = sharding.replicated(sharding.batch_sharding())
+    with Checkpoints(folder) as checkpoints, pytest.raises(ExpectedError) as said:
+        checkpoints.restore_best(config, place)
+    assert str(folder / "checkpoints" / "2") in str(said.value)
+    assert "/proc/" not in str(said.value)
+
+
+def test_a_first_save_that_does_not_come_back_stops_the_run(config, tmp_path, monkeypatch):
+    read = []
+
+    def restore(self, step, *_):
+        read.append(step)
+        raise FileNotFoundError("no array")
+
+    with Checkpoints(tmp_path / "whole") as checkpoints:
+        checkpoints.save(make(config, 1, [0.3]), 0.3)
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "restore", restore)
+            checkpoints.save(make(config, 2, [0.3, 0.2]), 0.2)
+    assert not read
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    with (
+        Checkpoints(tmp_path / "lost") as checkpoints,
+        pytest.raises(ExpectedError, match=r"cannot hold checkpoints.*no array.*--workdir") as said,
+    ):
+        checkpoints.save(make(config, 1, [0.3]), 0.3)
+    assert read == [1]
+    assert "\n" not in str(said.value)
+
+
+def test_a_limit_of_the_process_is_no_damage(config, tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(config, 1, [0.3]), 0.3)
+        checkpoints.wait()
+
+        def limited(*_, **__):
+            raise ValueError("RESOURCE_EXHAUSTED: Error opening file: Too many open files")
+
+        monkeypatch.setattr(checkpoints._manager, "restore", limited)
+        with pytest.raises(OSError, match="Too many open files"):
+            restore_latest(checkpoints, config)
+    assert (tmp_path / "checkpoints" / "1").exists()
+
+
 def test_half_a_directory_is_no_checkpoint(config, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make(config, 1, [0.5]), 0.5)

@@ -213,6 +213,8 @@ def _watched_run(wanted, config, folder):
 
             def step(state, batch):
                 jax.config.update("jax_transfer_guard_host_to_device", "disallow")
+                # `fit` sets its own in this thread, and at its end what was there before.
+                jax.transfer_guard_host_to_device("disallow").__enter__()
                 state, metrics = train_step(state, batch)
                 metrics_of.append(metrics)
                 events.append(f"step {len(metrics_of)}")

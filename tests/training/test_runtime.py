@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from histo_jax.training import runtime
+
 SHOW = """
 import jax
 from histo_jax.training.runtime import set_up
@@ -28,3 +30,30 @@ def test_programs_are_kept_in_the_users_cache_or_where_the_user_says(chosen, tmp
     assert done.stdout.strip() == folder
     assert any(Path(folder).iterdir())
     assert "Error" not in done.stderr
+
+
+def test_what_a_killed_process_left_in_the_cache_does_not_disable_it(tmp_path):
+    folder = tmp_path / "compiled"
+    assert not runtime._cache_problem.__wrapped__(folder)
+    for name in (
+        "jit_a-1-cache",
+        "jit_a-1-atime",
+        "jit_b-2-cache",
+        "jit_c-3-atime",
+        "jit_d-4-cache",
+    ):
+        (folder / name).write_text("" if name == "jit_d-4-cache" else "x")
+    (folder / "jit_d-4-atime").write_text("x")
+    assert not runtime._cache_problem.__wrapped__(folder)
+    assert {path.name for path in folder.glob("jit_[abc]*")} == {"jit_a-1-cache", "jit_a-1-atime"}
+    assert not (folder / "jit_d-4-cache").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    assert runtime._cache_problem.__wrapped__(tmp_path / "file")
+    assert runtime._cache_problem.__wrapped__(tmp_path / "a[1]")  # JAX would never find its files
+    monkeypatch.setattr(runtime.files, "lock", lambda _: False)
+    assert runtime._cache_problem.__wrapped__(tmp_path / "no locks")
+    monkeypatch.setattr(runtime.files.os, "access", lambda *_: False)
+    assert runtime._cache_problem.__wrapped__(tmp_path)

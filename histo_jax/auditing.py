@@ -1,0 +1,43 @@
+"""Do the training, validation and test sets share a slide or a patch?"""
+
+import os
+from typing import Any
+
+from histo_jax import environment, files, preemption, progress
+from histo_jax import workdir as workdirs
+from histo_jax.config import Config, validate
+from histo_jax.data import audit as audits
+from histo_jax.data.builder import prepare
+from histo_jax.data.splits import make_sides
+
+
+@environment.defaults()
+@progress.working("audit")
+def audit(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Looks for patches and slides that stand in more than one split; writes `audit.json`.
+
+    Prepares the data if needed. `data.audit.has_leak` tells whether a leak was found, and
+    `data.audit.table` gives the result as text.
+
+    Args:
+        config: that of the run; `data` and `seed` count.
+        workdir: folder of the run; made if missing.
+
+    Returns:
+        See `data.audit.audit`: counts of each split (`sides`); what each pair of them shares
+        (`pairs`: `identical` patches, `shared_slides`, `near` duplicates); the validation AUC that
+        colour histograms alone reach (`control`); `honest` and `note`.
+
+    Raises:
+        ExpectedError: a setting, the data or the folder is wrong; the message names the remedy.
+        OSError: a file cannot be written.
+    """
+    validate(config)
+    folder = files.expand(workdir, "--workdir")
+    workdirs.check(folder, config)
+    with preemption.watch():
+        prepared = prepare(config, folder, raw_may_be_gone=True)
+        report = audits.audit(prepared, make_sides(prepared.tables, config), config.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        workdirs.write_json(folder / "audit.json", report)
+    return report

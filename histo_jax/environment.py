@@ -1,0 +1,163 @@
+"""Runs commands under the libraries' defaults, whatever the user's environment has set."""
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Iterator
+
+from absl import logging as absl_logging
+
+from histo_jax.errors import ExpectedError, one_line
+
+# Options that change how CSVs are parsed or written, or how a table is printed.
+_PANDAS_OPTIONS = (
+    "display.chop_threshold", "display.colheader_justify", "display.float_format",
+    "display.max_colwidth", "display.multi_sparse", "display.precision",
+    "display.show_dimensions", "display.unicode.east_asian_width", "display.width",
+    "future.distinguish_nan_and_na", "future.infer_string", "future.python_scalars",
+    "mode.string_storage",
+)  # fmt: skip
+_HOST_DEVICES = "--xla_force_host_platform_device_count="
+
+
+class _OncePerCommand(logging.Filter):
+    """Drops a warning that was logged before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        message = record.getMessage()
+        is_new = message not in self._seen
+        self._seen.add(message)
+        return is_new
+
+
+class _SharedDefaults:
+    """Process-wide settings at their defaults while any thread is inside; then as before.
+
+    Counted, so that two threads whose commands overlap do not restore each other's defaults.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._restore = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._count += 1
+            if self._count == 1:
+                self._apply(self._restore)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                self._restore.close()
+
+    @staticmethod
+    def _apply(stack: contextlib.ExitStack) -> None:
+        import pandas as pd
+        from PIL import Image
+
+        stack.enter_context(warnings.catch_warnings())
+        reset_warnings()
+        # Orbax, Grain and TFDS log through absl, with tracebacks for what they raise anyway.
+        stack.callback(absl_logging.set_verbosity, absl_logging.get_verbosity())
+        absl_logging.set_verbosity(absl_logging.FATAL)
+        for option in _PANDAS_OPTIONS:
+            with contextlib.suppress(pd.errors.OptionError):  # other versions have others
+                stack.callback(pd.set_option, option, pd.get_option(option))
+                pd.reset_option(option)
+        # A patch is small, but the user's limit may be smaller.
+        stack.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
+        logger, once = logging.getLogger("histo_jax"), _OncePerCommand()
+        logger.addFilter(once)
+        stack.callback(logger.removeFilter, once)
+
+
+_shared_defaults = _SharedDefaults()
+
+
+def reset_warnings() -> None:
+    """Sets the filters that Python starts with: no warning becomes an error."""
+    warnings.resetwarnings()
+    warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")
+    for category in (
+        DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning,
+    ):  # fmt: skip
+        warnings.simplefilter("ignore", category, append=True)
+    # scikit-learn imports joblib, which misses shared memory in some containers; nothing needs it.
+    warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
+
+
+@contextlib.contextmanager
+def defaults() -> Iterator[None]:
+    """Sets Python's warnings, absl's log, NumPy, pandas and Pillow to defaults, until the end.
+
+    A warning of histo_jax is logged once. For JAX see `training.runtime.session`.
+    """
+    import numpy as np
+
+    with (
+        _shared_defaults,
+        np.printoptions(legacy=False, precision=8, floatmode="maxprec"),  # also to_csv() reads it
+        np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"),
+    ):
+        yield
+
+
+def load(module: str) -> types.ModuleType:
+    """Imports a module that imports JAX.
+
+    Raises:
+        ExpectedError: a variable of the environment keeps JAX from being imported or would abort
+            the process; names the variable.
+    """
+    _check_xla_flags(os.environ.get("XLA_FLAGS", "").strip())
+    with defaults():
+        try:
+            importlib.import_module("jax")
+        except (ValueError, AttributeError) as error:
+            raise ExpectedError(
+                f"JAX cannot be imported ({one_line(error)}): correct or unset {variables('JAX_')}"
+            ) from None
+        return importlib.import_module(module)
+
+
+def variables(*prefixes: str) -> str:
+    """Returns the variables of the environment that begin so, as in 'JAX_PLATFORMS=cpu'."""
+    names = sorted(name for name in os.environ if name.startswith(prefixes))
+    return ", ".join(f"{name}={os.environ[name]}" for name in names) or f"{prefixes[0]}*"
+
+
+@functools.cache
+def _check_xla_flags(flags: str) -> None:
+    """Refuses XLA_FLAGS that XLA cannot parse: it would abort the process.
+
+    Raises:
+        ExpectedError: names the flag.
+    """
+    if not flags or flags.removeprefix(_HOST_DEVICES).isdecimal():
+        return
+    probe = "from jaxlib import xla_client; xla_client.CompileOptions()"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", probe],
+        capture_output=True, text=True, errors="replace", check=False,
+    )  # fmt: skip
+    fatal = [line for line in done.stderr.splitlines() if "flags" in line.partition("] ")[0]]
+    if done.returncode and fatal:
+        reason = fatal[0].partition("] ")[2][:200]
+        raise ExpectedError(f"XLA_FLAGS={flags}: {reason}; correct or unset XLA_FLAGS")

@@ -1,0 +1,127 @@
+"""What code a run is trained by, so that a change of it is noticed when the run goes on."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import inspect
+import logging
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from histo_jax import workdir as workdirs
+from histo_jax.settings import CONFIG_FILE_MODULE, config_file_code
+from histo_jax.training import augmentation, optimizer, state, step
+
+log = logging.getLogger("histo_jax")
+
+_PACKAGE = "histo_jax"
+# Besides the network, what decides which numbers a step computes.
+_TRAINING = (augmentation, optimizer, state, step)
+_MODELS = "histo_jax.models."
+_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
+_MOST_NAMED = 4
+
+
+def source_hashes(*parts: Any) -> dict[str, str]:
+    """Returns the SHA-256 of the source of everything that a run is trained by, by its name.
+
+    These are the modules of the parts and of the network, augmentation, loss and optimizer that
+    they use; functions and classes of the user's own that stand there in place of the package's;
+    and the config file's code. The version of histo_jax is beside them. What has no source that
+    can be read is left out.
+
+    Args:
+        parts: functions and classes that a run is built from.
+    """
+    found = _find_parts(parts)
+    found.pop(CONFIG_FILE_MODULE, None)  # its settings are compared one by one
+    hashes = {name: _hash(part) for name, part in found.items()} | config_file_code()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        hashes[_PACKAGE] = importlib.metadata.version(_PACKAGE)
+    return {name: value for name, value in sorted(hashes.items()) if value}
+
+
+def warn_of_changes(workdir: Path, hashes: dict[str, str]) -> None:
+    """Logs in one line what has changed since `config.json` was written, if it holds hashes.
+
+    Args:
+        workdir: folder of a run that goes on.
+        hashes: what `source_hashes` returns now.
+    """
+    old = workdirs.read_source(workdir)
+    changed = [name for name in sorted(old | hashes) if old.get(name) != hashes.get(name)]
+    if not old or not changed or not workdirs.is_writer():
+        return
+    named = ", ".join(_describe(name, old, hashes) for name in changed[:_MOST_NAMED])
+    more = len(changed) - _MOST_NAMED
+    log.warning(
+        "the code of this run has changed since it was last started: %s%s; it goes on with the "
+        "code as it is now", named, f" and {more} more" if more > 0 else "",
+    )  # fmt: skip
+
+
+def _describe(name: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    if name not in new:
+        return f"{name} (no longer used)"
+    if name not in old:
+        return f"{name} (new)"
+    return f"{name} ({old[name]}, now {new[name]})" if name == _PACKAGE else name
+
+
+def _find_parts(roots: Iterable[Any]) -> dict[str, Any]:
+    """Returns the modules of the roots and of what their globals name, as far as they count.
+
+    What is defined in the program itself, as in a notebook, stands for itself.
+    """
+    found: dict[str, Any] = {}
+    waiting = list(roots)
+    while waiting:
+        thing = inspect.unwrap(waiting.pop())
+        module_name = getattr(thing, "__name__" if inspect.ismodule(thing) else "__module__", "")
+        module = sys.modules.get(module_name or "")
+        is_program = module_name == "__main__"
+        name = getattr(thing, "__qualname__", "") if is_program else module_name
+        if not name or not (is_program or _counts(module)):
+            continue
+        if inspect.isclass(thing):
+            waiting += thing.__mro__[1:]
+        if name in found:
+            continue
+        found[name] = thing if is_program else module
+        if not is_program:
+            waiting += [
+                value for value in vars(module).values()
+                if inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value)
+            ]  # fmt: skip
+    return found
+
+
+def _counts(module: ModuleType | None) -> bool:
+    """Whether a module's source counts: the package's part in training, and the user's own."""
+    if module is None:
+        return False
+    if module.__name__.partition(".")[0] == _PACKAGE:
+        return module in _TRAINING or module.__name__.startswith(_MODELS)
+    file = getattr(module, "__file__", None)
+    if not file or {"site-packages", "dist-packages"} & {*Path(file).parts}:
+        return False
+    return not Path(file).resolve().is_relative_to(_STANDARD_LIBRARY)
+
+
+def _hash(part: Any) -> str:
+    """Returns the SHA-256 of the source, or nothing where it cannot be read."""
+    source = _source(part)
+    return hashlib.sha256(source.encode(errors="replace")).hexdigest() if source else ""
+
+
+def _source(part: Any) -> str:
+    try:
+        return inspect.getsource(part)
+    except (OSError, TypeError, SyntaxError, UnicodeDecodeError):
+        # Python finds the methods of a notebook's class, but not the class.
+        methods = vars(part).values() if inspect.isclass(part) else ()
+        return "".join(_source(method) for method in methods if inspect.isfunction(method))

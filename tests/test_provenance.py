@@ -1,0 +1,154 @@
+import linecache
+import sys
+import types
+
+import numpy as np
+import optax
+import pytest
+
+from histo_jax import fitting, provenance, settings
+from histo_jax import workdir as workdirs
+from histo_jax.config import Config
+from histo_jax.models.cnn import FiveBlockCNN
+from histo_jax.models.p4m import FiveBlockP4M
+from histo_jax.training import step
+from histo_jax.training.optimizer import create_optimizer
+
+CODE = "class Net:\n    width = 1\n"
+GET_CONFIG = "from histo_jax.config import Config\ndef get_config():\n    return Config()\n"
+PARTS = (FiveBlockCNN, create_optimizer, step.make_train_step)
+
+
+@pytest.fixture(autouse=True)
+def no_config_file(monkeypatch):
+    monkeypatch.setattr(settings, "_code", {})
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module of the user's own; returns a function that writes and imports it."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(text: str) -> types.ModuleType:
+        path = tmp_path / "my_module.py"
+        path.write_text(text)
+        module = types.ModuleType("my_module")
+        module.__file__ = str(path)
+        monkeypatch.setitem(sys.modules, "my_module", module)
+        exec(compile(text, str(path), "exec"), vars(module))
+        return module
+
+    return make
+
+
+def test_it_is_the_code_that_trains_and_no_other():
+    names = provenance.source_hashes(*PARTS).keys()
+    assert {
+        "histo_jax", "histo_jax.models.cnn", "histo_jax.models.block", "histo_jax.training.step",
+        "histo_jax.training.augmentation", "histo_jax.training.optimizer",
+    } <= names  # fmt: skip
+    assert "histo_jax.models.p4m" in provenance.source_hashes(FiveBlockP4M)
+    of_others = ("histo_jax.models.p4m", "histo_jax.data", "optax", "jax", "flax", "typing")
+    assert not [name for name in names if name.startswith(of_others)]
+
+
+def test_a_function_of_the_users_own_counts_where_it_is_put_in(own_module, monkeypatch):
+    hashes = []
+    for text in ("def augment(*_): return 1", "def augment(*_): return 2"):
+        monkeypatch.setattr(step, "augment", own_module(text).augment)
+        hashes.append(provenance.source_hashes(*PARTS)["my_module"])
+    assert hashes[0] != hashes[1]
+    monkeypatch.setattr(step, "augment", optax.adam)  # of a library
+    assert "optax" not in " ".join(provenance.source_hashes(*PARTS))
+
+
+def test_a_network_of_the_users_own_counts_with_its_bases(own_module):
+    module = own_module(
+        "from histo_jax.models.cnn import FiveBlockCNN\nclass Mine(FiveBlockCNN): pass\n"
+    )
+    assert {"my_module", "histo_jax.models.cnn"} <= provenance.source_hashes(module.Mine).keys()
+
+
+def test_a_config_files_class_brings_the_module_of_its_base(own_module, tmp_path):
+    own_module("class Base: pass\n")
+    (tmp_path / "my.py").write_text(
+        GET_CONFIG + "import my_module\nclass Net(my_module.Base): pass\n"
+    )
+    settings.load(str(tmp_path / "my.py"))
+    names = provenance.source_hashes(sys.modules[settings.CONFIG_FILE_MODULE].Net).keys()
+    assert {"my.py", "my_module"} <= names
+    assert settings.CONFIG_FILE_MODULE not in names
+
+
+def test_what_has_no_source_is_left_out(monkeypatch):
+    def no_source(_):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(provenance.inspect, "getsource", no_source)
+    assert provenance.source_hashes(*PARTS, np.add, print).keys() <= {"histo_jax"}
+
+
+def test_what_a_notebook_defines_stands_for_itself():
+    def hashes(width):
+        cell = f"class Net:\n    def __call__(self): return {width}\ndef loss(): return 1\n"
+        linecache.cache["<cell>"] = (len(cell), None, cell.splitlines(True), "<cell>")
+        names = {"__name__": "__main__"}
+        exec(compile(cell, "<cell>", "exec"), names)
+        return provenance.source_hashes(names["Net"], names["loss"])
+
+    one, other = hashes(1), hashes(2)
+    assert one["Net"] != other["Net"]
+    assert one["loss"] == other["loss"]
+
+
+def test_of_a_config_file_only_the_code_counts(tmp_path):
+    def code(text):
+        (tmp_path / "my.py").write_text(text)
+        settings.load(str(tmp_path / "my.py"))
+        return settings.config_file_code()
+
+    assert code(GET_CONFIG) == code('"""Text."""\nRAW = "x"\nimport math\n' + GET_CONFIG) == {}
+    before = code(GET_CONFIG + CODE)
+    assert before.keys() == {"my.py"}
+    assert code("# said\n" + GET_CONFIG.replace("()\n", "(seed=1)\n") + "\n\n" + CODE) == before
+    assert code(GET_CONFIG + CODE.replace("1", "2")) != before
+    assert code(GET_CONFIG + "import math\nmath.x = 3\n")
+    settings.load("quickstart")
+    assert settings.config_file_code() == {}
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        provenance.log, "warning", lambda text, *values: lines.append(text % values)
+    )
+    return lines
+
+
+def test_changes_are_one_line_and_only_where_hashes_were_kept(tmp_path, said):
+    old = {"histo_jax": "0.1.0", "a": "1", "b": "1", "my.py": "1"}
+    new = {"histo_jax": "0.2.0", "a": "2", "b": "1", "c": "1"}
+    workdirs.save_config(tmp_path, Config())
+    provenance.warn_of_changes(tmp_path, new)
+    workdirs.save_config(tmp_path, Config(), old)
+    provenance.warn_of_changes(tmp_path, old)
+    assert not said
+    workdirs.save_config(tmp_path, Config())  # keeps them
+    provenance.warn_of_changes(tmp_path, new)
+    assert ": a, c (new), histo_jax (0.1.0, now 0.2.0), my.py (no longer used); " in said[0]
+    provenance.warn_of_changes(tmp_path, {str(i): "1" for i in range(99)})
+    assert " and 99 more;" in said[1]
+    assert workdirs.load_config(tmp_path) == Config()
+
+
+def test_a_run_that_goes_on_says_what_has_changed(tiny_config, tmp_path, said, monkeypatch):
+    monkeypatch.setattr(fitting, "_train", lambda *_: [])
+    with workdirs.tracked(tmp_path, "fit"):
+        workdirs.claim(tmp_path, tiny_config)
+        now = provenance.source_hashes(*PARTS)
+        workdirs.save_config(tmp_path, tiny_config, now | {"histo_jax.models.cnn": "other"})
+    fitting.fit(tiny_config, tmp_path)
+    [line] = [line for line in said if "code" in line]
+    assert "has changed since it was last started: histo_jax.models.cnn; it goes on" in line
+    assert workdirs.read_source(tmp_path) == now

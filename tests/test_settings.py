@@ -1,0 +1,232 @@
+"""Where settings come from; in this process, without training."""
+
+import json
+import os
+import re
+import threading
+
+import pytest
+
+from histo_jax import settings
+from histo_jax import workdir as workdirs
+from histo_jax.config import Config
+from histo_jax.errors import ExpectedError
+
+HEAD = "from histo_jax.config import Config\n"
+GOOD = HEAD + "def get_config(seed=3):\n    return Config(seed=int(seed))\n"
+NEEDS = HEAD + "def get_config(rate):\n    c = Config()\n    c.seed = len(rate)\n    return c\n"
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "tiny.py"
+    path.write_text(GOOD)
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tiny.py", "a:b/tiny.py", "12:00:00/tiny.py", "a b/c,d=1.py", "no suffix", "[x]*.py", "x:7"],
+)
+def test_a_config_file_that_exists_is_one_whatever_its_name(file, name):
+    path = file.parent / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(GOOD)
+    for given in (name, str(path)):
+        assert settings.load(given).seed == 3
+        assert settings.load(f"{given}:5").seed == 5
+
+
+def test_the_argument_may_hold_colons(file):
+    file.write_text(NEEDS)
+    assert settings.load("tiny.py:a:b:c").seed == 5
+
+
+def test_a_path_that_is_no_text_and_one_below_home(file, monkeypatch):
+    name = os.fsdecode(b"r\xe9sum.py")
+    (file.parent / name).write_text(GOOD)
+    assert settings.load(name).seed == 3
+    monkeypatch.setenv("HOME", str(file.parent))
+    assert settings.load("~/tiny.py").seed == 3
+
+
+def test_a_config_file_is_executed_once_and_anew(file):
+    file.write_text(GOOD + "open('count', 'a').write('x')\n")
+    settings.load("tiny.py")
+    assert (file.parent / "count").read_text() == "x"
+    before = file.stat()
+    file.write_text(GOOD.replace("=3", "=4") + "open('count', 'a').write('x')\n")
+    # As if written within the same second.
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert settings.load("tiny.py").seed == 4
+
+
+def test_a_pipe_is_a_config_file(file):
+    os.mkfifo(file.parent / "pipe")
+    writer = threading.Thread(target=(file.parent / "pipe").write_text, args=(GOOD,))
+    writer.start()
+    assert settings.load("pipe").seed == 3
+    writer.join()
+
+
+def test_a_recipe_goes_by_its_name_and_a_file_comes_first(file):
+    assert settings.load("quickstart").data.source == "synthetic"
+    (file.parent / "kaggle").mkdir()
+    assert settings.load("kaggle").data.source == "kaggle"
+    (file.parent / "quickstart").write_text(GOOD)
+    assert settings.load("quickstart").seed == 3
+
+
+BROKEN = {
+    "line of a syntax error": (HEAD + "def f(:\n  pass", "tiny.py, line 2", "SyntaxError"),
+    "line of an error": (HEAD + "def get_config():\n  x = 1\n  return 1 / 0", "tiny.py, line 4"),
+    "exit": ("import sys\nsys.exit('no GPU')", "tiny.py, line 2", "SystemExit: no GPU"),
+    "exit without a word": ("raise SystemExit", "line 1", "SystemExit"),
+    "error without a word": ("assert False", "line 1", "AssertionError"),
+    "relative file": ("open('ids.txt')", "line 1", "'ids.txt', looked for from /"),
+    "missing": ("", "get_config() is missing"),
+    "no function": (HEAD + "get_config = Config()", "get_config() is no function"),
+    "argument": (NEEDS, "get_config() needs an argument", "tiny.py:ARGUMENT"),
+    "class": (HEAD + "def get_config(): return Config", "histo_jax.Config, not type"),
+    "group": (HEAD + "def get_config():\n c = Config()\n c.fit = 3\n return c", "config.fit = 3"),
+    "field": (HEAD + "def get_config():\n c = Config()\n c.fit.epoch = 3\n return c",
+              "tiny.py: unknown", "did you mean config.fit.epochs?"),
+    "subclass": (HEAD + "import dataclasses\n@dataclasses.dataclass\nclass Mine(Config):\n"
+                 "  more: 'int' = 1\ndef get_config(): return Mine()", "config.more"),
+    "latin-1": (b"# caf\xe9\n" + GOOD.encode(), "tiny.py is no text in UTF-8"),
+    "utf-16": (GOOD.encode("utf-16"), "tiny.py is no text in UTF-8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_config_file_is_named_with_the_line(file, name):
+    text, *words = BROKEN[name]
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(ExpectedError) as error:
+        settings.load("tiny.py")
+    assert not [word for word in words if word not in str(error.value)], error.value
+
+
+def test_other_encodings_that_the_file_declares_are_read(file):
+    file.write_bytes(b"# -*- coding: latin-1 -*-\n# caf\xe9\n" + GOOD.encode())
+    assert settings.load("tiny.py").seed == 3
+    file.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
+    assert settings.load("tiny.py").seed == 3
+
+
+def test_ctrl_c_while_the_file_is_read_stays_ctrl_c(file):
+    file.write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        settings.load("tiny.py")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("tiny.py:5:6", ["no argument", ":5:6"]),
+        ("tyni.py", ["no such file or recipe", "did you mean", "tiny.py?"]),
+        ("kagle", ["did you mean kaggle?"]),
+        ("'tiny.py'", ["did you mean tiny.py?"]),
+        ("$PLACE/tiny.py", ["did you mean /", "/tiny.py?"]),
+        ("nothing/like/it", ["try --config=configs/quickstart.py"]),
+        ("", ["--config=: no such file"]),
+        (".", ["is a folder, not a file"]),
+        ("run", ["is a run's folder", "--config=run/config.json", "--workdir=run"]),
+    ],
+)
+def test_what_is_no_config_file(file, monkeypatch, given, words):
+    monkeypatch.setenv("PLACE", str(file.parent))
+    if "5:6" in given:
+        file.write_text(GOOD.replace("seed=3", "").replace("seed=int(seed)", ""))
+    (file.parent / "run").mkdir()
+    (file.parent / "run/config.json").write_text("{}")
+    with pytest.raises(ExpectedError) as error:
+        settings.load(given)
+    assert not [word for word in words if word not in str(error.value)], error.value
+
+
+@pytest.fixture
+def run(file):
+    """A run that was trained with settings of its own, beside a file of other settings."""
+    config = Config(seed=7)
+    config.data.source, config.data.raw_dir, config.data.tfds_dir = "kaggle", "raw", "records"
+    config.model.features, config.fit.epochs = (2, 2, 2, 2, 2), 9
+    config.predict.tta, config.data.slide_map = True, str(file.parent / "slides.csv")
+    folder = file.parent / "run"
+    folder.mkdir()
+    workdirs.save_config(folder, config)
+    file.write_text(
+        HEAD + "def get_config():\n    config = Config(seed=7)\n"
+        "    config.data.source, config.model.dense = 'kaggle', 5\n"
+        "    config.data.raw_dir, config.data.slide_map = 'elsewhere', 'slides.csv'\n"
+        "    config.evaluate.split, config.predict.batch_size = 'test', 3\n    return config\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["run", "fit", "prepare", "compare", *settings.READING_MODES])
+def test_without_a_file_the_run_gives_all_settings(run, mode):
+    config, notes = settings.resolve(None, run, mode, ())
+    assert config == workdirs.load_config(run)
+    assert not notes
+    assert settings.load("run/config.json") == config
+
+
+@pytest.mark.parametrize("mode", settings.READING_MODES)
+def test_a_mode_that_reads_takes_what_the_run_is_from_the_run(run, mode):
+    own = workdirs.load_config(run)
+    config, [note] = settings.resolve("tiny.py", run, mode, ("model.dense",))
+    assert (config.model, config.fit.epochs, config.seed) == (own.model, 9, 7)
+    # A folder is the file's where it names one, else the run's.
+    assert (config.data.raw_dir, config.data.tfds_dir) == ("elsewhere", "records")
+    assert config.data.slide_map == own.data.slide_map
+    assert (config.evaluate.split, config.predict.batch_size, config.predict.tta) == (
+        "test", 3, False,
+    )  # fmt: skip
+    assert re.search(r"run/config\.json; tiny\.py .* in model\.features, fit\.epochs$", note)
+
+
+@pytest.mark.parametrize("mode", ["run", "fit", "prepare", "compare"])
+def test_a_mode_that_trains_takes_the_file_as_it_is(run, mode):
+    assert settings.resolve("tiny.py", run, mode, ()) == (settings.load("tiny.py"), [])
+
+
+def test_a_mode_that_reads_refuses_a_file_about_other_data(run):
+    with pytest.raises(ExpectedError, match=r"'synthetic' and 'kaggle' in .*leave --config out"):
+        settings.resolve("quickstart", run, "predict", ())
+    assert settings.resolve("quickstart", run, "predict", ("data.source",))[0].seed == 7
+
+
+def test_an_ensemble_remains_one_where_the_file_says_nothing_of_it(run):
+    own = workdirs.load_config(run)
+    own.predict.checkpoints = "a,b"
+    workdirs.save_config(run, own)
+    assert settings.resolve("tiny.py", run, "predict", ())[0].predict.checkpoints == "a,b"
+
+
+def test_settings_that_are_nowhere(file):
+    assert settings.resolve(None, None, "compare", ()) == (Config(), [])
+    with pytest.raises(ExpectedError, match=r"--workdir=nowhere is not the folder of a run"):
+        settings.resolve(None, file.parent.joinpath("nowhere").relative_to(file.parent), "fit", ())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model.features": 5}, "model.features = 5 must be five whole numbers"),
+        ({"fit.epochs": "3"}, "fit.epochs = '3' must be a whole number"),
+        ({"fit.epochs": 0}, "fit.epochs = 0 must be at least 1"),
+        ({"data": {"source": "kaggle"}}, "another version of histo_jax: it holds data"),
+        ({"source": 3}, ""),
+        ({"source": {"a": "b"}}, ""),
+    ],
+)
+def test_a_config_json_of_somebody_else(run, values, words):
+    (run / "config.json").write_text("\ufeff" + json.dumps(values))
+    if not words:
+        assert settings.resolve(None, run, "predict", ())[0] == Config()
+        return
+    with pytest.raises(ExpectedError, match=re.escape(words)) as error:
+        settings.resolve(None, run, "predict", ())
+    assert "config.json" in str(error.value)
