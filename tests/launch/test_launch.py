@@ -207,13 +207,37 @@ def test_shellcheck_finds_nothing():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "tpu_worker.sh", "install.sh", "quickstart.sh"])
-def test_help_says_how_it_is_used_and_does_nothing(door, script):
-    done = door.run(LAUNCH / script, "--help")
-    assert done.returncode == 0
+@pytest.mark.parametrize("option", ["--help", "-h"])
+@pytest.mark.parametrize(
+    "script", [*sorted(file.name for file in LAUNCH.glob("*.sh")), "slurm.sbatch"]
+)
+def test_help_says_how_it_is_used_and_does_nothing(door, tmp_path, script, option):
+    # A clone without an environment, and none is made.
+    shutil.copytree(LAUNCH, tmp_path / "clone" / "launch")
+    (tmp_path / "clone" / "tests" / "benchmarks").mkdir(parents=True)
+    options = "tests/benchmarks/options.py"
+    shutil.copy(ROOT / options, tmp_path / "clone" / options)
+    done = door.run(tmp_path / "clone" / "launch" / script, option)
+    assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("usage:") == 1
     assert "#" not in done.stdout
     assert door.calls() == []
+    assert not (tmp_path / "clone" / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "said"),
+    [
+        ("quickstart.sh", "--mode=fit", "unknown option --mode=fit; for another config or mode use "
+         ".venv/bin/python -m histo_jax.main"),
+        ("bench.sh", "--row=train", "unrecognized arguments: --row=train (see --help)"),
+        ("bench.sh", "--rows=train,trian", "no such row: trian (see --help)"),
+    ],
+)  # fmt: skip
+def test_an_unknown_option_is_named_before_anything_is_installed(door, script, option, said):
+    done = door.run(LAUNCH / script, option, PYTHON="/nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"launch/{script}: {said}\n"
 
 
 def test_an_unknown_extra_is_not_installed(door):
@@ -654,6 +678,20 @@ def test_tpu_vm_sends_the_working_tree_and_nothing_else(tpu):
     assert (there / "histo_jax" / "changed.py").read_text() == "changed"
     assert (there / "histo_jax" / "new.html").exists()
     assert (there / "runs" / "mine").exists()
+
+
+def test_tpu_vm_sends_a_download_without_git(tpu):
+    folder, there = tpu.repository, tpu.homes[0] / "histo_jax"
+    shutil.rmtree(folder / ".git")
+    (folder.parent / ".git").mkdir()  # unpacked inside another repository
+    for path in ("pyproject.toml", "histo_jax/__pycache__/x", "histo_jax/a.py", "mine.py", "raw/x"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("")
+    assert tpu("exit 0").returncode == 0
+    sent = {"launch/tpu_vm.sh", "pyproject.toml", "histo_jax/a.py", "mine.py"}
+    assert all((there / path).exists() for path in sent)
+    assert not (there / "raw").exists()
+    assert not (there / "histo_jax" / "__pycache__").exists()
 
 
 def test_tpu_vm_mounts_a_bucket_once_and_no_other_over_it(door, tpu):
