@@ -323,6 +323,7 @@ def test_an_editable_installation_is_found_from_the_folder_above_the_clone(hatch
     code = (
         "import site, sys; sys.path = [p for p in sys.path if 'site-packages' not in p]; "
         f"site.addsitedir({str(tmp_path / 'packages')!r}); "
+        f"sys.path.append({sysconfig.get_paths()['purelib']!r}); "
         "import histo_jax; print(histo_jax.Config().seed)"
     )
     done = subprocess.run(
