@@ -50,7 +50,7 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
     if not first[["id", "label"]].equals(second[["id", "label"]]):
         raise ExpectedError(
             f"{runs[0]} and {runs[1]} were not scored on the same patches: evaluate both with the "
-            "same config.data and config.seed"
+            "same config.data and one config.data.split_seed"
         )
     optimistic = [
         _is_optimistic(Path(run).expanduser(), split, scored)

@@ -27,15 +27,19 @@ _PANDAS_OPTIONS = (
 _HOST_DEVICES = "--xla_force_host_platform_device_count="
 
 
+# As `extra` of a log record: it is logged once a command, as warnings are.
+ONCE = {"is_once": True}
+
+
 class _OncePerCommand(logging.Filter):
-    """Drops a warning that was logged before."""
+    """Drops a warning, or a record with `ONCE`, that was logged before."""
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.levelno != logging.WARNING:
+        if record.levelno != logging.WARNING and not getattr(record, "is_once", False):
             return True
         message = record.getMessage()
         is_new = message not in self._seen

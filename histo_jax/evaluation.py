@@ -70,6 +70,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         labels = table["label"].to_numpy(np.float64)
         if config.predict.checkpoints:
             workdirs.claim(folder, config)
+            workdirs.save_config(folder, config)
             workdirs.update_status(folder, records=prepared.name)
         slides = predictions.slides(table)
         log.info("compiling the evaluation step")
@@ -169,7 +170,16 @@ def _of_split(trained: list[members.Member], config: Config, prepared: Prepared)
 def _out_of_fold(trained: list[members.Member], config: Config, prepared: Prepared) -> _Chosen:
     """Each network scores the fold that it has validated on."""
     folds = members.fold_sides(trained, config, prepared)
-    side = splits.draw_sample(prepared.tables, trained[0].config)
+    own = trained[0].config
+    side = splits.draw_sample(prepared.tables, own)
+    asked = dataclasses.replace(config, data=dataclasses.replace(config.data, fold=own.data.fold))
+    # The report draws them by this command's settings, which the workdir keeps.
+    if not np.array_equal(splits.draw_sample(prepared.tables, asked).rows, side.rows):
+        raise ExpectedError(
+            f"{trained[0].run} was trained on other patches than this command draws: set "
+            f"--config.data.samples_per_class={own.data.samples_per_class} and "
+            f"--config.data.split_seed={own.data_seed}, as there"
+        )
     places = [np.searchsorted(side.rows, sides.validation.rows) for sides in folds]
     return _Chosen(side, places, folds[0].by, splits.combine(sides.honest for sides in folds))
 

@@ -19,7 +19,7 @@ from histo_jax.errors import ExpectedError
 
 # Orbax and TFDS make a pattern of a folder's name; etils takes these folders of the root for
 # buckets; TensorStore makes `/` of a backslash and knows UTF-8 only.
-_SPECIAL = re.compile(r"[*?\[\]\\\udc80-\udcff]|^/(gs|s3|az|hf)(/|$)")
+_SPECIAL = re.compile(r"[*?\[\]\\\udc80-\udcff]|^/(gs|s3|az|hf)(/|$)|gs:/")
 _DESCRIPTORS = Path("/proc/self/fd")
 # Bytes of a path, of the system's 4096: the rest is for what is written inside the folder.
 _LONG, _LONGEST = 3000, 3900

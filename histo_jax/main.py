@@ -410,6 +410,7 @@ def main(parsed: list[str]) -> None:
         for note in parsed[1:]:
             log.info("%s", note)
         with environment.defaults(), preemption.watch(ctrl_c=True):
+            _check_typed_data(config, workdir)
             _VERBS[flags.FLAGS.mode](config, workdir)
     except preemption.Preempted as error:
         print(f"histo_jax: {error}", file=sys.stderr)
@@ -441,6 +442,17 @@ def main(parsed: list[str]) -> None:
         )  # fmt: skip
         # At once: whatever waits for the lost process would wait for ever.
         os._exit(preemption.EXIT_STATUS)
+
+
+def _check_typed_data(config: Config, workdir: Path) -> None:
+    """Refuses raw data that this command line names and that the run was not trained on.
+
+    Where only `config.json` names it, modes that read go on without.
+    """
+    if flags.FLAGS.mode in settings.READING_MODES and "config.data.raw_dir" in flags.FLAGS:
+        from histo_jax.data.builder import prepare
+
+        prepare(config, workdir)
 
 
 def _run_app() -> None:

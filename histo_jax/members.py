@@ -54,7 +54,7 @@ def restore(config: Config, folder: Path, place: Sharding) -> list[Member]:
         ExpectedError: a folder is no run, has no checkpoint, or one of another model.
     """
     runs = [
-        files.expand(run, "--config.predict.checkpoints")
+        files.expand(run, "--config.predict.checkpoints").absolute()
         for run in folders(config.predict.checkpoints)
     ]
     twice = [
@@ -145,7 +145,8 @@ def refuse_trained_on(
         own = records.tables[sides.train.records]
         seen = own.iloc[sides.train.rows]
         known = judged["id"].isin(splits.shared_ids(judged, seen))
-        known |= judged["slide"].isin(seen["slide"]) & (judged["slide"] != "")
+        slides = splits.slide_identities(judged)
+        known |= slides.isin(splits.slide_identities(seen)) & (slides != "")
         if known.any():
             hint = (
                 "leave out --config.data.fold to evaluate runs of all folds out of fold"

@@ -64,6 +64,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         ids = prepared.tables["test"]["id"]
         if config.predict.checkpoints:
             workdirs.claim(folder, config)
+            workdirs.save_config(folder, config)
             workdirs.update_status(folder, records=prepared.name)
         # Each process predicts an equal share; what the last ones lack is filled up with the last.
         share = -(-len(ids) // jax.process_count())

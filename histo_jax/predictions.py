@@ -17,11 +17,11 @@ from histo_jax.metrics import binary_scores
 
 
 def slides(table: pd.DataFrame) -> np.ndarray | None:
-    """Returns the slide of each patch; None where some are not known, or each has its own.
+    """Returns the slide of each patch; None where some are not known, or names are no slides'.
 
     Patches of one could then be taken for patches of several.
     """
-    is_known = (table["slide"] != "").all() and table["slide"].duplicated().any()
+    is_known = (table["slide"] != "").all() and splits.has_slide_names(table)
     return table["slide"].to_numpy() if is_known else None
 
 

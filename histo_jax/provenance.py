@@ -93,7 +93,11 @@ def _find_parts(roots: Iterable[Any]) -> dict[str, Any]:
         if name in found:
             continue
         found[name] = thing if is_program else module
-        if not is_program:
+        if is_program:  # what the function calls, as another cell of a notebook defines it
+            space = getattr(thing, "__globals__", {})
+            used = getattr(getattr(thing, "__code__", None), "co_names", ())
+            waiting += [space[part] for part in used if part in space]
+        else:
             waiting += [
                 value for value in vars(module).values()
                 if inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value)

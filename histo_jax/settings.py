@@ -53,6 +53,8 @@ def resolve(
         ExpectedError: there are no settings, or they cannot be used.
         OSError: a file cannot be read.
     """
+    if workdir:
+        workdirs.check_path(workdir)
     own = workdir and workdir / "config.json"
     if own is None or not own.exists():
         if given is not None:
@@ -230,7 +232,7 @@ def _note_code(path: Path, source: str) -> None:
     statements = [
         node
         for node in ast.parse(source).body
-        if getattr(node, "name", "") != "get_config" and not _is_docstring(node)
+        if not _is_docstring(node) and not _is_settings(node)
     ]
     _code.clear()
     if all(_only_names(node) for node in statements):
@@ -243,8 +245,17 @@ def _is_docstring(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
+def _is_settings(node: ast.stmt) -> bool:
+    """Whether a statement is `get_config` and defines nothing inside."""
+    if not isinstance(node, ast.FunctionDef) or node.name != "get_config":
+        return False
+    inner = (part for part in ast.walk(node) if part is not node)
+    return not any(isinstance(p, ast.FunctionDef | ast.ClassDef | ast.Lambda) for p in inner)
+
+
 def _only_names(node: ast.stmt) -> bool:
     """Whether a statement gives names to values and changes nothing elsewhere."""
     if isinstance(node, ast.Assign):
-        return all(isinstance(target, ast.Name) for target in node.targets)
+        is_code = any(isinstance(part, ast.Call | ast.Lambda) for part in ast.walk(node.value))
+        return not is_code and all(isinstance(target, ast.Name) for target in node.targets)
     return isinstance(node, ast.Import | ast.ImportFrom)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from histo_jax import files
-from histo_jax.config import NO_URL, Config, flat, is_url, set_field, validate
+from histo_jax.config import NO_URL, Config, flat, folders, is_url, set_field, validate
 from histo_jax.errors import ExpectedError
 from histo_jax.preemption import EXIT_STATUS, Preempted, watch
 
@@ -27,6 +27,7 @@ _IDENTITY_PREFIXES = (
 WHERE = ("data.raw_dir", "data.tfds_dir", "data.records", "data.placement")
 # Saved as absolute paths, so that a start from another folder means the same files.
 _PATHS = ("data.raw_dir", "data.tfds_dir", "data.slide_map")
+_LISTS_OF_PATHS = ("predict.checkpoints",)
 _SOURCE = "source"  # key in config.json, beside the settings
 
 _is_writer = True
@@ -66,12 +67,16 @@ def plain(config: Config) -> dict[str, Any]:
 
 def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings with relative paths completed; those below a home stay as they are."""
-    return {
-        name: os.path.abspath(value)
-        if name in _PATHS and isinstance(value, str) and value and not value.startswith("~")
-        else value
-        for name, value in values.items()
-    }
+
+    def complete(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or not value:
+            return value
+        if name in _LISTS_OF_PATHS:
+            return ",".join(complete(_PATHS[0], folder) for folder in folders(value))
+        is_relative = name in _PATHS and not value.startswith("~")
+        return os.path.abspath(value) if is_relative else value
+
+    return {name: complete(name, value) for name, value in values.items()}
 
 
 def is_saved(workdir: Path, name: str, value: Any) -> bool:

@@ -573,6 +573,14 @@ def copy(trained: Place, tmp_path: Path) -> Place:
     return Place(tmp_path).begin()
 
 
+def test_raw_data_that_is_typed_must_be_the_runs(copy: Place) -> None:
+    """The run's own `config.json` may name a folder that is gone; a command line may not."""
+    refuses(here, copy, copy.argv("--mode=predict", "--config.data.raw_dir=nope"), "nope", "folder")
+    shutil.rmtree(copy.raw)
+    typed = f"--config.data.raw_dir={copy.raw}"
+    refuses(here, copy, copy.argv("--mode=predict", typed), str(copy.raw), "no such folder")
+
+
 @pytest.mark.parametrize("mode", ["evaluate", "predict"])
 @pytest.mark.parametrize("left", ["nothing", "config", "folder"])
 def test_no_checkpoint(place: Place, mode: str, left: str) -> None:

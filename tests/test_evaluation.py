@@ -10,7 +10,7 @@ import pytest
 from scipy.special import expit, logit
 
 import histo_jax
-from histo_jax import comparison, evaluation, members
+from histo_jax import comparison, evaluation, members, workdir
 from histo_jax import report as histo_jax_report
 from histo_jax.config import Config
 from histo_jax.data import builder
@@ -116,9 +116,14 @@ def test_averaging_changes_a_plain_network_and_not_a_symmetric_one(make, runs):
         assert (np.abs(plain["label"] - averaged["label"]).max() > 1e-6) == differs
 
 
-def test_an_ensemble_is_the_equal_mean_of_its_members(make, runs, tmp_path):
-    together = make(predict_checkpoints=f"{runs / 'plain'}, {runs / 'symmetric'}")
+def test_an_ensemble_is_the_equal_mean_of_its_members(make, runs, tmp_path, monkeypatch):
+    histo_jax.evaluate(make(predict_checkpoints=str(runs / "plain")), tmp_path / "ensemble")
+    monkeypatch.chdir(runs)
+    together = make(predict_checkpoints="plain, symmetric")
     scores = histo_jax.evaluate(together, tmp_path / "ensemble")
+    # What was last asked for is what a command without settings of its own means, from anywhere.
+    kept = workdir.load_config(tmp_path / "ensemble").predict.checkpoints
+    assert kept == f"{runs / 'plain'},{runs / 'symmetric'}"
     each = {
         "plain": histo_jax.evaluate(make(optimizer_ema_decay=0.5), runs / "plain"),
         "symmetric": histo_jax.evaluate(make(model_name="five_block_p4m"), runs / "symmetric"),
@@ -297,6 +302,9 @@ def test_folds_are_scored_each_patch_by_the_run_that_has_not_trained_on_it(
     monkeypatch.setattr(patches, "look", by_the_only_one)
     page = histo_jax_report.report(config, folder).read_text()
     assert "scored by the one of 2 runs that has not trained on it" in page
+    assert "of each run." in page  # where an audit is to be had
+    by_id = make(predict_checkpoints=config.predict.checkpoints, explain_ids=table["id"][0])
+    histo_jax_report.explain(by_id, folder)  # by one run alone, or the stand-in complains
     shown = histo_jax_report.explain(config, folder).set_index("id")["probability"]
     wanted = table.set_index("id")["logit"].loc[shown.index]
     np.testing.assert_allclose(shown, expit(wanted), rtol=1e-6)
@@ -351,6 +359,8 @@ def test_folds_that_do_not_make_a_whole_are_refused(make, folds, runs, tmp_path)
     refused(r"2 and \S+ both validate on fold 2/2", one, two, copy("again"))
     refused(r"runs of 2 and of 3 folds", one, copy("three", **{"data.fold": "2/3"}))
     refused("leave out --config.data.fold", one, two, data_fold="1/2")
+    refused(r"other patches than this command.*samples_per_class=\d+", one, two,
+            data_samples_per_class=20)  # fmt: skip
     refused(r"has trained on", one, two, runs / "symmetric")
 
 

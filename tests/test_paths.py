@@ -93,9 +93,10 @@ def test_a_folder_has_a_name_that_libraries_take_as_it_stands(tmp_path, name):
 
 
 def test_folders_of_the_root_that_etils_takes_for_buckets_are_special():
-    assert [files.is_special(Path(p)) for p in ("/s3/run", "/gs", "/x/s3", "/s3fs", "/a/..b")] == [
-        True, True, False, False, False,
-    ]  # fmt: skip
+    special = ("/s3/run", "/gs", "/x/logs:/run")
+    plain = ("/x/s3", "/s3fs", "/a/..b", "/x/logs:")
+    assert [files.is_special(Path(path)) for path in special] == [True] * len(special)
+    assert [files.is_special(Path(path)) for path in plain] == [False] * len(plain)
 
 
 def test_what_cannot_be_worked_in_is_refused_before_anything_is_made(tmp_path, monkeypatch):

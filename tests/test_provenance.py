@@ -91,7 +91,8 @@ def test_what_has_no_source_is_left_out(monkeypatch):
 
 def test_what_a_notebook_defines_stands_for_itself():
     def hashes(width):
-        cell = f"class Net:\n    def __call__(self): return {width}\ndef loss(): return 1\n"
+        cell = f"class Net:\n    def __call__(self): return {width}\ndef loss(): return helper()\n"
+        cell += f"def helper(): return {width}\n"
         linecache.cache["<cell>"] = (len(cell), None, cell.splitlines(True), "<cell>")
         names = {"__name__": "__main__"}
         exec(compile(cell, "<cell>", "exec"), names)
@@ -100,6 +101,7 @@ def test_what_a_notebook_defines_stands_for_itself():
     one, other = hashes(1), hashes(2)
     assert one["Net"] != other["Net"]
     assert one["loss"] == other["loss"]
+    assert one["helper"] != other["helper"]  # which `loss` calls
 
 
 def test_of_a_config_file_only_the_code_counts(tmp_path):
@@ -114,6 +116,10 @@ def test_of_a_config_file_only_the_code_counts(tmp_path):
     assert code("# said\n" + GET_CONFIG.replace("()\n", "(seed=1)\n") + "\n\n" + CODE) == before
     assert code(GET_CONFIG + CODE.replace("1", "2")) != before
     assert code(GET_CONFIG + "import math\nmath.x = 3\n")
+    loss = "mine = print(lambda logits, labels: 1)\n"  # as a decorator is called on a function
+    assert code(GET_CONFIG + loss) != code(GET_CONFIG + loss.replace("1", "2")) != {}
+    inside = GET_CONFIG.replace("    return", "    def loss(): return 1\n    return")
+    assert code(inside) != code(inside.replace("1", "2")) != {}
     settings.load("quickstart")
     assert settings.config_file_code() == {}
 

@@ -200,9 +200,10 @@ def test_a_mode_that_reads_refuses_a_file_about_other_data(run):
 
 def test_an_ensemble_remains_one_where_the_file_says_nothing_of_it(run):
     own = workdirs.load_config(run)
-    own.predict.checkpoints = "a,b"
+    own.predict.checkpoints = "/runs/a,/runs/b"
     workdirs.save_config(run, own)
-    assert settings.resolve("tiny.py", run, "predict", ())[0].predict.checkpoints == "a,b"
+    config, _ = settings.resolve("tiny.py", run, "predict", ())
+    assert config.predict.checkpoints == "/runs/a,/runs/b"
 
 
 def test_settings_that_are_nowhere(file):

@@ -298,10 +298,6 @@ class _Finished(NamedTuple):
         return f"made from {source} on {day}"
 
 
-# What was logged, so that the modes of one `run` do not repeat it.
-_announced: set[tuple[Path, Path | None]] = set()
-
-
 @environment.defaults()
 @progress.working("prepare")
 def prepare(config: Config, workdir: Path | None = None, raw_may_be_gone: bool = False) -> Prepared:
@@ -340,10 +336,11 @@ def prepare(config: Config, workdir: Path | None = None, raw_may_be_gone: bool =
     _check_damaged(found, data)
     reader.name = found.name
     prepared = Prepared(reader, found.directory, data)
-    if (found.directory, workdir) not in _announced:
-        _announced.add((found.directory, workdir))
-        counts = ", ".join(f"{len(table):,} {name}" for name, table in prepared.tables.items())
-        log.info("records: %s (%s patches), %s", found.directory, counts, found.origin)
+    counts = ", ".join(f"{len(table):,} {name}" for name, table in prepared.tables.items())
+    log.info(
+        "records: %s (%s patches), %s", found.directory, counts, found.origin,
+        extra=environment.ONCE,
+    )  # fmt: skip
     return prepared
 
 
@@ -473,7 +470,7 @@ def _choose(
             ) from None
         own = own or _only(finished, dataset)
         assert own
-        log.warning("%s; %s, %s, serves", problem, own.name, own.origin)
+        log.warning("%s; going on with %s, %s", problem, own.name, own.origin)
         return own
     same = [found for found in finished if found.record["files"] == seen["files"]]
     if own is None and is_lenient and not same:
@@ -484,6 +481,10 @@ def _choose(
         raise ExpectedError(
             f"{data.raw_dir} holds other files than {own.name}, {own.origin}: restore those, or "
             f"choose another {'--config.data.records' if data.records else '--workdir'}"
+        )
+    elif own not in same:
+        log.warning(
+            "%s holds other files than %s, %s, which is used", data.raw_dir, own.name, own.origin
         )
     if own and seen["times"] and own.record["times"] not in (None, seen["times"]):
         log.warning(

@@ -13,6 +13,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train
 from histo_jax.config import Config, DataConfig, parse_fold
 from histo_jax.data.builder import SQUARES, SUMS
 from histo_jax.data.example import IMAGE_SIZE
+from histo_jax.data.names import identity
 from histo_jax.errors import ExpectedError
 
 log = logging.getLogger("histo_jax")
@@ -176,8 +177,13 @@ def share(first: pd.DataFrame, second: pd.DataFrame) -> bool:
         first: columns as in `make_sides`.
         second: likewise.
     """
-    slides = set(first["slide"]) & set(second["slide"]) - {""}
+    slides = set(slide_identities(first)) & set(slide_identities(second)) - {""}
     return bool(slides) or not shared_ids(first, second).empty
+
+
+def slide_identities(table: pd.DataFrame) -> pd.Series:
+    """Returns for each patch what all spellings of its slide have in common."""
+    return table["slide"].map({name: identity(name) for name in table["slide"].unique()})
 
 
 def shared_ids(first: pd.DataFrame, second: pd.DataFrame) -> pd.Series:

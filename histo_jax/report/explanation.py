@@ -61,11 +61,7 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         trained = members.restore(config, folder, SingleDeviceSharding(jax.local_devices()[0]))
         prepared = prepare(config, folder, raw_may_be_gone=True)
         if config.explain.ids:
-            found = [
-                patch
-                for split, rows in _find(prepared, names(config.explain.ids)).items()
-                for patch in patches.gather(prepared, split, rows, trained)
-            ]
+            found = _gather_by_id(trained, config, prepared)
         else:
             split = config.evaluate.split
             table = predictions.read(folder, split)
@@ -136,14 +132,36 @@ def _read_rows(path: Path) -> pd.DataFrame:
     )
 
 
+def _gather_by_id(trained: list[Member], config: Config, prepared: Prepared) -> list[patches.Patch]:
+    """Gathers the patches of `config.explain.ids`; those of a fold by the run that scores it."""
+    found = []
+    for split, rows in _find(prepared, _ids(config.explain.ids)).items():
+        is_scored = np.zeros(len(rows), bool)
+        if split == "train" and members.are_folds(trained, config):
+            folds = members.fold_sides(trained, config, prepared)
+            is_scored = np.isin(rows, np.concatenate([fold.validation.rows for fold in folds]))
+        if is_scored.any():
+            scored = rows[is_scored]
+            owners = patches.owners(trained, config, prepared, {"out_of_fold": True}, scored)
+            found += patches.gather(prepared, split, scored, trained, owners=owners)
+        if not is_scored.all():
+            found += patches.gather(prepared, split, rows[~is_scored], trained)
+    return found
+
+
+def _ids(text: str) -> list[str]:
+    """Returns the ids as the records hold them; file names of Kaggle's patches serve, too."""
+    return [name.lower().removesuffix(".tif") for name in names(text)]
+
+
 def _find(prepared: Prepared, wanted: list[str]) -> dict[str, np.ndarray]:
-    """Returns the rows of these ids, by split."""
-    rows = {
-        split: np.flatnonzero(table["id"].isin(wanted)) for split, table in prepared.tables.items()
-    }
-    known = {
-        name for split, places in rows.items() for name in prepared.tables[split]["id"].iloc[places]
-    }
+    """Returns the rows of these ids, by split; of several patches of the same pixels the first."""
+    rows: dict[str, np.ndarray] = {}
+    known: set[str] = set()
+    for split, table in prepared.tables.items():
+        is_new = table["id"].isin(wanted) & ~table["id"].isin(known) & ~table["id"].duplicated()
+        rows[split] = np.flatnonzero(is_new)
+        known |= set(table["id"].iloc[rows[split]])
     for name in wanted:
         if name not in known:
             raise ExpectedError(

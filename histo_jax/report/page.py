@@ -147,7 +147,8 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
             audit_knows_slides=bool(
                 audited and all(pair["shared_slides"] for pair in audited["pairs"].values())
             ),
-            is_audit_of_others=bool(found_audit and not audited),
+            # An audit is of one division into training and validation, and here are several.
+            is_audit_of_others=bool(found_audit and not audited and not scores.get("out_of_fold")),
             color_auc=audited["control"]["validation_auc"] if audited else None,
             date=_date(folder / f"evaluation_{split}.json"),
         )

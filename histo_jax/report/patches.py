@@ -81,11 +81,12 @@ def gather(
         logits: calibrated; None = what the networks say.
         owners: for each row the number of the one network that is asked; None = all are.
     """
-    if owners is not None and logits is not None:
+    if owners is not None:
         found: dict[int, Patch] = {}
         for owner in np.unique(owners):
             places = np.flatnonzero(owners == owner)
-            some = gather(prepared, split, rows[places], [trained[owner]], logits[places])
+            given = None if logits is None else logits[places]
+            some = gather(prepared, split, rows[places], [trained[owner]], given)
             found |= zip(places.tolist(), some, strict=True)
         return [found[place] for place in range(len(rows))]
     images = prepared.records(split, rows).images(np.arange(len(rows)))

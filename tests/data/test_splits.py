@@ -221,6 +221,14 @@ def test_slide_names_that_no_two_patches_share_make_no_honest_split():
     assert make_split(table, Config()).honest
 
 
+def test_two_spellings_of_a_slide_are_shared_by_two_data_sets():
+    one, other = make_table(slides=2), make_table(slides=2)
+    other["id"] += "x"
+    other["slide"] = other["slide"].str.upper() + " "
+    assert splits.share(one, other)
+    assert not splits.share(one, other.assign(slide="another"))
+
+
 def test_what_holds_for_all_together():
     assert splits.combine([True, None, False]) is False
     assert splits.combine([True, None]) is None

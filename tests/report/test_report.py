@@ -560,7 +560,7 @@ def test_explain_shows_the_patch_and_beside_it_where_the_network_looked(config, 
 def test_explain_takes_ids_of_any_split(config, run):
     tables = prepare(config).tables
     ids = [tables["train"]["id"][3], tables["test"]["id"][2]]
-    said = explain_ids(config, run, ",".join(ids))
+    said = explain_ids(config, run, f"{ids[0].upper()}.tif,{ids[1]}")
     assert sorted(said["id"]) == sorted(ids)
     with pytest.raises(ExpectedError, match=r"config\.explain\.ids: no patch .* has the id 'abc'"):
         explain_ids(config, run, f"{ids[0]},abc")
