@@ -512,7 +512,7 @@ def test_the_mean_of_several_runs_is_shown_as_theirs(config, run, tmp_path):
     with pytest.raises(ExpectedError, match=f"is the mean of {run}, {twin}: set"):
         explain(together, tmp_path / "together")
     together.predict.checkpoints = f"{run},{twin}"
-    with pytest.raises(ExpectedError, match="is one run alone, not the mean of"):
+    with pytest.raises(ExpectedError, match=f"{run} is a run of its own"):
         explain(together, run)
 
 
