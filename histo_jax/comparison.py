@@ -44,17 +44,16 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
     if len(runs) != 2:
         raise ExpectedError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
     split = config.evaluate.split
-    first, second = (
-        predictions.read(files.expand(run, "--config.compare.runs"), split) for run in runs
-    )
+    places = [files.expand(run, "--config.compare.runs") for run in runs]
+    first, second = (predictions.read(place, split) for place in places)
     if not first[["id", "label"]].equals(second[["id", "label"]]):
         raise ExpectedError(
             f"{runs[0]} and {runs[1]} were not scored on the same patches: evaluate both with the "
             "same config.data and one config.data.split_seed"
         )
     optimistic = [
-        _is_optimistic(Path(run).expanduser(), split, scored)
-        for run, scored in zip(runs, (first, second), strict=True)
+        _is_optimistic(place, split, scored)
+        for place, scored in zip(places, (first, second), strict=True)
     ]
     slides = predictions.slides(first)
     result = {
