@@ -106,6 +106,11 @@ def check_evaluated(members: list[Member], scores: dict[str, Any], split: str) -
             f"what was evaluated is the mean of {', '.join(score['run'] for score in scored)}: set "
             "--config.predict.checkpoints to these runs, or run --mode=evaluate again"
         )
+    if len(members) > len(scored):
+        raise ExpectedError(
+            f"what was evaluated is one run alone, not the mean of {', '.join(runs)}: leave out "
+            "--config.predict.checkpoints, or run --mode=evaluate with it"
+        )
     for member, score in zip(members, scored, strict=bool(members)):
         if member.step != score["checkpoint_step"]:
             raise ExpectedError(

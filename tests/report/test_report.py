@@ -25,6 +25,7 @@ from histo_jax.data import splits
 from histo_jax.data.audit import audit
 from histo_jax.data.builder import prepare
 from histo_jax.errors import ExpectedError
+from histo_jax.members import Member, check_evaluated
 from histo_jax.metrics import binary_scores, operating_points
 from histo_jax.report import explain, figures, page, patches, report
 
@@ -514,6 +515,11 @@ def test_the_mean_of_several_runs_is_shown_as_theirs(config, run, tmp_path):
     together.predict.checkpoints = f"{run},{twin}"
     with pytest.raises(ExpectedError, match=f"{run} is a run of its own"):
         explain(together, run)
+    # Nor in a folder that holds the scores of a run, and no longer its checkpoints.
+    scores = json.loads((run / "evaluation_validation.json").read_text())
+    trained = [Member(str(place), config, None, None, None, 0, "") for place in (run, twin)]
+    with pytest.raises(ExpectedError, match="is one run alone, not the mean of"):
+        check_evaluated(trained, scores, "validation")
 
 
 @pytest.mark.parametrize("verb", [report, explain])
