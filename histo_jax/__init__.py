@@ -14,13 +14,13 @@ import typing
 
 from histo_jax import environment
 from histo_jax.config import Config
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from histo_jax.registry import register_augmentation, register_loss, register_model
 
 if typing.TYPE_CHECKING:
     from histo_jax.auditing import audit
     from histo_jax.comparison import compare
-    from histo_jax.data.builder import prepare
+    from histo_jax.data.records import prepare
     from histo_jax.evaluation import evaluate
     from histo_jax.fitting import fit
     from histo_jax.prediction import predict
@@ -28,9 +28,24 @@ if typing.TYPE_CHECKING:
     from histo_jax.report import explain, report
 
 __all__ = [
-    "Config", "ExpectedError", "audit", "compare", "evaluate", "explain", "fit", "predict",
-    "prepare", "recipe", "register_augmentation", "register_loss", "register_model", "report",
-]  # fmt: skip
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "UserError",
+    "audit",
+    "compare",
+    "evaluate",
+    "explain",
+    "fit",
+    "predict",
+    "prepare",
+    "recipe",
+    "register_augmentation",
+    "register_loss",
+    "register_model",
+    "report",
+]
 
 # Like Keras, and unlike most libraries, this one shows its progress unasked; silence it with
 # `logging.getLogger("histo_jax").setLevel("WARNING")`.
@@ -49,7 +64,7 @@ _HOMES = {
     "fit": "histo_jax.fitting",
     "evaluate": "histo_jax.evaluation",
     "predict": "histo_jax.prediction",
-    "prepare": "histo_jax.data.builder",
+    "prepare": "histo_jax.data.records",
     "recipe": "histo_jax.recipes",
     "report": "histo_jax.report",
 }

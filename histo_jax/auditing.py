@@ -3,12 +3,13 @@
 import os
 from typing import Any
 
-from histo_jax import environment, files, preemption, progress
-from histo_jax import workdir as workdirs
+from histo_jax import environment
 from histo_jax.config import Config, validate
-from histo_jax.data import audit as audits
-from histo_jax.data.builder import prepare
-from histo_jax.data.splits import make_sides
+from histo_jax.data import leakage as audits
+from histo_jax.data.records import prepare
+from histo_jax.data.splits import make_subsets
+from histo_jax.run import files, progress, signals
+from histo_jax.run import workdir as workdirs
 
 
 @environment.defaults()
@@ -24,20 +25,20 @@ def audit(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         workdir: folder of the run; made if missing.
 
     Returns:
-        See `data.audit.audit`: counts of each split (`sides`); what each pair of them shares
+        See `data.audit.audit`: counts of each split (`subsets`); what each pair of them shares
         (`pairs`: `identical` patches, `shared_slides`, `near` duplicates); the validation AUC that
         colour histograms alone reach (`control`); `honest` and `note`.
 
     Raises:
-        ExpectedError: a setting, the data or the folder is wrong; the message names the remedy.
+        UserError: a setting, the data or the folder is wrong; the message names the remedy.
         OSError: a file cannot be written.
     """
     validate(config)
     folder = files.expand(workdir, "--workdir")
-    workdirs.check(folder, config)
-    with preemption.watch():
+    workdirs.check_compatible(folder, config)
+    with signals.watch():
         prepared = prepare(config, folder, raw_may_be_gone=True)
-        report = audits.audit(prepared, make_sides(prepared.tables, config), config.seed)
+        report = audits.audit(prepared, make_subsets(prepared.tables, config), config.seed)
         folder.mkdir(parents=True, exist_ok=True)
         workdirs.write_json(folder / "audit.json", report)
     return report

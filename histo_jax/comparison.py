@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from histo_jax import environment, files, predictions
-from histo_jax import workdir as workdirs
+from histo_jax import environment, evaluation_files
 from histo_jax.config import Config, folders, validate
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
 from histo_jax.metrics import difference
+from histo_jax.run import files
+from histo_jax.run import workdir as workdirs
 
 # What decides: the ranking of the patches and their probabilities, each with the sign of a gain.
 # Eight scores at 95% each would often name a winner by chance alone.
@@ -33,7 +34,7 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
         `difference` (second minus first), `interval` (95%) and `p`, and in words the `verdict`.
 
     Raises:
-        ExpectedError: not two runs, or they were not scored on the same patches.
+        UserError: not two runs, or they were not scored on the same patches.
         OSError: a file cannot be written.
     """
     validate(config)
@@ -42,12 +43,12 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
         workdirs.check_path(folder)
     runs = folders(config.compare.runs)
     if len(runs) != 2:
-        raise ExpectedError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
+        raise UserError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
     split = config.evaluate.split
     places = [files.expand(run, "--config.compare.runs") for run in runs]
-    first, second = (predictions.read(place, split) for place in places)
+    first, second = (evaluation_files.read(place, split) for place in places)
     if not first[["id", "label"]].equals(second[["id", "label"]]):
-        raise ExpectedError(
+        raise UserError(
             f"{runs[0]} and {runs[1]} were not scored on the same patches: evaluate both with the "
             "same config.data and one config.data.split_seed"
         )
@@ -55,7 +56,7 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
         _is_optimistic(place, split, scored)
         for place, scored in zip(places, (first, second), strict=True)
     ]
-    slides = predictions.slides(first)
+    slides = evaluation_files.slides(first)
     result = {
         "first": runs[0],
         "second": runs[1],
@@ -81,9 +82,9 @@ def _is_optimistic(folder: Path, split: str, table: pd.DataFrame) -> bool:
     """Whether the run's scores, where they are there, are said to be optimistic."""
     if not (folder / f"evaluation_{split}.json").exists():
         return False
-    scores = predictions.read_scores(folder, split)
-    predictions.check_scores(folder, split, table, scores)
-    return scores.get("honest") is False
+    scores = evaluation_files.read_scores(folder, split)
+    evaluation_files.check_scores(folder, split, table, scores)
+    return scores.get("slide_disjoint") is False
 
 
 def _verdict(result: dict[str, Any], optimistic: bool) -> str:

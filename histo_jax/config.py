@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from histo_jax.errors import ExpectedError, closest
+from histo_jax.errors import UserError, closest
 from histo_jax.registry import AUGMENTATIONS, LOSSES, MODELS
 
 SOURCES = ("synthetic", "kaggle", "pcam")
@@ -496,19 +496,19 @@ def check_types(node: Any, prefix: str = "") -> None:
         prefix: of the group's fields, as in `fit.`.
 
     Raises:
-        ExpectedError: names the field.
+        UserError: names the field.
     """
     # A subclass of the user's own may have other defaults, not other fields.
     own = next(kind for kind in type(node).__mro__ if kind.__module__ == __name__)
     unknown = vars(node).keys() - {field.name for field in dataclasses.fields(own)}
     if unknown:
-        raise ExpectedError(unknown_field(prefix + min(unknown)))
+        raise UserError(unknown_field(prefix + min(unknown)))
     for field in dataclasses.fields(own):
         value = getattr(node, field.name)
         if not fits(value, field.type):
             known = type(value) in (*_TYPE_NAMES, tuple)
             but = "" if known else f", not {type_name(type(value))}"
-            raise ExpectedError(
+            raise UserError(
                 f"config.{prefix}{field.name} = {value!r} must be {type_name(field.type)}{but}"
             )
         if dataclasses.is_dataclass(field.type):
@@ -523,10 +523,10 @@ def validate(config: Config, typed: Mapping[str, str] = types.MappingProxyType({
         typed: values as the user typed them, by dotted name, which messages then show.
 
     Raises:
-        ExpectedError: names the first field that is wrong, its value and what it must be.
+        UserError: names the first field that is wrong, its value and what it must be.
     """
     if not isinstance(config, Config):
-        raise ExpectedError(
+        raise UserError(
             f"the config is a {type(config).__name__}; get_config() must return histo_jax.Config"
         )
     check_types(config)
@@ -535,13 +535,13 @@ def validate(config: Config, typed: Mapping[str, str] = types.MappingProxyType({
         if values[name] not in choices:
             match = closest(values[name], choices)
             hint = f"; did you mean {match}?" if match else ""
-            raise ExpectedError(
+            raise UserError(
                 f"config.{name} = {values[name]!r} must be one of {', '.join(choices)}{hint}"
             )
     for name, holds, wanted in _LIMITS:
         if values[name] is not None and not holds(values[name]):
             value = typed.get(name) or repr(values[name])
-            raise ExpectedError(f"config.{name} = {value} must be {wanted}")
+            raise UserError(f"config.{name} = {value} must be {wanted}")
     MODELS.check("model.name", config.model.name)
     LOSSES.check("fit.loss", config.fit.loss)
     for name in config.augment.extra:

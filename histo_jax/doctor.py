@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from histo_jax import environment, files, streams
-from histo_jax.errors import ExpectedError
+from histo_jax import environment, streams
+from histo_jax.errors import UserError
+from histo_jax.run import files
 
 Finding = tuple[str, str]
 
@@ -70,7 +71,7 @@ def _driver() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import jax
 
-    from histo_jax.training import memory
+    from histo_jax.distributed import memory
 
     local = jax.local_devices()
     kind = f"{local[0].platform} ({local[0].device_kind})"
@@ -104,7 +105,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    from histo_jax.training import memory
+    from histo_jax.distributed import memory
 
     free = memory.free_on_host()
     enough = free > 4e9
@@ -176,13 +177,13 @@ def _collective() -> Iterator[Finding]:
     import jax
     import numpy as np
 
-    from histo_jax.training import sharding
+    from histo_jax.distributed import mesh
 
-    batched = sharding.batch_sharding()
-    own = np.arange(jax.device_count(), dtype=np.float32)[sharding.own_rows(jax.device_count())]
-    total = jax.jit(lambda x: x.sum(), out_shardings=sharding.replicated(batched))
+    batch_sharding = mesh.batch_sharding()
+    own = np.arange(jax.device_count(), dtype=np.float32)[mesh.local_slice(jax.device_count())]
+    total = jax.jit(lambda x: x.sum(), out_shardings=mesh.replicated(batch_sharding))
     began = time.monotonic()
-    found, count = float(total(sharding.spread(own, batched))), jax.device_count()
+    found, count = float(total(mesh.make_global_array(own, batch_sharding))), jax.device_count()
     seconds = time.monotonic() - began
     if found == count * (count - 1) / 2:
         yield "PASS", f"a sum over all {count} devices in {seconds:.1f} s, with compilation"
@@ -227,22 +228,22 @@ def main() -> int:
     options = parser.parse_args()
     failed = _failed(_ALONE)
     if options.multihost:
-        from histo_jax.training import hosts
+        from histo_jax.distributed import processes
 
         try:
-            hosts.join(
+            processes.initialize(
                 options.multihost, options.coordinator, options.process_count,
                 options.process_index, alone=("FAIL ", 1),
             )  # fmt: skip
-        except ExpectedError as error:
+        except UserError as error:
             print(f"FAIL  {error}")
             return 1
     try:
-        runtime = environment.load("histo_jax.training.runtime")
+        runtime = environment.load("histo_jax.distributed.runtime")
         with environment.defaults(), runtime.jax_defaults():
             runtime.check_devices()
             return int(_failed(_TOGETHER) or failed)
-    except ExpectedError as error:  # variables of the environment keep JAX from starting
+    except UserError as error:  # variables of the environment keep JAX from starting
         print(f"FAIL  {error}")
         return 1
     except Exception as error:  # of a broken installation

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from absl import logging as absl_logging
 
-from histo_jax.errors import ExpectedError, one_line
+from histo_jax.errors import UserError, one_line
 
 # Options that change how CSVs are parsed or written, or how a table is printed.
 _PANDAS_OPTIONS = (
@@ -127,7 +127,7 @@ def load(module: str) -> types.ModuleType:
     """Imports a module that imports JAX.
 
     Raises:
-        ExpectedError: a variable of the environment keeps JAX from being imported or would abort
+        UserError: a variable of the environment keeps JAX from being imported or would abort
             the process; names the variable.
     """
     _check_xla_flags(os.environ.get("XLA_FLAGS", "").strip())
@@ -135,7 +135,7 @@ def load(module: str) -> types.ModuleType:
         try:
             importlib.import_module("jax")
         except (ValueError, AttributeError) as error:
-            raise ExpectedError(
+            raise UserError(
                 f"JAX cannot be imported ({one_line(error)}): correct or unset {variables('JAX_')}"
             ) from None
         return importlib.import_module(module)
@@ -152,7 +152,7 @@ def _check_xla_flags(flags: str) -> None:
     """Refuses XLA_FLAGS that XLA cannot parse: it would abort the process.
 
     Raises:
-        ExpectedError: names the flag.
+        UserError: names the flag.
     """
     if not flags or flags.removeprefix(_HOST_DEVICES).isdecimal():
         return
@@ -164,4 +164,4 @@ def _check_xla_flags(flags: str) -> None:
     fatal = [line for line in done.stderr.splitlines() if "flags" in line.partition("] ")[0]]
     if done.returncode and fatal:
         reason = fatal[0].partition("] ")[2][:200]
-        raise ExpectedError(f"XLA_FLAGS={flags}: {reason}; correct or unset XLA_FLAGS")
+        raise UserError(f"XLA_FLAGS={flags}: {reason}; correct or unset XLA_FLAGS")

@@ -1,14 +1,26 @@
-"""Failures that a user can mend."""
+"""Errors that a user can fix."""
 
 import difflib
 from collections.abc import Iterable
 
 
-class ExpectedError(Exception):
-    """An expected failure; its message is one line that names the file or field and the remedy.
+class UserError(Exception):
+    """An expected failure; its message is one line that names the file or field and the fix.
 
-    The command line prints the message without a traceback and leaves with status 2.
+    The command line prints the message without a traceback and exits with status 2.
     """
+
+
+class ConfigError(UserError):
+    """A setting is missing, unknown, of the wrong type, or out of range."""
+
+
+class DataError(UserError):
+    """Raw data or records are missing, corrupt, or do not fit the settings."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, corrupt, or belongs to another network or version."""
 
 
 def one_line(error: BaseException) -> str:

@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from histo_jax import files, members, predictions, preemption, progress
-from histo_jax import workdir as workdirs
+from histo_jax import ensemble, evaluation_files
 from histo_jax.config import Config, validate
 from histo_jax.data import splits
-from histo_jax.data.builder import Prepared, prepare
 from histo_jax.data.example import UNLABELLED
-from histo_jax.errors import ExpectedError
+from histo_jax.data.records import Prepared, prepare
+from histo_jax.distributed import consensus, mesh, runtime
+from histo_jax.errors import UserError
 from histo_jax.metrics import binary_scores, operating_points, with_intervals
-from histo_jax.training import agreement, placement, runtime, sharding
+from histo_jax.run import files, progress, signals
+from histo_jax.run import workdir as workdirs
+from histo_jax.training import placement
 from histo_jax.training import step as steps
 
 log = logging.getLogger("histo_jax")
@@ -49,33 +51,33 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         scores on what it has scored.
 
     Raises:
-        ExpectedError: no checkpoint, one of another model, a split without labels, a run of an
+        UserError: no checkpoint, one of another model, a split without labels, a run of an
             ensemble that has trained on these patches, or a fold that is missing.
         OSError: a file cannot be written.
     """
     validate(config)
     runtime.set_up()
     folder = files.expand(workdir, "--workdir")
-    workdirs.check(folder, config)
-    with workdirs.tracked(folder, "evaluate"):
-        batched = sharding.batch_sharding()
-        trained = members.restore(config, folder, sharding.replicated(batched))
+    workdirs.check_compatible(folder, config)
+    with workdirs.session(folder, "evaluate"):
+        batch_sharding = mesh.batch_sharding()
+        trained = ensemble.restore(config, folder, mesh.replicated(batch_sharding))
         prepared = prepare(config, folder, raw_may_be_gone=True)
-        agreement.check_records(config, prepared.tables)
+        consensus.check_records(config, prepared.tables)
         name = config.evaluate.split
-        is_folds = members.are_folds(trained, config)
+        is_folds = ensemble.are_folds(trained, config)
         chosen = (_out_of_fold if is_folds else _of_split)(trained, config, prepared)
-        side, honest = chosen.side, chosen.honest
-        table = prepared.tables[side.records].iloc[side.rows]
+        subset, slide_disjoint = chosen.subset, chosen.slide_disjoint
+        table = prepared.tables[subset.records].iloc[subset.rows]
         labels = table["label"].to_numpy(np.float64)
         if config.predict.checkpoints:
-            workdirs.claim(folder, config)
+            workdirs.acquire(folder, config)
             workdirs.save_config(folder, config)
             workdirs.update_status(folder, records=prepared.name)
-        slides = predictions.slides(table)
+        slides = evaluation_files.slides(table)
         log.info("compiling the evaluation step")
         raw = [
-            _logits(config, member, prepared, side._replace(rows=side.rows[places]))
+            _logits(config, member, prepared, subset._replace(rows=subset.rows[places]))
             for member, places in zip(trained, chosen.places, strict=True)
         ]
         calibrated = [m.calibration.apply(z) for m, z in zip(trained, raw, strict=True)]
@@ -87,7 +89,9 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         )
         scores = binary_scores(logits, labels)
         ends = with_intervals(logits, labels, slides, config.seed)
-        notes = [splits.caveat(honest)] * (not honest) + [_SELECTED] * (name == "validation")
+        notes = [splits.caveat(slide_disjoint)] * (not slide_disjoint) + [_SELECTED] * (
+            name == "validation"
+        )
         result: dict[str, Any] = {
             "split": name,
             **scores,
@@ -100,7 +104,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             "prior": float(labels.mean()),
             "tta": config.predict.tta,
             "split_by": chosen.by,
-            "honest": honest,
+            "slide_disjoint": slide_disjoint,
             "out_of_fold": is_folds,
             "note": "; ".join(notes),
         }
@@ -113,7 +117,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             calibration = dataclasses.asdict(trained[0].calibration)
             result["checkpoint_step"] = trained[0].step
             result |= {f"calibration_{key}": calibration[key] for key in ("scale", "shift")}
-        predictions.write(folder, name, table[["id", "label", "slide"]].assign(logit=logits))
+        evaluation_files.write(folder, name, table[["id", "label", "slide"]].assign(logit=logits))
         workdirs.write_json(folder / f"evaluation_{name}.json", result)
         workdirs.write_json(folder / "evaluation.json", result)
     log.info(
@@ -121,8 +125,8 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         name, ", out of fold" if is_folds else "", scores["auc"], *ends["auc"],
         result["interval_over"], scores["nll"], scores["accuracy"], scores["count"],
     )  # fmt: skip
-    if not honest:
-        log.warning("%s", splits.caveat(honest))
+    if not slide_disjoint:
+        log.warning("%s", splits.caveat(slide_disjoint))
     return result
 
 
@@ -136,65 +140,71 @@ class _Chosen(NamedTuple):
         honest: see `splits.Sides`.
     """
 
-    side: splits.Side
+    subset: splits.Subset
     places: list[np.ndarray]
     by: str
-    honest: bool | None
+    slide_disjoint: bool | None
 
 
-def _of_split(trained: list[members.Member], config: Config, prepared: Prepared) -> _Chosen:
+def _of_split(trained: list[ensemble.TrainedModel], config: Config, prepared: Prepared) -> _Chosen:
     """Every network scores all patches of `config.evaluate.split`."""
     name = config.evaluate.split
-    sides = splits.make_sides(prepared.tables, config)
-    side = sides.validation if name == "validation" else sides.test
-    if side is None or (prepared.tables[side.records]["label"] == UNLABELLED).any():
-        raise ExpectedError(
+    subsets = splits.make_subsets(prepared.tables, config)
+    subset = subsets.validation if name == "validation" else subsets.test
+    if subset is None or (prepared.tables[subset.records]["label"] == UNLABELLED).any():
+        raise UserError(
             f"the test patches of config.data.source = {config.data.source!r} are missing or "
             "have no labels: use --mode=predict, or --config.evaluate.split=validation"
         )
-    labels = prepared.tables[side.records]["label"].to_numpy()[side.rows]
+    labels = prepared.tables[subset.records]["label"].to_numpy()[subset.rows]
     if len(np.unique(labels)) < 2:
-        raise ExpectedError(
+        raise UserError(
             f"the {len(labels)} {name} patches are all labelled {labels[0]}, and scores "
             "need both classes: use --mode=predict, or --config.evaluate.split=validation"
         )
     if config.predict.checkpoints:
-        honest = members.refuse_trained_on(trained, config, prepared, side)
+        slide_disjoint = ensemble.refuse_trained_on(trained, config, prepared, subset)
     else:
-        splits.check_fingerprint(trained[0].fingerprint, prepared.tables, sides, config)
-        parts = [(prepared.tables[part.records], part.rows) for part in (sides.train, side)]
-        honest = sides.honest if name == "validation" else splits.disjoint(*parts)
-    return _Chosen(side, [np.arange(len(labels))] * len(trained), sides.by, honest)
+        splits.check_fingerprint(trained[0].fingerprint, prepared.tables, subsets, config)
+        parts = [(prepared.tables[part.records], part.rows) for part in (subsets.train, subset)]
+        slide_disjoint = subsets.slide_disjoint if name == "validation" else splits.disjoint(*parts)
+    return _Chosen(subset, [np.arange(len(labels))] * len(trained), subsets.by, slide_disjoint)
 
 
-def _out_of_fold(trained: list[members.Member], config: Config, prepared: Prepared) -> _Chosen:
+def _out_of_fold(
+    trained: list[ensemble.TrainedModel], config: Config, prepared: Prepared
+) -> _Chosen:
     """Each network scores the fold that it has validated on."""
-    folds = members.fold_sides(trained, config, prepared)
+    folds = ensemble.fold_subsets(trained, config, prepared)
     own = trained[0].config
-    side = splits.draw_sample(prepared.tables, own)
+    subset = splits.draw_sample(prepared.tables, own)
     asked = dataclasses.replace(config, data=dataclasses.replace(config.data, fold=own.data.fold))
     # The report draws them by this command's settings, which the workdir keeps.
-    if not np.array_equal(splits.draw_sample(prepared.tables, asked).rows, side.rows):
-        raise ExpectedError(
+    if not np.array_equal(splits.draw_sample(prepared.tables, asked).rows, subset.rows):
+        raise UserError(
             f"{trained[0].run} was trained on other patches than this command draws: set "
             f"--config.data.samples_per_class={own.data.samples_per_class} and "
             f"--config.data.split_seed={own.data_seed}, as there"
         )
-    places = [np.searchsorted(side.rows, sides.validation.rows) for sides in folds]
-    return _Chosen(side, places, folds[0].by, splits.combine(sides.honest for sides in folds))
+    places = [np.searchsorted(subset.rows, subsets.validation.rows) for subsets in folds]
+    return _Chosen(
+        subset, places, folds[0].by, splits.combine(subsets.slide_disjoint for subsets in folds)
+    )
 
 
 def _logits(
-    config: Config, member: members.Member, prepared: Prepared, side: splits.Side
+    config: Config, member: ensemble.TrainedModel, prepared: Prepared, subset: splits.Subset
 ) -> np.ndarray:
-    batched = sharding.batch_sharding()
-    examples = placement.on_disk(prepared.records(*side), batched)
-    size = sharding.round_up(config.fit.batch_size)
-    batches = preemption.stopping(examples.one_pass(size))
-    eval_step = steps.make_eval_step(member.model, batched, members.uses_tta(config, member))
-    count = len(side.rows)
+    batch_sharding = mesh.batch_sharding()
+    examples = placement.on_disk(prepared.records(*subset), batch_sharding)
+    size = mesh.round_up(config.fit.batch_size)
+    batches = signals.stopping(examples.eval_batches(size))
+    eval_step = steps.make_eval_step(
+        member.model, batch_sharding, ensemble.uses_tta(config, member)
+    )
+    count = len(subset.rows)
     with progress.bar(
-        "evaluating", count, unit=" img", leave=False, is_shown=workdirs.is_writer()
+        "evaluating", count, unit=" img", leave=False, is_shown=workdirs.is_primary()
     ) as bar:
         batches = progress.counted(bar, batches, size, count)
         return steps.collect_logits(eval_step, member.weights, batches)[0]

@@ -18,17 +18,19 @@ import pandas as pd
 from jax.sharding import NamedSharding
 from optax import Schedule
 
-from histo_jax import files, preemption, progress, provenance
-from histo_jax import workdir as workdirs
+from histo_jax import provenance
 from histo_jax.config import Config, validate
 from histo_jax.data import loader, splits
-from histo_jax.data.builder import Prepared, prepare
 from histo_jax.data.loader import Batch
-from histo_jax.errors import ExpectedError
+from histo_jax.data.records import Prepared, prepare
+from histo_jax.distributed import consensus, mesh, runtime
+from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration, binary_scores
 from histo_jax.models import create_model
 from histo_jax.registry import AUGMENTATIONS, LOSSES
-from histo_jax.training import agreement, placement, runtime, sharding
+from histo_jax.run import files, progress, signals
+from histo_jax.run import workdir as workdirs
+from histo_jax.training import placement
 from histo_jax.training import step as steps
 from histo_jax.training.augmentation import make_augment, mixup
 from histo_jax.training.check import check_parts
@@ -66,7 +68,7 @@ _SHEET = 6
 # takes: 36 patches, 24 gradients each, and a gradient is three passes.
 _TTA_COST, _REPORT_COST = 7, 36 * 24 * 3
 # What a process can ask for, by weight.
-_GO_ON, _SAVE, _LEAVE = 0, 1, 2
+_CONTINUE, _SAVE, _STOP = 0, 1, 2
 
 TrainStep = Callable[[TrainState, TrainingBatch], tuple[TrainState, steps.Metrics]]
 
@@ -92,30 +94,30 @@ def fit(
         in nats, `validation_auc`, `learning_rate`.
 
     Raises:
-        ExpectedError: a setting, the data or the folder is wrong; the message names the remedy.
+        UserError: a setting, the data or the folder is wrong; the message names the remedy.
         OSError: a file cannot be written.
     """
     validate(config)
     runtime.set_up()
     folder = files.expand(workdir, "--workdir")
     if config.predict.checkpoints:
-        raise ExpectedError(
+        raise UserError(
             "config.predict.checkpoints names runs to evaluate and to predict with: leave it out "
             "to train"
         )
-    workdirs.check(folder, config)
-    sharding.check_batch_size(config.fit.batch_size)
+    workdirs.check_compatible(folder, config)
+    mesh.check_batch_size(config.fit.batch_size)
     check_parts(config.model, config.augment, config.fit)
-    with workdirs.tracked(folder, "fit"):
+    with workdirs.session(folder, "fit"):
         prepared = prepare(config, folder)
-        sides = splits.make_sides(prepared.tables, config)
-        agreement.check_records(config, prepared.tables)
-        _check_sides(config, prepared, sides)
-        workdirs.claim(folder, config)
-        agreement.check_shared(folder)
+        subsets = splits.make_subsets(prepared.tables, config)
+        consensus.check_records(config, prepared.tables)
+        _check_subsets(config, prepared, subsets)
+        workdirs.acquire(folder, config)
+        consensus.check_shared_folder(folder)
         workdirs.update_status(folder, records=prepared.name)
         with Checkpoints(folder) as checkpoints:
-            start = _start(config, checkpoints, prepared.tables, sides)
+            start = _start(config, checkpoints, prepared.tables, subsets)
             _rebuild_derived(folder, start)
             if _is_done(config, start.early_stopping, start.history):
                 log.info("already complete at step %d", start.state.step)
@@ -130,12 +132,14 @@ def fit(
                 folder, state="running", reason=None, finished=[], step=int(start.state.step),
                 trained_with=runtime.versions(),
             )  # fmt: skip
-            return _table(_train(config, folder, checkpoints, start, prepared, sides, followed_by))
+            return _table(
+                _train(config, folder, checkpoints, start, prepared, subsets, followed_by)
+            )
 
 
 def _rebuild_derived(folder: Path, start: Checkpoint) -> None:
     """Brings history, status and events in line with a checkpoint: a kill may come between."""
-    if not workdirs.is_writer():
+    if not workdirs.is_primary():
         return
     if start.history or (folder / "history.csv").exists():
         _write_history(folder, start.history)
@@ -144,20 +148,20 @@ def _rebuild_derived(folder: Path, start: Checkpoint) -> None:
     repair(folder / "events", start.history, _CURVES, int(start.state.step))
 
 
-def _check_sides(config: Config, prepared: Prepared, sides: splits.Sides) -> None:
-    count = len(sides.train.rows)
+def _check_subsets(config: Config, prepared: Prepared, subsets: splits.Subsets) -> None:
+    count = len(subsets.train.rows)
     if count < config.fit.batch_size:
-        raise ExpectedError(
+        raise UserError(
             f"config.fit.batch_size = {config.fit.batch_size} is more than the {count} training "
             "patches: choose a smaller batch or give more data"
         )
-    splits.refuse_leak(prepared.tables, sides, config.data.allow_leak)
+    splits.refuse_leak(prepared.tables, subsets, config.data.allow_leak)
     log.info(
         "%d patches to train, %d to validate, divided %s",
-        count, len(sides.validation.rows), sides.division,
+        count, len(subsets.validation.rows), subsets.division,
     )  # fmt: skip
-    if not sides.honest:
-        log.warning("%s", splits.caveat(sides.honest))
+    if not subsets.slide_disjoint:
+        log.warning("%s", splits.caveat(subsets.slide_disjoint))
 
 
 def _is_done(config: Config, early_stopping: EarlyStopping, history: list[dict[str, Any]]) -> bool:
@@ -168,28 +172,28 @@ def _start(
     config: Config,
     checkpoints: Checkpoints,
     tables: dict[str, pd.DataFrame],
-    sides: splits.Sides,
+    subsets: splits.Subsets,
 ) -> Checkpoint:
     """The newest checkpoint that is whole, or the state before the first step."""
-    place = sharding.replicated(sharding.batch_sharding())
+    place = mesh.replicated(mesh.batch_sharding())
     early_stopping = EarlyStopping.create(config.early_stopping)
     checkpoint = checkpoints.restore_latest(abstract_state(config, place), early_stopping)
     if checkpoint is None:
-        mean, deviation = splits.normalisation(tables[sides.train.records], sides.train.rows)
+        mean, std = splits.channel_stats(tables[subsets.train.records], subsets.train.rows)
         model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
         has_ema = config.optimizer.ema_decay > 0
 
         def create() -> TrainState:
-            return create_state(model, optimizer, config.seed, mean, deviation, has_ema)
+            return create_state(model, optimizer, config.seed, mean, std, has_ema)
 
         return Checkpoint(
             # On all devices at once: what lies on one of them cannot go to other processes'.
             state=jax.jit(create, out_shardings=place)(),
             early_stopping=early_stopping,
-            data={"step": 0, "fingerprint": splits.fingerprint(tables, sides, config)},
+            data={"step": 0, "fingerprint": splits.fingerprint(tables, subsets, config)},
             history=[],
         )
-    splits.check_fingerprint(checkpoint.data["fingerprint"], tables, sides, config)
+    splits.check_fingerprint(checkpoint.data["fingerprint"], tables, subsets, config)
     log.info("resumed from step %d", checkpoint.state.step)
     return checkpoint
 
@@ -215,17 +219,17 @@ class _InFlight:
     def add(self, step: int, metrics: steps.Metrics) -> int:
         """Waits for the step before the last two, and looks at it; returns what it requests."""
         self._waiting.append((step, metrics))
-        return self._look() if len(self._waiting) > _IN_FLIGHT else _GO_ON
+        return self._look() if len(self._waiting) > _IN_FLIGHT else _CONTINUE
 
     def drain(self) -> int:
         """Waits for all of them; returns what they request."""
-        return max((self._look() for _ in range(len(self._waiting))), default=_GO_ON)
+        return max((self._look() for _ in range(len(self._waiting))), default=_CONTINUE)
 
     def _look(self) -> int:
         step, metrics = self._waiting.popleft()
         self.loss, finite, self.gradient_norm, request = _read(metrics)
         if not finite:
-            raise ExpectedError(
+            raise UserError(
                 f"loss or gradient of step {step} is not finite (loss {self.loss}), so "
                 "nothing was updated or saved since: lower config.optimizer.learning_rate, or "
                 f"look at its patches: {self._describe(step)}"
@@ -253,10 +257,10 @@ class _Run:
         checkpoints: Checkpoints,
         start: Checkpoint,
         learning_rate: Schedule,
-        batched: NamedSharding,
+        batch_sharding: NamedSharding,
     ) -> None:
         self._config, self._folder, self._checkpoints = config, folder, checkpoints
-        self._learning_rate, self._batched = learning_rate, batched
+        self._learning_rate, self._batched = learning_rate, batch_sharding
         self._fingerprint = start.data["fingerprint"]
         self.state, self.early_stopping = start.state, start.early_stopping
         self.history = list(start.history)
@@ -287,7 +291,7 @@ class _Run:
             Images per second, compilation left out; None where only the compiling step was left.
 
         Raises:
-            ExpectedError: a step's loss or gradient is not finite; names its patches.
+            UserError: a step's loss or gradient is not finite; names its patches.
             Preempted: a signal came; all is saved.
         """
         in_flight, images, timed_from = _InFlight(describe), 0, time.monotonic()
@@ -299,11 +303,11 @@ class _Run:
         with progress.bar(
             f"epoch {self.epoch}/{self._config.fit.epochs}", steps_per_epoch * size,
             unit=" img", leave=False, initial=(self.step - first) * size,
-            is_shown=workdirs.is_writer(),
+            is_shown=workdirs.is_primary(),
         ) as bar:  # fmt: skip
             while self.step < self.epoch * steps_per_epoch:
                 batch = next(batches)
-                batch["request"] = sharding.spread(self._request(), self._batched)
+                batch["request"] = mesh.make_global_array(self._request(), self._batched)
                 self.state, metrics = train_step(self.state, batch)
                 self.step += 1
                 requested = in_flight.add(self.step, metrics)
@@ -319,13 +323,13 @@ class _Run:
                 if requested:
                     requested = max(requested, in_flight.drain())
                     self.gradient_norm = float(in_flight.gradient_norm)
-                    if requested == _LEAVE:
+                    if requested == _STOP:
                         self.leave()
                     self.save()
             requested = in_flight.drain()
         if not math.isnan(in_flight.gradient_norm):  # nan: the epoch's steps were taken before
             self.gradient_norm = float(in_flight.gradient_norm)
-        if requested == _LEAVE:
+        if requested == _STOP:
             self.leave()
         return images / (time.monotonic() - timed_from) if images else None
 
@@ -339,7 +343,7 @@ class _Run:
         # too sure of itself, would be stopped for what the calibration mends.
         scores = binary_scores(calibration.apply(logits), labels)
         decided = [*dataclasses.astuple(calibration), scores["nll"], scores["auc"]]
-        *fitted, nll, auc = agreement.of_first(np.array(decided)).tolist()
+        *fitted, nll, auc = consensus.broadcast_from_primary(np.array(decided)).tolist()
         calibration = Calibration(*fitted)
         self.early_stopping = update(self.early_stopping, nll)
         norm = jax.jit(optax.tree.norm)(self.state.weights.params)
@@ -355,7 +359,7 @@ class _Run:
             "weight_norm": self.weight_norm,
         }
         self.history.append(row)
-        zero = sharding.spread(np.zeros((), np.float32), sharding.replicated(self._batched))
+        zero = mesh.make_global_array(np.zeros((), np.float32), mesh.replicated(self._batched))
         self.state = self.state.replace(loss_sum=zero)
         self.save(nll, calibration)
         _write_history(self._folder, self.history)
@@ -364,7 +368,7 @@ class _Run:
     def _request(self) -> np.ndarray:
         """What this process asks for; the step tells all processes the most that any asks for."""
         is_due = time.monotonic() - self._saved > 60 * self._config.checkpoint.every_minutes
-        wanted = _LEAVE if preemption.requested() else _SAVE if is_due else _GO_ON
+        wanted = _STOP if signals.requested() else _SAVE if is_due else _CONTINUE
         return np.full(jax.local_device_count(), wanted, np.int32)
 
     def save(
@@ -385,7 +389,7 @@ class _Run:
         """Saves, waits until that is done, and leaves the process."""
         self.save()
         self._checkpoints.wait()
-        raise preemption.Preempted(f", saved at step {self.step}")
+        raise signals.Preempted(f", saved at step {self.step}")
 
 
 def _train(
@@ -394,40 +398,40 @@ def _train(
     checkpoints: Checkpoints,
     start: Checkpoint,
     prepared: Prepared,
-    sides: splits.Sides,
+    subsets: splits.Subsets,
     followed_by: Sequence[str],
 ) -> list[dict[str, Any]]:
-    batched = sharding.batch_sharding()
-    count, batch_size = len(sides.train.rows), config.fit.batch_size
+    batch_sharding = mesh.batch_sharding()
+    count, batch_size = len(subsets.train.rows), config.fit.batch_size
     steps_per_epoch = config.fit.steps_per_epoch or count // batch_size
     total_steps = config.fit.epochs * steps_per_epoch
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer, total_steps)
     train_step = steps.make_train_step(
         model,
         optimizer,
-        batched,
+        batch_sharding,
         make_augment(config.augment),
         get_loss(config.fit.loss),
         config.optimizer.ema_decay,
         config.augment.mixup,
     )
-    eval_step = steps.make_eval_step(model, batched)
+    eval_step = steps.make_eval_step(model, batch_sharding)
     train, validation = placement.place(
         config.data.placement,
-        [prepared.records(*side) for side in (sides.train, sides.validation)],
-        batched,
+        [prepared.records(*side) for side in (subsets.train, subsets.validation)],
+        batch_sharding,
     )
     schedule = learning_rate(config.optimizer, total_steps)
-    run = _Run(config, folder, checkpoints, start, schedule, batched)
+    run = _Run(config, folder, checkpoints, start, schedule, batch_sharding)
     batches = train.training(batch_size, config.seed, first_step=run.step)
 
     def ids_of(step: int) -> str:
-        chosen = sides.train.rows[loader.training_order(count, batch_size, config.seed)[step - 1]]
-        return " ".join(prepared.tables[sides.train.records]["id"].iloc[chosen])
+        chosen = subsets.train.rows[loader.training_order(count, batch_size, config.seed)[step - 1]]
+        return " ".join(prepared.tables[subsets.train.records]["id"].iloc[chosen])
 
-    with Events(folder / "events", workdirs.is_writer()) as events:
+    with Events(folder / "events", workdirs.is_primary()) as events:
         if not any((folder / "events").glob("*")):
-            records = prepared.records(*sides.train)
+            records = prepared.records(*subsets.train)
             order = loader.training_order(count, batch_size, config.seed)
             shown = min(count, _SHEET**2)
             rows = np.concatenate([order[k] for k in range(-(-shown // batch_size))])[:shown]
@@ -439,19 +443,19 @@ def _train(
             rate = run.train_epoch(train_step, batches, steps_per_epoch, ids_of)
             trained = time.monotonic()
             try:
-                validating: Iterable[Batch] = validation.one_pass(batch_size)
+                validating: Iterable[Batch] = validation.eval_batches(batch_size)
                 # Several processes stop together, which only the steps of training decide.
                 if jax.process_count() == 1:
-                    validating = preemption.stopping(validating)
+                    validating = signals.stopping(validating)
                 weights = run.state.eval_weights
-                total = len(sides.validation.rows)
+                total = len(subsets.validation.rows)
                 with progress.bar(
                     f"validating epoch {run.epoch}", total, unit=" img", leave=False,
-                    is_shown=workdirs.is_writer(),
+                    is_shown=workdirs.is_primary(),
                 ) as bar:  # fmt: skip
                     counted = progress.counted(bar, validating, batch_size, total)
                     outputs = steps.collect_logits(eval_step, weights, counted)
-            except preemption.Preempted:
+            except signals.Preempted:
                 run.leave()
             row = run.end_epoch(outputs, steps_per_epoch)
             if rate:
@@ -463,7 +467,7 @@ def _train(
             each = whole + time.monotonic() - trained
             left = (config.fit.epochs - row["epoch"]) * each
             if rate:  # compilation left out, and a training step is about three passes
-                left += _patches_after(config, sides, followed_by) / (3 * rate)
+                left += _patches_after(config, subsets, followed_by) / (3 * rate)
             log.info(
                 "epoch %d/%d  loss %.4f  validation loss %.4f  validation AUC %.4f  %s img/s  "
                 "at most %s left",
@@ -479,10 +483,10 @@ def _train(
     return run.history
 
 
-def _patches_after(config: Config, sides: splits.Sides, commands: Sequence[str]) -> int:
+def _patches_after(config: Config, subsets: splits.Subsets, commands: Sequence[str]) -> int:
     """How many patches' passes through the network take as long as these commands, about."""
-    test = len(sides.test.rows) if sides.test else 0
-    scored = test if config.evaluate.split == "test" else len(sides.validation.rows)
+    test = len(subsets.test.rows) if subsets.test else 0
+    scored = test if config.evaluate.split == "test" else len(subsets.validation.rows)
     symmetries = _TTA_COST if config.predict.tta else 1
     count = symmetries * (scored * ("evaluate" in commands) + test * ("predict" in commands))
     return count + _REPORT_COST * ("report" in commands)

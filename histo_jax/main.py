@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from histo_jax import environment, files, preemption, settings, startup, streams
+from histo_jax import environment, settings, startup, streams
 from histo_jax.config import Config, describe, likely_field, names, unknown_field, validate
-from histo_jax.errors import ExpectedError, closest
+from histo_jax.errors import UserError, closest
+from histo_jax.run import files, signals
 
 try:
     from absl import app, flags
@@ -280,7 +281,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _fail(f"{_explain_error(error)} (see --help)")
     except UnicodeDecodeError:
         _fail("--flagfile is no text file: give one with an option in each line")
-    except ExpectedError as error:
+    except UserError as error:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename or '--config'}: {error.strerror or error}")
@@ -290,7 +291,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def _prepare(config: Config, workdir: Path) -> None:
-    from histo_jax.data.builder import prepare
+    from histo_jax.data.records import prepare
 
     directory = prepare(config).directory
     print(f"prepared records: {directory}")
@@ -334,7 +335,7 @@ def _explain(config: Config, workdir: Path) -> None:
 
 def _audit(config: Config, workdir: Path) -> None:
     from histo_jax.auditing import audit
-    from histo_jax.data.audit import has_leak, table
+    from histo_jax.data.leakage import has_leak, table
 
     report = audit(config, workdir)
     print(table(report))
@@ -343,15 +344,15 @@ def _audit(config: Config, workdir: Path) -> None:
 
 
 def _run(config: Config, workdir: Path) -> None:
-    from histo_jax import workdir as workdirs
+    from histo_jax.run import workdir as workdirs
 
-    workdirs.check(workdir, config)
+    workdirs.check_compatible(workdir, config)
     if workdirs.is_finished(workdir, config, "run"):
         print(f"{workdir} is already complete; for another run choose another --workdir")
         return
     from histo_jax.fitting import fit
 
-    with workdirs.tracked(workdir, "run"):
+    with workdirs.session(workdir, "run"):
         fit(config, workdir, followed_by=("evaluate", "predict", "report"))
         _evaluate(config, workdir)
         from histo_jax.prediction import NoTestPatchesError
@@ -398,24 +399,26 @@ def main(parsed: list[str]) -> None:
     try:
         workdir = files.expand(workdir, "--workdir")
         validate(config)
-        environment.load("histo_jax.training.runtime")
+        environment.load("histo_jax.distributed.runtime")
         if flags.FLAGS.multihost:
-            from histo_jax.training import agreement, hosts
+            from histo_jax.distributed import consensus, processes
 
             flag = flags.FLAGS
-            hosts.join(flag.multihost, flag.coordinator, flag.process_count, flag.process_index)
+            processes.initialize(
+                flag.multihost, flag.coordinator, flag.process_count, flag.process_index
+            )
             # JAX aborts where another process is lost; stacks of all threads would hide its words.
             faulthandler.disable()
-            agreement.check_options(config, flag.mode)
+            consensus.check_options(config, flag.mode)
         for note in parsed[1:]:
             log.info("%s", note)
-        with environment.defaults(), preemption.watch(ctrl_c=True):
+        with environment.defaults(), signals.watch(ctrl_c=True):
             _check_typed_data(config, workdir)
             _VERBS[flags.FLAGS.mode](config, workdir)
-    except preemption.Preempted as error:
+    except signals.Preempted as error:
         print(f"histo_jax: {error}", file=sys.stderr)
         raise
-    except ExpectedError as error:
+    except UserError as error:
         _fail(str(error))
     except OSError as error:
         # A full disk or a folder without permission; a bug has another type.
@@ -431,9 +434,9 @@ def main(parsed: list[str]) -> None:
             )
         if not flags.FLAGS.multihost:
             raise
-        from histo_jax.training import hosts
+        from histo_jax.distributed import processes
 
-        if not hosts.is_loss(error):
+        if not processes.is_process_loss(error):
             raise
         print(
             "histo_jax: another process of the run has ended, see what it says; start all of them "
@@ -441,7 +444,7 @@ def main(parsed: list[str]) -> None:
             file=sys.stderr, flush=True,
         )  # fmt: skip
         # At once: whatever waits for the lost process would wait for ever.
-        os._exit(preemption.EXIT_STATUS)
+        os._exit(signals.EXIT_STATUS)
 
 
 def _check_typed_data(config: Config, workdir: Path) -> None:
@@ -450,7 +453,7 @@ def _check_typed_data(config: Config, workdir: Path) -> None:
     Where only `config.json` names it, modes that read go on without.
     """
     if flags.FLAGS.mode in settings.READING_MODES and "config.data.raw_dir" in flags.FLAGS:
-        from histo_jax.data.builder import prepare
+        from histo_jax.data.records import prepare
 
         prepare(config, workdir)
 

@@ -10,19 +10,20 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from scipy.special import expit
 
-from histo_jax import files, members, preemption, progress
-from histo_jax import workdir as workdirs
+from histo_jax import ensemble
 from histo_jax.config import Config, validate
 from histo_jax.data import loader
-from histo_jax.data.builder import prepare
-from histo_jax.errors import ExpectedError
-from histo_jax.training import agreement, runtime
+from histo_jax.data.records import prepare
+from histo_jax.distributed import consensus, runtime
+from histo_jax.errors import UserError
+from histo_jax.run import files, progress, signals
+from histo_jax.run import workdir as workdirs
 from histo_jax.training.step import make_forward, read_behind
 
 log = logging.getLogger("histo_jax")
 
 
-class NoTestPatchesError(ExpectedError):
+class NoTestPatchesError(UserError):
     """The data has nothing to predict."""
 
 
@@ -44,18 +45,18 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         `sample_submission.csv` in its order.
 
     Raises:
-        ExpectedError: no checkpoint, one of another model, or no test patches.
+        UserError: no checkpoint, one of another model, or no test patches.
         OSError: a file cannot be written.
     """
     validate(config)
     runtime.set_up()
     folder = files.expand(workdir, "--workdir")
-    workdirs.check(folder, config)
-    with workdirs.tracked(folder, "predict"):
+    workdirs.check_compatible(folder, config)
+    with workdirs.session(folder, "predict"):
         devices = jax.local_devices()
-        trained = members.restore(config, folder, SingleDeviceSharding(devices[0]))
+        trained = ensemble.restore(config, folder, SingleDeviceSharding(devices[0]))
         prepared = prepare(config, folder, raw_may_be_gone=True)
-        agreement.check_records(config, prepared.tables)
+        consensus.check_records(config, prepared.tables)
         if "test" not in prepared.tables:
             raise NoTestPatchesError(
                 f"{config.data.raw_dir or prepared.directory} has no test patches to predict: "
@@ -63,7 +64,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
             )
         ids = prepared.tables["test"]["id"]
         if config.predict.checkpoints:
-            workdirs.claim(folder, config)
+            workdirs.acquire(folder, config)
             workdirs.save_config(folder, config)
             workdirs.update_status(folder, records=prepared.name)
         # Each process predicts an equal share; what the last ones lack is filled up with the last.
@@ -71,10 +72,10 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         own = np.minimum(np.arange(share) + share * jax.process_index(), len(ids) - 1)
         per_device = -(-min(config.predict.batch_size, share) // len(devices))
 
-        def logits_of(member: members.Member) -> np.ndarray:
+        def logits_of(member: ensemble.TrainedModel) -> np.ndarray:
             # The weights are handed over as they are; replicated ones would be copied each time.
             forward = jax.pmap(
-                make_forward(member.model, members.uses_tta(config, member)),
+                make_forward(member.model, ensemble.uses_tta(config, member)),
                 in_axes=(None, 0),
                 devices=devices,
             )
@@ -83,11 +84,11 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
             )
             images = (
                 batch["image"].reshape(len(devices), per_device, *batch["image"].shape[1:])
-                for batch in preemption.stopping(batches)
+                for batch in signals.stopping(batches)
             )
             outputs = read_behind(forward(member.weights, part) for part in images)
             with progress.bar(
-                "predicting", share, unit=" img", leave=False, is_shown=workdirs.is_writer()
+                "predicting", share, unit=" img", leave=False, is_shown=workdirs.is_primary()
             ) as bar:
                 outputs = progress.counted(bar, outputs, per_device * len(devices), share)
                 # What fills up the last batch comes after all others.

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from histo_jax import symmetries
-from histo_jax import workdir as workdirs
+from histo_jax.run import workdir as workdirs
 from histo_jax.settings import CONFIG_FILE_MODULE, config_file_code
 from histo_jax.training import augmentation, losses, optimizer, state, step
 
@@ -55,7 +55,7 @@ def warn_of_changes(workdir: Path, hashes: dict[str, str]) -> None:
     """
     old = workdirs.read_source(workdir)
     changed = [name for name in sorted(old | hashes) if old.get(name) != hashes.get(name)]
-    if not old or not changed or not workdirs.is_writer():
+    if not old or not changed or not workdirs.is_primary():
         return
     named = ", ".join(_describe(name, old, hashes) for name in changed[:_MOST_NAMED])
     more = len(changed) - _MOST_NAMED

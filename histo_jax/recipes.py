@@ -5,7 +5,7 @@ import runpy
 from pathlib import Path
 
 from histo_jax.config import Config
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
 
 _PACKAGE = Path(__file__).parent
 
@@ -29,13 +29,13 @@ def recipe(name: str) -> Config:
     """Returns the config of a recipe, to be changed as you like.
 
     Raises:
-        ExpectedError: there is no such recipe; its message names those that exist.
+        UserError: there is no such recipe; its message names those that exist.
     """
     file = path(name)
     if file is None:
         near = difflib.get_close_matches(name, names(), n=1)
         meant = f"did you mean {near[0]}? " if near else ""
-        raise ExpectedError(f"no recipe is called {name!r}; {meant}there are {', '.join(names())}")
+        raise UserError(f"no recipe is called {name!r}; {meant}there are {', '.join(names())}")
     config: Config = runpy.run_path(str(file))["get_config"]()
     return config
 

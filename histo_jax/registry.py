@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from histo_jax.errors import ExpectedError, did_you_mean
+from histo_jax.errors import UserError, did_you_mean
 
 Entry = TypeVar("Entry")
 
@@ -37,15 +37,15 @@ class Registry:
         file is executed twice; the last one counts.
 
         Raises:
-            ExpectedError: the name belongs to another class or function.
+            UserError: the name belongs to another class or function.
         """
 
         def add(entry: Entry) -> Entry:
             if self.is_built_in(name) and _module(entry) != self._built_in[name]:
-                raise ExpectedError(f"{self._kind} {name!r} is built in: choose another name")
+                raise UserError(f"{self._kind} {name!r} is built in: choose another name")
             origin = _origin(self._entries.get(name, entry))
             if origin != _origin(entry):
-                raise ExpectedError(
+                raise UserError(
                     f"{self._kind} {name!r} is already registered, by {' of '.join(origin)}: "
                     "choose another name"
                 )
@@ -76,13 +76,13 @@ class Registry:
             name: to be checked.
 
         Raises:
-            ExpectedError: names the field, all that is registered, and the closest name.
+            UserError: names the field, all that is registered, and the closest name.
         """
         names = self.names()
         if name in names:
             return
         known = f"one of {', '.join(names)}, or registered" if names else "registered"
-        raise ExpectedError(
+        raise UserError(
             f"config.{field} = {name!r} must be {known} in the config file by "
             f"histo_jax.register_{self._kind}{did_you_mean(name, names)}"
         )

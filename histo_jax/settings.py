@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from histo_jax import recipes
-from histo_jax import workdir as workdirs
 from histo_jax.config import Config, check_types, flat, set_field
-from histo_jax.errors import ExpectedError, closest, one_line
+from histo_jax.errors import UserError, closest, one_line
+from histo_jax.run import workdir as workdirs
 
 # Modes that use a trained run and change nothing of it.
 READING_MODES = ("evaluate", "predict", "report", "audit", "explain")
@@ -50,7 +50,7 @@ def resolve(
         typed: dotted names of the fields that the command line sets itself.
 
     Raises:
-        ExpectedError: there are no settings, or they cannot be used.
+        UserError: there are no settings, or they cannot be used.
         OSError: a file cannot be read.
     """
     if workdir:
@@ -61,7 +61,7 @@ def resolve(
             return load(given), []
         if mode == "compare":
             return Config(), []
-        raise ExpectedError(
+        raise UserError(
             f"--config is missing, and --workdir={workdir} is not the folder of a run (it has no "
             "config.json): give --config=FILE, or another --workdir"
         )
@@ -89,7 +89,7 @@ def _merge(
         elif name not in typed and not _is_same(name, value, values[name]):
             differing.append(name)
     if "data.source" in differing:
-        raise ExpectedError(
+        raise UserError(
             f"--config={given} is about other data than the run: data.source is "
             f"{wanted['data.source']!r} and {values['data.source']!r} in {path}; choose another "
             "--workdir, or leave --config out"
@@ -116,7 +116,7 @@ def load(given: str) -> Config:
             `get_config(ARGUMENT)`, the name of a recipe, or path of a run's `config.json`.
 
     Raises:
-        ExpectedError: there is no such file, or it cannot be used; names it, and the line.
+        UserError: there is no such file, or it cannot be used; names it, and the line.
         OSError: it cannot be read.
     """
     path, arguments = _find(given)
@@ -124,13 +124,13 @@ def load(given: str) -> Config:
         return workdirs.read_settings(path)
     config = _execute(path, arguments)
     if not isinstance(config, Config):
-        raise ExpectedError(
+        raise UserError(
             f"{path}: get_config() must return histo_jax.Config, not {type(config).__name__}"
         )
     try:
         check_types(config)
-    except ExpectedError as error:
-        raise ExpectedError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return config
 
 
@@ -148,12 +148,12 @@ def _find(given: str) -> tuple[Path, list[str]]:
             return recipe, arguments
     folder = Path(os.path.expanduser(given))
     if given and (folder / "config.json").is_file():
-        raise ExpectedError(
+        raise UserError(
             f"--config={given} is a run's folder: give --config={folder / 'config.json'}, or "
             f"leave --config out and set --workdir={given}"
         )
     what = " is a folder, not a file" if given and folder.is_dir() else ": no such file or recipe"
-    raise ExpectedError(f"--config={given}{what}; {_similar_file(folder)}")
+    raise UserError(f"--config={given}{what}; {_similar_file(folder)}")
 
 
 def _similar_file(path: Path) -> str:
@@ -176,7 +176,7 @@ def _execute(path: Path, arguments: list[str]) -> Any:
     try:
         source = importlib.util.decode_source(path.read_bytes())
     except (SyntaxError, UnicodeDecodeError):
-        raise ExpectedError(f"{path} is no text in UTF-8: save it as such") from None
+        raise UserError(f"{path} is no text in UTF-8: save it as such") from None
     module = types.ModuleType(CONFIG_FILE_MODULE)
     module.__file__ = str(path.absolute())
     sys.modules[CONFIG_FILE_MODULE] = module
@@ -185,15 +185,13 @@ def _execute(path: Path, arguments: list[str]) -> Any:
         get_config = vars(module).get("get_config")
         if not callable(get_config):
             what = "is missing" if get_config is None else "is no function"
-            raise ExpectedError(
-                f"{path}: get_config() {what}; define it to return histo_jax.Config"
-            )
+            raise UserError(f"{path}: get_config() {what}; define it to return histo_jax.Config")
         _check_arguments(path, get_config, arguments)
         config = get_config(*arguments)
-    except (ExpectedError, KeyboardInterrupt):
+    except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        raise ExpectedError(_broken(path, error)) from None
+        raise UserError(_broken(path, error)) from None
     _note_code(path, source)
     return config
 
@@ -203,10 +201,10 @@ def _check_arguments(path: Path, get_config: Any, arguments: list[str]) -> None:
         inspect.signature(get_config).bind(*arguments)
     except TypeError:
         if arguments:
-            raise ExpectedError(
+            raise UserError(
                 f"{path}: get_config() takes no argument: leave out :{arguments[0]}"
             ) from None
-        raise ExpectedError(
+        raise UserError(
             f"{path}: get_config() needs an argument: give --config={path}:ARGUMENT"
         ) from None
 

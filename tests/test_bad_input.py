@@ -21,8 +21,8 @@ from absl import flags
 from PIL import Image
 
 from histo_jax import main as cli
-from histo_jax import workdir as workdirs
 from histo_jax.config import Config
+from histo_jax.run import workdir as workdirs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -74,8 +74,8 @@ class Place:
 
     def begin(self) -> "Place":
         """Puts there what an earlier run would have left."""
-        with workdirs.tracked(self.workdir, "fit"):
-            workdirs.claim(self.workdir, self.config())
+        with workdirs.session(self.workdir, "fit"):
+            workdirs.acquire(self.workdir, self.config())
         (self.workdir / "submission.csv").write_text("id,label\nold,0.5\n")
         (self.workdir / "evaluation.json").write_text('{"auc": 0.5}\n')
         return self
@@ -336,20 +336,20 @@ def test_lengths_and_folders_may_change(place: Place) -> None:
     config.data.placement = "disk"
     config.early_stopping.patience, config.evaluate.split = 9, "test"
     config.predict.batch_size, config.predict.tta = 9, True
-    workdirs.check(place.workdir, config)
+    workdirs.check_compatible(place.workdir, config)
     config.seed = 1
-    with pytest.raises(workdirs.ExpectedError, match="seed"):
-        workdirs.check(place.workdir, config)
+    with pytest.raises(workdirs.UserError, match="seed"):
+        workdirs.check_compatible(place.workdir, config)
 
 
 def test_a_schedule_ties_the_run_to_its_length(place: Place) -> None:
     config = place.config()
     config.optimizer.schedule = "one_cycle"
-    with workdirs.tracked(place.workdir, "fit"):
-        workdirs.claim(place.workdir, config)
+    with workdirs.session(place.workdir, "fit"):
+        workdirs.acquire(place.workdir, config)
     config.fit.epochs = 9
-    with pytest.raises(workdirs.ExpectedError, match=r"fit\.epochs was .* and is 9"):
-        workdirs.check(place.workdir, config)
+    with pytest.raises(workdirs.UserError, match=r"fit\.epochs was .* and is 9"):
+        workdirs.check_compatible(place.workdir, config)
 
 
 def parse(argv: list[str]) -> Config:

@@ -9,7 +9,7 @@ import pytest
 
 from histo_jax import comparison
 from histo_jax.config import Config
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
 from histo_jax.metrics import binary_scores
 
 
@@ -31,7 +31,7 @@ def scored(tmp_path):
         table.to_csv(tmp_path / name / "predictions_validation.csv", index=False)
         now = binary_scores(table["logit"].to_numpy(), labels.astype(float))
         path = tmp_path / name / "evaluation_validation.json"
-        path.write_text(json.dumps(now | {"honest": True} | scores))
+        path.write_text(json.dumps(now | {"slide_disjoint": True} | scores))
         return str(tmp_path / name)
 
     return make
@@ -73,8 +73,12 @@ def test_the_verdict_names_each_score_for_itself(scored):
     [
         (0, {}, "slides are unknown, so the intervals are too narrow"),
         (10, {}, "few slides (10), so the intervals are rather too narrow"),
-        (30, {"honest": False}, "slides may be shared with training, so it may not hold for other"),
-        (30, {"honest": None}, None),
+        (
+            30,
+            {"slide_disjoint": False},
+            "slides may be shared with training, so it may not hold for other",
+        ),
+        (30, {"slide_disjoint": None}, None),
         (5, {}, "with so few slides (5; at least 6"),
         (1, {}, "with so few slides (1; at least 6"),
     ],
@@ -90,11 +94,11 @@ def test_the_verdict_says_what_may_be_wrong_with_it(scored, slides, scores, cave
 def test_scores_of_other_predictions_are_refused(scored, changes):
     """As a process leaves them that is killed between the two files."""
     runs = scored("a", 30), scored("b", 30, **changes)
-    with pytest.raises(ExpectedError, match=r"b/evaluation_validation.json holds .* other pred"):
+    with pytest.raises(UserError, match=r"b/evaluation_validation.json holds .* other pred"):
         verdict_of(*runs)
     for text in ("{", "[1]"):
         Path(runs[1], "evaluation_validation.json").write_text(text)
-        with pytest.raises(ExpectedError, match=r"b/evaluation_validation.json is damaged: run"):
+        with pytest.raises(UserError, match=r"b/evaluation_validation.json is damaged: run"):
             verdict_of(*runs)
     Path(runs[1], "evaluation_validation.json").unlink()
     assert verdict_of(*runs)[1]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from histo_jax.config import Config, flat, set_field, type_name, unknown_field, validate
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
 
 MISSPELT = {
     "fit.epoch": "config.fit.epochs?", "epochs": "config.fit.epochs?",
@@ -57,7 +57,7 @@ WRONG = [
 def test_a_wrong_value_is_told_what_it_must_be(name, value, words):
     config = Config()
     set_field(config, name, value)
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         validate(config)
     assert str(error.value).startswith(f"config.{name} = ")
     assert words in str(error.value)
@@ -66,7 +66,7 @@ def test_a_wrong_value_is_told_what_it_must_be(name, value, words):
 def test_the_value_is_shown_as_it_was_typed():
     config = Config()
     config.data.validation_fraction = 0.0
-    with pytest.raises(ExpectedError, match=r"fraction = 0e5 must"):
+    with pytest.raises(UserError, match=r"fraction = 0e5 must"):
         validate(config, {"data.validation_fraction": "0e5"})
 
 

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from histo_jax import doctor
-from histo_jax.training import memory
+from histo_jax.distributed import memory
 
 
 def run(*arguments, **variables):

@@ -16,9 +16,10 @@ from absl import logging as absl_logging
 from PIL import Image
 
 import histo_jax
-from histo_jax import environment, files
-from histo_jax.errors import ExpectedError
-from histo_jax.training import runtime
+from histo_jax import environment
+from histo_jax.distributed import runtime
+from histo_jax.errors import UserError
+from histo_jax.run import files
 
 ROOT = files.Path(__file__).parents[1]
 JAX_SETTINGS = {
@@ -167,7 +168,7 @@ def test_a_variable_that_jax_cannot_read_is_named(variable, value):
 @pytest.mark.parametrize("flags", ["--xla_no_such_flag=1", "/no/such/file"])
 def test_xla_flags_that_would_abort_the_process_are_refused(flags, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
-    with pytest.raises(ExpectedError, match=f"XLA_FLAGS={flags}: .*; correct or unset XLA_FLAGS"):
+    with pytest.raises(UserError, match=f"XLA_FLAGS={flags}: .*; correct or unset XLA_FLAGS"):
         environment.load("histo_jax.fitting")
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_min_max=true")
     assert environment.load("histo_jax.fitting").fit is histo_jax.fit
@@ -179,14 +180,14 @@ def test_platforms_that_are_not_there_are_named(monkeypatch):
 
     monkeypatch.setenv("JAX_PLATFORMS", "cuba")
     monkeypatch.setattr(jax, "devices", no_devices)
-    with pytest.raises(ExpectedError, match=r"no device \(Unable.*unset JAX_PLATFORMS=cuba"):
+    with pytest.raises(UserError, match=r"no device \(Unable.*unset JAX_PLATFORMS=cuba"):
         runtime.set_up()
 
 
 def test_an_offset_of_all_seeds_is_refused(tiny_config, tmp_path):
     jax.config.update("jax_random_seed_offset", 7)
     try:
-        with pytest.raises(ExpectedError, match=r"JAX_RANDOM_SEED_OFFSET=7 .* set it to 0"):
+        with pytest.raises(UserError, match=r"JAX_RANDOM_SEED_OFFSET=7 .* set it to 0"):
             histo_jax.fit(tiny_config, tmp_path)
     finally:
         jax.config.update("jax_random_seed_offset", 0)
@@ -209,13 +210,13 @@ def test_the_home_of_nobody_is_refused_by_the_settings_name(
     name = "~no-such-user/folder"
     setattr(getattr(tiny_config, group), field, f"{name},{name}" if command == "compare" else name)
     arguments = [] if command == "prepare" else [tmp_path]
-    with pytest.raises(ExpectedError, match=rf"--config\.{setting}={name}: .*whole path"):
+    with pytest.raises(UserError, match=rf"--config\.{setting}={name}: .*whole path"):
         getattr(histo_jax, command)(tiny_config, *arguments)
 
 
 @pytest.mark.parametrize("command", ["audit", "evaluate", "explain", "fit", "predict", "report"])
 def test_a_workdir_in_the_home_of_nobody_is_refused(tiny_config, command):
-    with pytest.raises(ExpectedError, match=r"--workdir=~no-such-user/run: .*whole path"):
+    with pytest.raises(UserError, match=r"--workdir=~no-such-user/run: .*whole path"):
         getattr(histo_jax, command)(tiny_config, "~no-such-user/run")
 
 

@@ -10,14 +10,15 @@ import pytest
 from scipy.special import expit, logit
 
 import histo_jax
-from histo_jax import comparison, evaluation, members, workdir
+from histo_jax import comparison, ensemble, evaluation
 from histo_jax import report as histo_jax_report
 from histo_jax.config import Config
-from histo_jax.data import builder
-from histo_jax.errors import ExpectedError
+from histo_jax.data import records
+from histo_jax.distributed import mesh
+from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration, binary_scores, with_intervals
 from histo_jax.report import patches
-from histo_jax.training import sharding
+from histo_jax.run import workdir
 from histo_jax.training.checkpoints import Checkpoints
 
 
@@ -59,7 +60,7 @@ def predictions(folder, split="validation"):
 
 def calibration_of(config, folder):
     with Checkpoints(folder) as checkpoints:
-        best = checkpoints.restore_best(config, sharding.replicated(sharding.batch_sharding()))
+        best = checkpoints.restore_best(config, mesh.replicated(mesh.batch_sharding()))
     return Calibration(**best.data["calibration"])
 
 
@@ -82,7 +83,7 @@ def test_scores_are_those_of_the_calibrated_predictions(make, runs):
     assert scores["nll_uncalibrated"] == pytest.approx(binary_scores(raw, labels)["nll"], rel=1e-4)
     assert scores["nll"] <= scores["nll_uncalibrated"]
     assert "chose the checkpoint" in scores["note"]
-    assert scores["honest"]
+    assert scores["slide_disjoint"]
 
 
 def test_the_test_side_is_scored_with_the_validations_calibration(make, runs):
@@ -150,7 +151,7 @@ def test_a_member_that_has_trained_on_the_scored_patches_is_refused(make, runs, 
     other.seed = 1  # divides the slides otherwise
     histo_jax.fit(other, tmp_path / "other")
     together = make(predict_checkpoints=f"{runs / 'plain'},{tmp_path / 'other'}")
-    with pytest.raises(ExpectedError, match=r"other has trained on \d+ of the 59 patches"):
+    with pytest.raises(UserError, match=r"other has trained on \d+ of the 59 patches"):
         histo_jax.evaluate(together, tmp_path / "ensemble")
     assert not (tmp_path / "ensemble").exists()
 
@@ -179,7 +180,7 @@ def test_examples_that_have_changed_since_are_not_scored(make, tmp_path):
     before = path.read_text()
     try:
         path.write_text(before.replace("synthetic-train-000", "synthetic-train-001"))
-        with pytest.raises(ExpectedError, match="no longer holds the examples"):
+        with pytest.raises(UserError, match="no longer holds the examples"):
             histo_jax.evaluate(config, tmp_path)
     finally:
         path.write_text(before)
@@ -187,33 +188,33 @@ def test_examples_that_have_changed_since_are_not_scored(make, tmp_path):
 
 def test_test_patches_of_one_class_have_no_scores(make, runs, monkeypatch):
     def one_class(*args, **options):
-        prepared = builder.prepare(*args, **options)
+        prepared = records.prepare(*args, **options)
         prepared.tables["test"]["label"] = 0
         return prepared
 
     monkeypatch.setattr(evaluation, "prepare", one_class)
-    with pytest.raises(ExpectedError, match="test patches are all labelled 0"):
+    with pytest.raises(UserError, match="test patches are all labelled 0"):
         histo_jax.evaluate(make(optimizer_ema_decay=0.5, evaluate_split="test"), runs / "plain")
 
 
 def test_a_test_side_that_shares_a_slide_with_training_is_not_honest(make, runs, monkeypatch):
     def shared(*args, **options):
-        prepared = builder.prepare(*args, **options)
+        prepared = records.prepare(*args, **options)
         prepared.tables["test"]["slide"] = prepared.tables["train"]["slide"].iloc[0]
         return prepared
 
     config = make(optimizer_ema_decay=0.5, evaluate_split="test")
-    assert histo_jax.evaluate(config, runs / "plain")["honest"]
+    assert histo_jax.evaluate(config, runs / "plain")["slide_disjoint"]
     monkeypatch.setattr(evaluation, "prepare", shared)
     scores = histo_jax.evaluate(
         make(optimizer_ema_decay=0.5, evaluate_split="test"), runs / "plain"
     )
-    assert not scores["honest"]
+    assert not scores["slide_disjoint"]
     assert "optimistic" in scores["note"]
 
 
 def test_a_member_that_is_no_run_is_named(make, tmp_path):
-    with pytest.raises(ExpectedError, match="nowhere is not the folder of a run"):
+    with pytest.raises(UserError, match="nowhere is not the folder of a run"):
         histo_jax.predict(make(predict_checkpoints="nowhere"), tmp_path)
 
 
@@ -242,14 +243,14 @@ def test_compare_pairs_the_runs_patch_by_patch(make, runs, tmp_path):
 
 def test_compare_refuses_what_it_cannot_pair(make, runs, tmp_path):
     histo_jax.evaluate(make(optimizer_ema_decay=0.5), runs / "plain")
-    with pytest.raises(ExpectedError, match=r"needs --config\.compare\.runs"):
+    with pytest.raises(UserError, match=r"needs --config\.compare\.runs"):
         comparison.compare(make(), tmp_path)
-    with pytest.raises(ExpectedError, match=r"predictions_validation\.csv is missing"):
+    with pytest.raises(UserError, match=r"predictions_validation\.csv is missing"):
         comparison.compare(make(compare_runs=f"{runs / 'plain'},{tmp_path}"), tmp_path)
     other = predictions(runs / "plain").iloc[1:]
     (tmp_path / "other").mkdir()
     other.to_csv(tmp_path / "other" / "predictions_validation.csv", index=False)
-    with pytest.raises(ExpectedError, match="not scored on the same patches"):
+    with pytest.raises(UserError, match="not scored on the same patches"):
         comparison.compare(make(compare_runs=f"{runs / 'plain'},{tmp_path / 'other'}"), tmp_path)
 
 
@@ -283,7 +284,7 @@ def test_folds_are_scored_each_patch_by_the_run_that_has_not_trained_on_it(
     config, folder = fold_config(make, folds / "2", folds / "1"), tmp_path / "together"
     scores = histo_jax.evaluate(config, folder)
     assert scores["out_of_fold"] is True
-    assert (scores["count"], scores["split_by"], scores["honest"]) == (120, "slide", True)
+    assert (scores["count"], scores["split_by"], scores["slide_disjoint"]) == (120, "slide", True)
     alone = {run: predictions(folds / run) for run in ("1", "2")}
     table = predictions(folder)
     both = pd.concat(alone.values()).set_index("id").loc[table["id"]]
@@ -296,7 +297,7 @@ def test_folds_are_scored_each_patch_by_the_run_that_has_not_trained_on_it(
         assert member["run"] == str(folds / run)
         assert (member["count"], member["auc"]) == (own["count"], pytest.approx(own["auc"]))
         assert own["out_of_fold"] is False
-    order = builder.prepare(config).tables["train"]["id"].tolist()
+    order = records.prepare(config).tables["train"]["id"].tolist()
     assert [row for row in order if row in set(table["id"])] == table["id"].tolist()
 
     monkeypatch.setattr(patches, "look", by_the_only_one)
@@ -314,10 +315,10 @@ def test_folds_are_scored_each_patch_by_the_run_that_has_not_trained_on_it(
 
 def test_what_explains_a_patch_is_the_run_that_has_scored_it(make, folds, monkeypatch):
     config = fold_config(make, folds / "1", folds / "2")
-    prepared = builder.prepare(config)
-    trained = members.restore(config, folds, sharding.replicated(sharding.batch_sharding()))
-    sides = members.fold_sides(trained, config, prepared)
-    rows = np.concatenate([sides[1].validation.rows[:2], sides[0].validation.rows[:1]])
+    prepared = records.prepare(config)
+    trained = ensemble.restore(config, folds, mesh.replicated(mesh.batch_sharding()))
+    subsets = ensemble.fold_subsets(trained, config, prepared)
+    rows = np.concatenate([subsets[1].validation.rows[:2], subsets[0].validation.rows[:1]])
     owners = patches.owners(trained, config, prepared, {"out_of_fold": True}, rows)
     assert owners.tolist() == [1, 1, 0]
     assert patches.owners(trained, config, prepared, {"out_of_fold": False}, rows) is None
@@ -332,7 +333,7 @@ def test_what_explains_a_patch_is_the_run_that_has_scored_it(make, folds, monkey
 def test_folds_score_and_predict_test_patches_as_the_mean_of_all(make, folds, tmp_path):
     config = fold_config(make, folds / "1", folds / "2", evaluate_split="test")
     scores = histo_jax.evaluate(config, tmp_path / "ensemble")
-    assert (scores["out_of_fold"], scores["honest"]) == (False, True)
+    assert (scores["out_of_fold"], scores["slide_disjoint"]) == (False, True)
     assert len({member["count"] for member in scores["members"]}) == 1
     table = histo_jax.predict(config, tmp_path / "ensemble")
     np.testing.assert_allclose(
@@ -343,7 +344,7 @@ def test_folds_score_and_predict_test_patches_as_the_mean_of_all(make, folds, tm
 def test_folds_that_do_not_make_a_whole_are_refused(make, folds, runs, tmp_path):
     def refused(words, *names, **changes):
         config = fold_config(make, *names, **changes)
-        with pytest.raises(ExpectedError, match=words):
+        with pytest.raises(UserError, match=words):
             histo_jax.evaluate(config, tmp_path / "ensemble")
         assert not (tmp_path / "ensemble").exists()
 
@@ -374,9 +375,9 @@ def test_an_ensemble_leaves_a_runs_own_files_alone(make, folds):
         histo_jax.evaluate, histo_jax.predict, histo_jax_report.report, histo_jax_report.explain
     )  # fmt: skip
     for mode in modes:
-        with pytest.raises(ExpectedError, match=r"a run of its own.*choose another --workdir"):
+        with pytest.raises(UserError, match=r"a run of its own.*choose another --workdir"):
             mode(config, folder)
-    with pytest.raises(ExpectedError, match=r"predict\.checkpoints .*leave it out to train"):
+    with pytest.raises(UserError, match=r"predict\.checkpoints .*leave it out to train"):
         histo_jax.fit(config, folder.parent / "new")
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert after == before

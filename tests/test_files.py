@@ -3,12 +3,12 @@ import os
 
 import pytest
 
-from histo_jax import files
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
+from histo_jax.run import files
 
 
 def raised_inside(folder, error):
-    with pytest.raises(type(error) if isinstance(error, ExpectedError) else OSError) as caught:  # noqa: SIM117
+    with pytest.raises(type(error) if isinstance(error, UserError) else OSError) as caught:  # noqa: SIM117
         with files.disk_errors(folder):
             raise error
     return caught.value
@@ -28,7 +28,7 @@ def test_a_librarys_error_of_the_disk_names_the_folder_or_the_other_file(tmp_pat
 
 
 def test_an_error_that_names_its_file_is_left_as_it_is(tmp_path):
-    denied = ExpectedError("x.tif cannot be read (Permission denied)")
+    denied = UserError("x.tif cannot be read (Permission denied)")
     busy = OSError(errno.EBUSY, "busy", "/raw/x.tif")
     assert raised_inside(tmp_path, denied) is denied
     assert raised_inside(tmp_path, busy) is busy

@@ -14,12 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 import histo_jax
-from histo_jax import fitting, progress
-from histo_jax.errors import ExpectedError
+from histo_jax import fitting
+from histo_jax.distributed.mesh import batch_sharding, replicated
+from histo_jax.errors import UserError
+from histo_jax.run import progress
 from histo_jax.training import step as steps
 from histo_jax.training.augmentation import make_augment, mixup
 from histo_jax.training.checkpoints import Checkpoints
-from histo_jax.training.sharding import batch_sharding, replicated
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_one_live_line_on_a_terminal_and_none_in_ci(tiny_config, tmp_path, monke
     tiny_config.fit.epochs, tiny_config.fit.steps_per_epoch = 1, 8
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    with pytest.raises(ExpectedError, match="step 6 is not finite"):
+    with pytest.raises(UserError, match="step 6 is not finite"):
         histo_jax.fit(tiny_config, tmp_path)
     if is_ci:
         assert screen.getvalue() == ""
@@ -114,7 +115,7 @@ def test_the_sheet_shows_patches_of_the_first_batches_as_they_are_trained_on(tin
     (sheet,) = events.Images("training_patches")
     shown = np.asarray(Image.open(io.BytesIO(sheet.encoded_image_string)))
     prepared = fitting.prepare(tiny_config)
-    train = fitting.splits.make_sides(prepared.tables, tiny_config).train
+    train = fitting.splits.make_subsets(prepared.tables, tiny_config).train
     order = fitting.loader.training_order(len(train.rows), 8, tiny_config.seed)
     rows = train.rows[np.concatenate([order[step] for step in range(4)])[:30]]
     images = jax.numpy.asarray(prepared.records(train.records, rows).images(np.arange(30)))
@@ -188,7 +189,7 @@ def test_normalisation_is_the_runs_own_and_saved(tiny_config, tmp_path):
     tiny_config.fit.epochs = 1
     histo_jax.fit(tiny_config, tmp_path)
     prepared = fitting.prepare(tiny_config)
-    split = fitting.splits.make_sides(prepared.tables, tiny_config)
+    split = fitting.splits.make_subsets(prepared.tables, tiny_config)
     records = prepared.source("train").__getitems__(split.train.rows.tolist())
     pixels = np.stack([record["image"] for record in records]) / 255
     with Checkpoints(tmp_path) as checkpoints:
@@ -205,17 +206,17 @@ def test_changed_examples_under_a_run_are_refused(tiny_config, tmp_path, make_ka
     tiny_config.data.raw_dir = str(make_kaggle(tmp_path / "other", seed=6))
     tiny_config.data.tfds_dir = str(tmp_path / "other_records")
     tiny_config.fit.epochs = 2
-    with pytest.raises(ExpectedError, match="no longer holds the examples"):
+    with pytest.raises(UserError, match="no longer holds the examples"):
         histo_jax.fit(tiny_config, tmp_path / "run")
 
 
 def test_the_time_left_includes_the_commands_that_follow(tiny_config):
     rows = {"train": 80, "validation": 20, "test": 30}
-    named = [fitting.splits.Side(name, np.arange(count)) for name, count in rows.items()]
-    sides = fitting.splits.Sides(*named, "image", False)
-    assert fitting._patches_after(tiny_config, sides, ()) == 0
-    assert fitting._patches_after(tiny_config, sides, ("evaluate", "predict")) == 20 + 30
+    named = [fitting.splits.Subset(name, np.arange(count)) for name, count in rows.items()]
+    subsets = fitting.splits.Subsets(*named, "image", False)
+    assert fitting._patches_after(tiny_config, subsets, ()) == 0
+    assert fitting._patches_after(tiny_config, subsets, ("evaluate", "predict")) == 20 + 30
     tiny_config.predict.tta, tiny_config.evaluate.split = True, "test"
-    assert fitting._patches_after(tiny_config, sides, ("evaluate", "predict")) == 7 * (30 + 30)
-    report = fitting._patches_after(tiny_config, sides, ("report",))
+    assert fitting._patches_after(tiny_config, subsets, ("evaluate", "predict")) == 7 * (30 + 30)
+    report = fitting._patches_after(tiny_config, subsets, ("report",))
     assert report == 36 * 24 * 3

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import histo_jax
-from histo_jax import files, workdir
 from histo_jax.config import Config, folders, validate
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
+from histo_jax.run import files, workdir
 
 URLS = (
     "gs://bucket/run", "s3://bucket", "S3A://bucket/x", "hdfs://host:8020/run", "https://a.org/x",
@@ -51,11 +51,11 @@ def test_a_url_is_refused_and_nothing_is_made(tmp_path, monkeypatch, url):
         config = Config()
         group, name = field.split(".")
         setattr(getattr(config, group), name, f"{url},other" if "runs" in name else url)
-        with pytest.raises(ExpectedError, match=rf"config\.{field} = .* not a URL: mount the buck"):
+        with pytest.raises(UserError, match=rf"config\.{field} = .* not a URL: mount the buck"):
             validate(config)
     for command in (histo_jax.fit, histo_jax.compare, histo_jax.evaluate):
         # `pathlib` takes away one of two slashes.
-        with pytest.raises(ExpectedError, match=r"--workdir=.*:/.* not a URL"):
+        with pytest.raises(UserError, match=r"--workdir=.*:/.* not a URL"):
             command(Config(), Path(url))
     assert not list(tmp_path.iterdir())
 
@@ -102,13 +102,13 @@ def test_folders_of_the_root_that_etils_takes_for_buckets_are_special():
 def test_what_cannot_be_worked_in_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_DESCRIPTORS", tmp_path / "none")  # as on macOS
     config = Config()
-    with pytest.raises(ExpectedError, match=r"--workdir=.*\[8\].*choose another folder"):
+    with pytest.raises(UserError, match=r"--workdir=.*\[8\].*choose another folder"):
         histo_jax.fit(config, tmp_path / "[8]")
     config.data.tfds_dir = str(tmp_path / "a*b")
-    with pytest.raises(ExpectedError, match=r"--config\.data\.tfds_dir=.*a\*b"):
+    with pytest.raises(UserError, match=r"--config\.data\.tfds_dir=.*a\*b"):
         histo_jax.fit(config, tmp_path / "run")
     deep = tmp_path.joinpath(*["d" * 200] * 20)
-    with pytest.raises(ExpectedError, match="longer than 3900 bytes"):
+    with pytest.raises(UserError, match="longer than 3900 bytes"):
         histo_jax.fit(config, deep)
     assert not list(tmp_path.iterdir())
 

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 import histo_jax
-from histo_jax.data import audit
-from histo_jax.data.builder import prepare
-from histo_jax.data.splits import make_sides
-from histo_jax.errors import ExpectedError
+from histo_jax.data import leakage
+from histo_jax.data.records import prepare
+from histo_jax.data.splits import make_subsets
+from histo_jax.errors import UserError
 from histo_jax.prediction import NoTestPatchesError
 from histo_jax.report import patches, report
 
@@ -46,10 +46,10 @@ def test_official_splits_are_kept_and_scored(pcam_config, tmp_path):
         write(tmp_path / "raw", name, count)
     histo_jax.fit(pcam_config, tmp_path / "run")
     scores = histo_jax.evaluate(pcam_config, tmp_path / "run")
-    assert (scores["split"], scores["count"], scores["honest"]) == ("validation", 10, True)
+    assert (scores["split"], scores["count"], scores["slide_disjoint"]) == ("validation", 10, True)
     pcam_config.evaluate.split = "test"
     scores = histo_jax.evaluate(pcam_config, tmp_path / "run")
-    assert (scores["split"], scores["count"], scores["honest"]) == ("test", 13, True)
+    assert (scores["split"], scores["count"], scores["slide_disjoint"]) == ("test", 13, True)
     assert (tmp_path / "run" / "evaluation_validation.json").exists()
     table = histo_jax.predict(pcam_config, tmp_path / "run")
     tables = prepare(pcam_config).tables
@@ -71,14 +71,14 @@ def test_what_the_data_does_not_say_is_not_known_anywhere(pcam_config, tmp_path,
     for split in ("validation", "test"):
         pcam_config.evaluate.split = split
         scores = histo_jax.evaluate(pcam_config, run)
-        assert json.loads((run / "evaluation.json").read_text())["honest"] is None
+        assert json.loads((run / "evaluation.json").read_text())["slide_disjoint"] is None
         assert (scores["split_by"], scores["interval_over"]) == ("official", "patches")
         assert "was not checked" in scores["note"]
     prepared = prepare(pcam_config)
-    audited = audit.audit(prepared, make_sides(prepared.tables, pcam_config), seed=0)
-    assert audited["honest"] is None
-    assert "was not checked" in audit.table(audited)
-    assert not audit.has_leak(audited)
+    audited = leakage.audit(prepared, make_subsets(prepared.tables, pcam_config), seed=0)
+    assert audited["slide_disjoint"] is None
+    assert "was not checked" in leakage.table(audited)
+    assert not leakage.has_leak(audited)
     monkeypatch.setattr(patches, "look", nothing)  # which compiles for long
     page = report(pcam_config, run).read_text()
     assert "Not known whether honest" in page
@@ -86,7 +86,7 @@ def test_what_the_data_does_not_say_is_not_known_anywhere(pcam_config, tmp_path,
     assert "Optimistic:" not in page
     # An ensemble knows no more than its runs.
     pcam_config.predict.checkpoints = str(run)
-    assert histo_jax.evaluate(pcam_config, tmp_path / "ensemble")["honest"] is None
+    assert histo_jax.evaluate(pcam_config, tmp_path / "ensemble")["slide_disjoint"] is None
 
 
 def test_without_a_test_split_there_is_nothing_to_predict(pcam_config, tmp_path):
@@ -96,7 +96,7 @@ def test_without_a_test_split_there_is_nothing_to_predict(pcam_config, tmp_path)
     with pytest.raises(NoTestPatchesError, match="no test patches"):
         histo_jax.predict(pcam_config, tmp_path / "run")
     pcam_config.evaluate.split = "test"
-    with pytest.raises(ExpectedError, match="missing or have no labels"):
+    with pytest.raises(UserError, match="missing or have no labels"):
         histo_jax.evaluate(pcam_config, tmp_path / "run")
 
 
@@ -116,7 +116,7 @@ def test_a_member_of_another_source_is_judged_by_what_it_has_trained_on(
         shutil.rmtree(tmp_path / "records")
         (tmp_path / "raw" / "camelyonpatch_level_2_split_train_x.h5").unlink()
     said = "has trained on 10 of the 10 patches" if shared else r"run has trained on cannot be told"
-    with pytest.raises(ExpectedError, match=said):
+    with pytest.raises(UserError, match=said):
         histo_jax.evaluate(config, tmp_path / "judged")
 
 
@@ -130,4 +130,4 @@ def test_slides_that_a_member_may_have_trained_on_make_no_honest_score(
     for name, count in (("train", 24), ("valid", 10)):
         write(tmp_path / "raw", name, count)
     pcam_config.predict.checkpoints = str(tmp_path / "run")
-    assert histo_jax.evaluate(pcam_config, tmp_path / "judged")["honest"] is None
+    assert histo_jax.evaluate(pcam_config, tmp_path / "judged")["slide_disjoint"] is None

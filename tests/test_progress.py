@@ -9,7 +9,7 @@ import types
 import pytest
 import tqdm
 
-from histo_jax import progress
+from histo_jax.run import progress
 
 
 class Log(logging.Handler):

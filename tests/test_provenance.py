@@ -7,10 +7,10 @@ import optax
 import pytest
 
 from histo_jax import fitting, provenance, settings
-from histo_jax import workdir as workdirs
 from histo_jax.config import Config
 from histo_jax.models.cnn import FiveBlockCNN
 from histo_jax.models.p4m import FiveBlockP4M
+from histo_jax.run import workdir as workdirs
 from histo_jax.training import step
 from histo_jax.training.losses import binary_cross_entropy
 from histo_jax.training.optimizer import create_optimizer
@@ -151,8 +151,8 @@ def test_changes_are_one_line_and_only_where_hashes_were_kept(tmp_path, said):
 
 def test_a_run_that_goes_on_says_what_has_changed(tiny_config, tmp_path, said, monkeypatch):
     monkeypatch.setattr(fitting, "_train", lambda *_: [])
-    with workdirs.tracked(tmp_path, "fit"):
-        workdirs.claim(tmp_path, tiny_config)
+    with workdirs.session(tmp_path, "fit"):
+        workdirs.acquire(tmp_path, tiny_config)
         now = provenance.source_hashes(*PARTS)
         workdirs.save_config(tmp_path, tiny_config, now | {"histo_jax.models.cnn": "other"})
     fitting.fit(tiny_config, tmp_path)

@@ -7,7 +7,7 @@ import pytest
 
 from histo_jax import recipes
 from histo_jax.config import validate
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -44,7 +44,7 @@ def test_another_name_is_no_recipe(folder, name):
 
 
 def test_an_unknown_recipe_is_told_which_there_are():
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         recipes.recipe("pcam_bets")
     assert str(error.value) == (
         "no recipe is called 'pcam_bets'; did you mean pcam_best? there are kaggle, kaggle_best, "

@@ -16,8 +16,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import histo_jax
-from histo_jax import fitting, preemption, workdir
-from histo_jax.errors import ExpectedError
+from histo_jax import fitting
+from histo_jax.errors import UserError
+from histo_jax.run import signals, workdir
 from histo_jax.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def test_sigterm_saves_and_leaves_and_the_lock_keeps_others_out(command):
     first.send_signal(signal.SIGTERM)
     began = time.monotonic()
     said = first.communicate(timeout=60)[1]
-    assert first.returncode == preemption.EXIT_STATUS == 75
+    assert first.returncode == signals.EXIT_STATUS == 75
     assert time.monotonic() - began < 15
     assert "Traceback" not in said
     status = workdir.status(command.workdir)
@@ -171,14 +172,14 @@ def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(
     monkeypatch.setattr(fitting.steps, "make_train_step", poisoned)
     tiny_config.fit.epochs = 4
     tiny_config.checkpoint.every_minutes = 1e-9  # a save is due at every step
-    with pytest.raises(ExpectedError, match=r"step 10 is not finite.*learning_rate") as error:
+    with pytest.raises(UserError, match=r"step 10 is not finite.*learning_rate") as error:
         histo_jax.fit(tiny_config, tmp_path)
     # Step 9, before it, was good and was saved.
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == before | {"9"}
     prepared = fitting.prepare(tiny_config)
-    sides = fitting.splits.make_sides(prepared.tables, tiny_config)
-    chosen = fitting.loader.training_order(len(sides.train.rows), 8, tiny_config.seed)[9]
-    for name in prepared.tables["train"]["id"].iloc[sides.train.rows[chosen]]:
+    subsets = fitting.splits.make_subsets(prepared.tables, tiny_config)
+    chosen = fitting.loader.training_order(len(subsets.train.rows), 8, tiny_config.seed)[9]
+    for name in prepared.tables["train"]["id"].iloc[subsets.train.rows[chosen]]:
         assert name in str(error.value)
     assert workdir.status(tmp_path)["state"] == "failed"
 
@@ -186,7 +187,7 @@ def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(
 def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bytes(tiny_config, tmp_path, monkeypatch):
     tiny_config.fit.epochs = 3
     histo_jax.fit(tiny_config, tmp_path / "whole")
-    real = preemption.requested
+    real = signals.requested
     asked = []
 
     def after(steps):
@@ -198,8 +199,8 @@ def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bytes(tiny_config, tmp
     for steps, placement in ((1, "device"), (4, "disk")):
         tiny_config.data.placement = placement
         asked.clear()
-        monkeypatch.setattr(fitting.preemption, "requested", lambda steps=steps: after(steps))
-        with pytest.raises(preemption.Preempted):
+        monkeypatch.setattr(fitting.signals, "requested", lambda steps=steps: after(steps))
+        with pytest.raises(signals.Preempted):
             histo_jax.fit(tiny_config, tmp_path / "stopped")
     monkeypatch.undo()
     tiny_config.data.placement = "host"
@@ -215,10 +216,10 @@ def test_preempted_in_validation_is_saved_and_validated_later(tiny_config, tmp_p
 
     def stopped(batches):
         next(batches)
-        raise preemption.Preempted("now")
+        raise signals.Preempted("now")
 
-    monkeypatch.setattr(fitting.preemption, "stopping", stopped)
-    with pytest.raises(preemption.Preempted, match="saved at step 3"):
+    monkeypatch.setattr(fitting.signals, "stopping", stopped)
+    with pytest.raises(signals.Preempted, match="saved at step 3"):
         histo_jax.fit(tiny_config, tmp_path / "stopped")
     monkeypatch.undo()
     histo_jax.fit(tiny_config, tmp_path / "stopped")
@@ -287,26 +288,26 @@ def test_a_notebooks_interrupt_saves_and_the_next_call_goes_on(tiny_config, tmp_
 
 
 def test_a_second_interrupt_from_python_raises_at_once_and_none_is_lost():
-    with preemption.watch():
+    with signals.watch():
         signal.raise_signal(signal.SIGINT)
-        assert preemption.requested()
+        assert signals.requested()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        preemption._received = 0  # dealt with here
+        signals._received = 0  # dealt with here
     # One that comes after the last point to stop at.
-    with pytest.raises(KeyboardInterrupt, match="when all was done"), preemption.watch():
+    with pytest.raises(KeyboardInterrupt, match="when all was done"), signals.watch():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert not preemption.requested()
+    assert not signals.requested()
 
 
 def test_an_interrupt_handler_of_the_users_own_is_left_alone():
     heard = []
     before = signal.signal(signal.SIGINT, lambda *_: heard.append(1))
     try:
-        with preemption.watch():
+        with signals.watch():
             signal.raise_signal(signal.SIGINT)
-            assert not preemption.requested()
+            assert not signals.requested()
     finally:
         signal.signal(signal.SIGINT, before)
     assert heard == [1]
@@ -316,12 +317,12 @@ def test_an_interrupt_handler_of_the_users_own_is_left_alone():
 def test_a_closed_terminal_counts_as_preemption_unless_nohup_ignores_it(is_ignored):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
     try:
-        with preemption.watch(ctrl_c=True):
+        with signals.watch(ctrl_c=True):
             for _ in range(2):  # from the kernel, and from the shell: no second wish to leave
                 signal.raise_signal(signal.SIGHUP)
-            assert preemption.requested() != is_ignored
+            assert signals.requested() != is_ignored
             if not is_ignored:
-                assert preemption.Preempted().code == 75
+                assert signals.Preempted().code == 75
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -330,7 +331,7 @@ def test_a_thread_of_the_users_own_trains_and_hears_no_signal():
     seen = []
 
     def work():
-        with preemption.watch():
+        with signals.watch():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

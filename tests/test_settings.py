@@ -8,9 +8,9 @@ import threading
 import pytest
 
 from histo_jax import settings
-from histo_jax import workdir as workdirs
 from histo_jax.config import Config
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
+from histo_jax.run import workdir as workdirs
 
 HEAD = "from histo_jax.config import Config\n"
 GOOD = HEAD + "def get_config(seed=3):\n    return Config(seed=int(seed))\n"
@@ -103,7 +103,7 @@ BROKEN = {
 def test_a_broken_config_file_is_named_with_the_line(file, name):
     text, *words = BROKEN[name]
     file.write_bytes(text.encode() if isinstance(text, str) else text)
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         settings.load("tiny.py")
     assert not [word for word in words if word not in str(error.value)], error.value
 
@@ -141,7 +141,7 @@ def test_what_is_no_config_file(file, monkeypatch, given, words):
         file.write_text(GOOD.replace("seed=3", "").replace("seed=int(seed)", ""))
     (file.parent / "run").mkdir()
     (file.parent / "run/config.json").write_text("{}")
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         settings.load(given)
     assert not [word for word in words if word not in str(error.value)], error.value
 
@@ -193,7 +193,7 @@ def test_a_mode_that_trains_takes_the_file_as_it_is(run, mode):
 
 
 def test_a_mode_that_reads_refuses_a_file_about_other_data(run):
-    with pytest.raises(ExpectedError, match=r"'synthetic' and 'kaggle' in .*leave --config out"):
+    with pytest.raises(UserError, match=r"'synthetic' and 'kaggle' in .*leave --config out"):
         settings.resolve("quickstart", run, "predict", ())
     assert settings.resolve("quickstart", run, "predict", ("data.source",))[0].seed == 7
 
@@ -208,7 +208,7 @@ def test_an_ensemble_remains_one_where_the_file_says_nothing_of_it(run):
 
 def test_settings_that_are_nowhere(file):
     assert settings.resolve(None, None, "compare", ()) == (Config(), [])
-    with pytest.raises(ExpectedError, match=r"--workdir=nowhere is not the folder of a run"):
+    with pytest.raises(UserError, match=r"--workdir=nowhere is not the folder of a run"):
         settings.resolve(None, file.parent.joinpath("nowhere").relative_to(file.parent), "fit", ())
 
 
@@ -228,6 +228,6 @@ def test_a_config_json_of_somebody_else(run, values, words):
     if not words:
         assert settings.resolve(None, run, "predict", ())[0] == Config()
         return
-    with pytest.raises(ExpectedError, match=re.escape(words)) as error:
+    with pytest.raises(UserError, match=re.escape(words)) as error:
         settings.resolve(None, run, "predict", ())
     assert "config.json" in str(error.value)

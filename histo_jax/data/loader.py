@@ -18,7 +18,7 @@ from grain.experimental import index_shuffle
 # start.
 _READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -84,7 +84,7 @@ def training_order(count: int, batch_size: int, seed: int) -> grain.MapDataset:
     return grain.MapDataset.range(sys.maxsize).map(batch)
 
 
-def one_pass(count: int, batch_size: int) -> grain.MapDataset:
+def eval_order(count: int, batch_size: int) -> grain.MapDataset:
     """Returns the positions from 0 up in batches of int64[batch_size].
 
     The last batch is filled up with the last position.
@@ -93,9 +93,9 @@ def one_pass(count: int, batch_size: int) -> grain.MapDataset:
     return starts.map(lambda start: np.minimum(np.arange(start, start + batch_size), count - 1))
 
 
-def ahead(
-    order: grain.MapDataset, make: Callable[[np.ndarray], Made], first: int = 0
-) -> Iterator[Made]:
+def prefetch(
+    order: grain.MapDataset, make: Callable[[np.ndarray], T], first: int = 0
+) -> Iterator[T]:
     """Yields what `make` makes of element `first` and all later ones, ahead of need in threads."""
     iterator = iter(order.map(make).to_iter_dataset(_READ_AHEAD))
     iterator.set_state({"next_index": first})
@@ -115,4 +115,4 @@ def ordered_batches(source: Source, rows: np.ndarray, batch_size: int) -> Iterat
             mask=mask,
         )
 
-    return ahead(one_pass(len(rows), batch_size), gather)
+    return prefetch(eval_order(len(rows), batch_size), gather)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
 
 # What libraries raise where a number inside a damaged file is no sensible offset or length.
 _DAMAGE = {errno.EINVAL, errno.EFBIG, errno.EOVERFLOW, errno.ESPIPE, errno.EFAULT}
@@ -38,7 +38,7 @@ def is_system_error(error: Exception) -> bool:
     return isinstance(error, MemoryError)
 
 
-def unreadable(path: Path, error: Exception, also: str = "") -> ExpectedError:
+def unreadable(path: Path, error: Exception, also: str = "") -> UserError:
     """Returns the error to raise for a file that the system could not read.
 
     Args:
@@ -51,7 +51,7 @@ def unreadable(path: Path, error: Exception, also: str = "") -> ExpectedError:
     if number == errno.EAGAIN:
         words = f"{_lock_holder(path)} has locked it"
     remedy = _REMEDIES.get(number or 0, "check its disk or mount, and start again")
-    return ExpectedError(f"{path} cannot be read ({words}){also}: {remedy}")
+    return UserError(f"{path} cannot be read ({words}){also}: {remedy}")
 
 
 def _lock_holder(path: Path) -> str:

@@ -11,15 +11,15 @@ import pandas as pd
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
 
 from histo_jax.config import Config, DataConfig, parse_fold
-from histo_jax.data.builder import SQUARES, SUMS
 from histo_jax.data.example import IMAGE_SIZE
 from histo_jax.data.names import identity
-from histo_jax.errors import ExpectedError
+from histo_jax.data.records import SQUARES, SUMS
+from histo_jax.errors import UserError
 
 log = logging.getLogger("histo_jax")
 
 
-class Side(NamedTuple):
+class Subset(NamedTuple):
     """Examples on one side.
 
     Attributes:
@@ -32,7 +32,7 @@ class Side(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sides:
+class Subsets:
     """Who trains, who validates, who tests.
 
     Attributes:
@@ -45,16 +45,16 @@ class Sides:
             known. Of a random division by image it is known that it does not.
     """
 
-    train: Side
-    validation: Side
-    test: Side | None
+    train: Subset
+    validation: Subset
+    test: Subset | None
     by: str
-    honest: bool | None
+    slide_disjoint: bool | None
 
     @property
     def division(self) -> str:
         """How training and validation were divided, in words."""
-        if self.honest is not None:
+        if self.slide_disjoint is not None:
             return f"by {self.by}"
         if self.by == "official":
             return "by the data's own split, slides not checked"
@@ -71,18 +71,18 @@ OPTIMISTIC = (
 )
 
 
-def caveat(honest: bool | None) -> str:
+def caveat(slide_disjoint: bool | None) -> str:
     """Returns what must be said beside a score; '' where nothing must."""
-    return "" if honest else UNCHECKED if honest is None else OPTIMISTIC
+    return "" if slide_disjoint else UNCHECKED if slide_disjoint is None else OPTIMISTIC
 
 
-def combine(honest: Iterable[bool | None]) -> bool | None:
+def combine(slide_disjoint: Iterable[bool | None]) -> bool | None:
     """Returns what holds for all together: false where one is false, else None where one is."""
-    values = list(honest)
+    values = list(slide_disjoint)
     return False if False in values else None if None in values else True
 
 
-def make_sides(tables: dict[str, pd.DataFrame], config: Config) -> Sides:
+def make_subsets(tables: dict[str, pd.DataFrame], config: Config) -> Subsets:
     """Draws the balanced sample and divides it, by `config.data_seed` alone; official splits rule.
 
     Args:
@@ -93,30 +93,30 @@ def make_sides(tables: dict[str, pd.DataFrame], config: Config) -> Sides:
             `data.fold` rule.
 
     Raises:
-        ExpectedError: slides are asked for but not known, or a side lacks a class.
+        UserError: slides are asked for but not known, or a side lacks a class.
     """
     table, by = tables["train"], _unit(tables, config.data)
     sample = draw_sample(tables, config)
     if by == "official":
-        train, validation = sample, Side("validation", np.arange(len(tables["validation"])))
-        honest = disjoint((table, train.rows), (tables["validation"], validation.rows))
-        by = {True: "slide", False: "image", None: "official"}[honest]
+        train, validation = sample, Subset("validation", np.arange(len(tables["validation"])))
+        slide_disjoint = disjoint((table, train.rows), (tables["validation"], validation.rows))
+        by = {True: "slide", False: "image", None: "official"}[slide_disjoint]
     else:
         labels, slides = (table[name].to_numpy()[sample.rows] for name in ("label", "slide"))
         inside = _validation(labels, slides if by == "slide" else None, config)
-        train, validation = (Side("train", sample.rows[rows]) for rows in (~inside, inside))
-        honest = by == "slide"
-        if honest and not has_slide_names(table):
-            by, honest = "image", None
-    test = Side("test", np.arange(len(tables["test"]))) if "test" in tables else None
-    for name, side in (("training", train), ("validation", validation)):
-        counts = np.bincount(tables[side.records]["label"].iloc[side.rows], minlength=2)
+        train, validation = (Subset("train", sample.rows[rows]) for rows in (~inside, inside))
+        slide_disjoint = by == "slide"
+        if slide_disjoint and not has_slide_names(table):
+            by, slide_disjoint = "image", None
+    test = Subset("test", np.arange(len(tables["test"]))) if "test" in tables else None
+    for name, subset in (("training", train), ("validation", validation)):
+        counts = np.bincount(tables[subset.records]["label"].iloc[subset.rows], minlength=2)
         if counts.min() == 0:
-            raise ExpectedError(
+            raise UserError(
                 f"the {name} set has {counts[0]} patches without and {counts[1]} with tumour, and "
                 "needs both classes: give more patches of the other"
             )
-    return Sides(train, validation, test, by, honest)
+    return Subsets(train, validation, test, by, slide_disjoint)
 
 
 def _unit(tables: dict[str, pd.DataFrame], data: DataConfig) -> str:
@@ -124,7 +124,7 @@ def _unit(tables: dict[str, pd.DataFrame], data: DataConfig) -> str:
     is_official = "validation" in tables and data.fold is None
     slides_known = bool((tables["train"]["slide"] != "").any())
     if data.split_by == "slide" and not (slides_known or is_official):
-        raise ExpectedError(
+        raise UserError(
             "config.data.split_by = 'slide', but this data names no slides: give "
             "config.data.slide_map, or use 'auto' or 'image'"
         )
@@ -133,14 +133,14 @@ def _unit(tables: dict[str, pd.DataFrame], data: DataConfig) -> str:
     return "slide" if slides_known and data.split_by != "image" else "image"
 
 
-def draw_sample(tables: dict[str, pd.DataFrame], config: Config) -> Side:
-    """Returns what is drawn of the training patches before they are divided; see `make_sides`."""
+def draw_sample(tables: dict[str, pd.DataFrame], config: Config) -> Subset:
+    """Returns what is drawn of the training patches before they are divided; see `make_subsets`."""
     labels, slides = (tables["train"][name].to_numpy() for name in ("label", "slide"))
     # An example of an unknown slide has no side on which it is safe.
     is_safe = slides != "" if _unit(tables, config.data) == "slide" else np.ones(len(labels), bool)
     rows = np.flatnonzero(is_safe)
     chosen = _sample(labels[rows], config.data.samples_per_class, config.data_seed)
-    return Side("train", rows[chosen])
+    return Subset("train", rows[chosen])
 
 
 def has_slide_names(table: pd.DataFrame) -> bool:
@@ -161,10 +161,10 @@ def disjoint(
         first: the whole table of its records, and the rows of the side.
         second: likewise.
     """
-    sides = [table.iloc[rows] for table, rows in (first, second)]
-    if share(*sides):
+    subsets = [table.iloc[rows] for table, rows in (first, second)]
+    if share(*subsets):
         return False
-    are_known = all((side["slide"] != "").all() for side in sides)
+    are_known = all((subset["slide"] != "").all() for subset in subsets)
     return (
         True if are_known and all(has_slide_names(table) for table, _ in (first, second)) else None
     )
@@ -174,7 +174,7 @@ def share(first: pd.DataFrame, second: pd.DataFrame) -> bool:
     """Tells whether two parts of tables have a slide, or pixels of more than one colour, in common.
 
     Args:
-        first: columns as in `make_sides`.
+        first: columns as in `make_subsets`.
         second: likewise.
     """
     slides = set(slide_identities(first)) & set(slide_identities(second)) - {""}
@@ -233,7 +233,7 @@ def _fold(labels: np.ndarray, slides: np.ndarray | None, fold: str, seed: int) -
         counts["slides"] = len(np.unique(slides))
     for what, count in counts.items():
         if count < folds:
-            raise ExpectedError(
+            raise UserError(
                 f"config.data.fold = {fold!r} asks for {folds} folds, and there are {count} "
                 f"{what}: choose fewer folds"
             )
@@ -243,7 +243,7 @@ def _fold(labels: np.ndarray, slides: np.ndarray | None, fold: str, seed: int) -
     divided = [rows for _, rows in splitter.split(labels, labels, slides)]
     for other, rows in enumerate(divided, start=1):
         if len(np.unique(labels[rows])) < 2:
-            raise ExpectedError(
+            raise UserError(
                 f"fold {other} of config.data.fold = {fold!r} has patches of one class only: "
                 "choose fewer folds, or another config.data.split_seed"
             )
@@ -257,7 +257,7 @@ def _validation_by_image(labels: np.ndarray, fraction: float, seed: int) -> np.n
             np.arange(len(labels)), test_size=fraction, random_state=seed, stratify=labels
         )
     except ValueError as error:
-        raise ExpectedError(
+        raise UserError(
             f"{len(labels)} patches cannot be divided by config.data.validation_fraction = "
             f"{fraction} with both classes on both sides ({error})"
         ) from None
@@ -274,9 +274,7 @@ def _validation_by_slide(
     """
     count = len(np.unique(slides))
     if count < 2:
-        raise ExpectedError(
-            f"all patches come from {count} slide: set --config.data.split_by=image"
-        )
+        raise UserError(f"all patches come from {count} slide: set --config.data.split_by=image")
     _, folds, wanted = min(
         (abs(some / folds - fraction), folds, some)
         for folds in range(2, min(20, count) + 1)
@@ -289,7 +287,7 @@ def _validation_by_slide(
     return inside
 
 
-def normalisation(table: pd.DataFrame, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def channel_stats(table: pd.DataFrame, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and standard deviation of each channel over all pixels of the given examples.
 
     Exact integer sums make the result independent of the order.
@@ -302,56 +300,56 @@ def normalisation(table: pd.DataFrame, rows: np.ndarray) -> tuple[np.ndarray, np
     mean = chosen[list(SUMS)].sum().to_numpy(np.float64) / pixels
     square = chosen[list(SQUARES)].sum().to_numpy(np.float64) / pixels
     # A training set of one flat colour would otherwise divide by zero.
-    deviation = np.sqrt(np.maximum(square - mean**2, 1.0))
-    return (mean / 255).astype(np.float32), (deviation / 255).astype(np.float32)
+    std = np.sqrt(np.maximum(square - mean**2, 1.0))
+    return (mean / 255).astype(np.float32), (std / 255).astype(np.float32)
 
 
-def fingerprint(tables: dict[str, pd.DataFrame], sides: Sides, config: Config) -> str:
+def fingerprint(tables: dict[str, pd.DataFrame], subsets: Subsets, config: Config) -> str:
     """Returns a SHA-256 of everything that decides which example comes at which step."""
     digest = hashlib.sha256(f"{config.seed} {config.fit.batch_size}".encode())
-    for side in (sides.train, sides.validation):
-        digest.update("\n".join(["", *tables[side.records]["id"].iloc[side.rows]]).encode())
+    for subset in (subsets.train, subsets.validation):
+        digest.update("\n".join(["", *tables[subset.records]["id"].iloc[subset.rows]]).encode())
     return digest.hexdigest()
 
 
 def check_fingerprint(
-    known: str, tables: dict[str, pd.DataFrame], sides: Sides, config: Config
+    known: str, tables: dict[str, pd.DataFrame], subsets: Subsets, config: Config
 ) -> None:
     """Refuses examples that are not those a run has trained on.
 
     Args:
         known: `fingerprint` of the run's examples.
-        tables: see `make_sides`.
-        sides: drawn from them.
+        tables: see `make_subsets`.
+        subsets: drawn from them.
         config: that of the run.
 
     Raises:
-        ExpectedError: names the folder.
+        UserError: names the folder.
     """
-    if known != fingerprint(tables, sides, config):
-        raise ExpectedError(
+    if known != fingerprint(tables, subsets, config):
+        raise UserError(
             f"{config.data.tfds_dir} no longer holds the examples that this run began with, or "
             "config.data.slide_map has changed: restore them or choose another --workdir"
         )
 
 
-def refuse_leak(tables: dict[str, pd.DataFrame], sides: Sides, allow: bool) -> None:
+def refuse_leak(tables: dict[str, pd.DataFrame], subsets: Subsets, allow: bool) -> None:
     """Refuses to train on pixels that are also in the test set; the ids are the pixels' SHA-1.
 
     Patches of a single colour are passed over.
 
     Raises:
-        ExpectedError: there are some, and `allow` is false.
+        UserError: there are some, and `allow` is false.
     """
-    if sides.test is None:
+    if subsets.test is None:
         return
-    train = tables[sides.train.records].iloc[sides.train.rows]
-    shared = shared_ids(train, tables[sides.test.records].iloc[sides.test.rows])
+    train = tables[subsets.train.records].iloc[subsets.train.rows]
+    shared = shared_ids(train, tables[subsets.test.records].iloc[subsets.test.rows])
     if shared.empty:
         return
     found = f"{len(shared)} training patches are also test patches, the first is {shared.iloc[0]}"
     if not allow:
-        raise ExpectedError(
+        raise UserError(
             f"{found}: remove them, or set --config.data.allow_leak=true and trust no test score"
         )
     log.warning("LEAK: %s; config.data.allow_leak is set, so no test score can be trusted", found)

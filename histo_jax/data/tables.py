@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import pandas as pd
 
 from histo_jax.data.raw_files import unreadable
-from histo_jax.errors import ExpectedError, one_line
+from histo_jax.errors import UserError, one_line
 
 _DELIMITERS = ",;\t"
 # All that is white, and what spreadsheets and web pages leave unseen around a cell.
@@ -30,7 +30,7 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     100,000 commas in one of them cost it 13 seconds and half a GB.
 
     Raises:
-        ExpectedError: it cannot be read, is no CSV, or lacks one of the columns.
+        UserError: it cannot be read, is no CSV, or lacks one of the columns.
     """
     try:
         with path.open("rb") as file:
@@ -39,7 +39,7 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
         with path.open(encoding="utf-16" if utf_16 else "utf-8-sig", newline="") as file:
             return _parse(path, file, columns)
     except UnicodeError as error:
-        raise ExpectedError(
+        raise UserError(
             f"{path} is no readable CSV ({one_line(error)}); save it as UTF-8"
         ) from None
     except OSError as error:
@@ -50,29 +50,29 @@ def _parse(path: Path, file: TextIO, columns: tuple[str, ...]) -> pd.DataFrame:
     start = next((line for line in file if line.strip()), "")
     file.seek(0)
     if "\0" in start:  # UTF-16 without its mark
-        raise ExpectedError(f"{path} is no readable CSV (zero bytes in it); save it as UTF-8")
+        raise UserError(f"{path} is no readable CSV (zero bytes in it); save it as UTF-8")
     reader = csv.reader(file, strict=True, delimiter=max(_DELIMITERS, key=start.count))
     rows, lines = [], []
     try:
         numbered = _filled(reader)
         header = [name.casefold() for name in next(numbered, (0, []))[1]]
         if not header:
-            raise ExpectedError(f"{path} is no readable CSV (it is empty); {_AGAIN}")
+            raise UserError(f"{path} is no readable CSV (it is empty); {_AGAIN}")
         if any(header.count(name) != 1 for name in columns):
-            raise ExpectedError(
+            raise UserError(
                 f"{path}: the header must be {','.join(columns)}, or name these once among others, "
                 f"and is {start.strip()[:80]!r}; mend the header"
             )
         places = [header.index(name) for name in columns]
         for line, row in numbered:
             if any(row[len(header) :]):
-                raise ExpectedError(
+                raise UserError(
                     f"{path} is no readable CSV (line {line} is longer than the header); {_AGAIN}"
                 )
             rows.append([row[place] if place < len(row) else "" for place in places])
             lines.append(line)
     except csv.Error as error:
-        raise ExpectedError(
+        raise UserError(
             f"{path} is no readable CSV (line {reader.line_num}: {one_line(error)}); {_AGAIN}"
         ) from None
     return pd.DataFrame(rows, columns=list(columns), index=lines, dtype=str)

@@ -25,7 +25,7 @@ def _rank(logits: Values, labels: Values, weights: Weights) -> _Ranked:
     order = np.argsort(-logits, kind="stable")
     last_of_equals = np.append(np.diff(logits[order]) != 0, True)
     weights = weights[:, order]
-    sums = [np.cumsum(weights * (labels[order] == side), 1)[:, last_of_equals] for side in (1, 0)]
+    sums = [np.cumsum(weights * (labels[order] == label), 1)[:, last_of_equals] for label in (1, 0)]
     return _Ranked(*(np.pad(values, ((0, 0), (1, 0))) for values in sums))
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from histo_jax.config import ModelConfig
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
 from histo_jax.models.fields import check_kwargs, frozen, init_fields
 from histo_jax.registry import MODELS
 
@@ -26,17 +26,17 @@ def create_model(config: ModelConfig) -> nn.Module:
     five blocks compute by tiles; over several the plain form is kept, which XLA can partition.
 
     Raises:
-        ExpectedError: the name is not registered, or a field does not fit the network.
+        UserError: the name is not registered, or a field does not fit the network.
     """
     MODELS.check("model.name", config.name)
     network = MODELS.get(config.name)
     if not (isinstance(network, type) and issubclass(network, nn.Module)):
-        raise ExpectedError(f"model {config.name!r} must be a class of flax.linen.Module")
+        raise UserError(f"model {config.name!r} must be a class of flax.linen.Module")
     fields = init_fields(network)
     own = getattr(network, "config_fields", ())
     for field in _CONFIG_FIELDS:
         if field not in own and getattr(config, field) != getattr(_DEFAULTS, field):
-            raise ExpectedError(
+            raise UserError(
                 f"config.model.{field} is not used by {config.name}: leave it out, and set the "
                 "fields of this network by config.model.kwargs"
             )

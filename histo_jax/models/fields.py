@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 
 from histo_jax.config import fits
-from histo_jax.errors import ExpectedError, did_you_mean
+from histo_jax.errors import UserError, did_you_mean
 
 Fields = dict[str, dataclasses.Field[Any]]
 
@@ -42,23 +42,23 @@ def check_kwargs(
         kwargs: `config.model.kwargs`.
 
     Raises:
-        ExpectedError: a field is unknown, missing or of another type.
+        UserError: a field is unknown, missing or of another type.
     """
     kinds = _field_types(network)
     for key, value in kwargs.items():
         place = f"config.model.kwargs[{key!r}]"
         if key not in fields:
             takes = ", ".join(fields) or "none"
-            raise ExpectedError(
+            raise UserError(
                 f"{place} is no field of {name}, which takes {takes}{did_you_mean(key, fields)}"
             )
         kind = kinds.get(key, Any)
         if not fits(frozen(value), kind):
-            raise ExpectedError(f"{place} = {value!r} is not of type {_type_text(kind)}")
+            raise UserError(f"{place} = {value!r} is not of type {_type_text(kind)}")
     for key, field in fields.items():
         missing = field.default is field.default_factory is dataclasses.MISSING
         if missing and key not in kwargs:
-            raise ExpectedError(f"config.model.kwargs[{key!r}] is missing: {name} needs it")
+            raise UserError(f"config.model.kwargs[{key!r}] is missing: {name} needs it")
 
 
 def _type_text(kind: Any) -> str:

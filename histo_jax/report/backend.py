@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from unittest import mock
 
-from histo_jax.errors import ExpectedError, one_line
+from histo_jax.errors import UserError, one_line
 
 
 @contextlib.contextmanager
@@ -18,7 +18,7 @@ def ignored() -> Iterator[None]:
     environment the import fails.
 
     Raises:
-        ExpectedError: a matplotlibrc cannot be decoded.
+        UserError: a matplotlibrc cannot be decoded.
     """
     is_first = "matplotlib" not in sys.modules
     logger, silent = logging.getLogger("matplotlib"), logging.Filter("nothing")
@@ -28,7 +28,7 @@ def ignored() -> Iterator[None]:
             backend = os.environ.pop("MPLBACKEND", None)
             yield
     except UnicodeDecodeError as error:
-        raise ExpectedError(
+        raise UserError(
             f"Matplotlib cannot read its settings ({one_line(error)}): correct the matplotlibrc in "
             "this folder, in MATPLOTLIBRC or in ~/.config/matplotlib"
         ) from None

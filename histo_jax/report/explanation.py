@@ -12,15 +12,16 @@ import pandas as pd
 from jax.sharding import SingleDeviceSharding
 from PIL import Image, ImageDraw
 
-from histo_jax import files, members, predictions
-from histo_jax import workdir as workdirs
+from histo_jax import ensemble, evaluation_files
 from histo_jax.config import Config, names, validate
-from histo_jax.data.builder import Prepared, prepare
-from histo_jax.errors import ExpectedError
-from histo_jax.members import Member
+from histo_jax.data.records import Prepared, prepare
+from histo_jax.distributed import runtime
+from histo_jax.ensemble import TrainedModel
+from histo_jax.errors import UserError
 from histo_jax.report import folder as folders
 from histo_jax.report import patches
-from histo_jax.training import runtime
+from histo_jax.run import files
+from histo_jax.run import workdir as workdirs
 
 log = logging.getLogger("histo_jax")
 
@@ -48,37 +49,37 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         symmetries; `checkpoint`, the step and a digest of the weights, of each run of an ensemble.
 
     Raises:
-        ExpectedError: an id is in no split, or there is no checkpoint; without ids, nothing was
+        UserError: an id is in no split, or there is no checkpoint; without ids, nothing was
             evaluated, or another checkpoint.
         OSError: a file cannot be written.
     """
     validate(config)
     runtime.set_up()
     folder = files.expand(workdir, "--workdir")
-    workdirs.check(folder, config)
+    workdirs.check_compatible(folder, config)
     tta = False
-    with workdirs.tracked(folder, "explain"):
-        trained = members.restore(config, folder, SingleDeviceSharding(jax.local_devices()[0]))
+    with workdirs.session(folder, "explain"):
+        trained = ensemble.restore(config, folder, SingleDeviceSharding(jax.local_devices()[0]))
         prepared = prepare(config, folder, raw_may_be_gone=True)
         if config.explain.ids:
             found = _gather_by_id(trained, config, prepared)
         else:
             split = config.evaluate.split
-            table = predictions.read(folder, split)
-            scores = predictions.read_scores(folder, split)
-            members.check_evaluated(trained, scores, split)
+            table = evaluation_files.read(folder, split)
+            scores = evaluation_files.read_scores(folder, split)
+            ensemble.check_evaluated(trained, scores, split)
             tta = scores.get("tta", False)
-            sides = predictions.make_sides(prepared, config, scores)
-            side = predictions.side(prepared, sides, split, table)
-            predictions.check_scores(folder, split, table, scores)
+            subsets = evaluation_files.make_subsets(prepared, config, scores)
+            subset = evaluation_files.subset(prepared, subsets, split, table)
+            evaluation_files.check_scores(folder, split, table, scores)
             chosen = pd.unique(np.concatenate(list(patches.galleries(table, config.seed).values())))
             logits = table["logit"].to_numpy()[chosen]
-            rows = side.rows[chosen]
+            rows = subset.rows[chosen]
             owners = patches.owners(trained, config, prepared, scores, rows)
-            found = patches.gather(prepared, side.records, rows, trained, logits, owners)
+            found = patches.gather(prepared, subset.records, rows, trained, logits, owners)
         table = pd.DataFrame([patch[:4] for patch in found], columns=patches.Patch._fields[:4])
         table = table.assign(tta=tta, checkpoint=_identify(trained, folder))
-        if workdirs.is_writer():
+        if workdirs.is_primary():
             drawn = {f"{patch.id}.png": _draw(patch) for patch in found}
             ours = {name for rows in prepared.tables.values() for name in rows["id"]}
             _add(folder / "explain", table, drawn, ours)
@@ -86,7 +87,7 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     return table
 
 
-def _identify(trained: list[Member], folder: Path) -> str:
+def _identify(trained: list[TrainedModel], folder: Path) -> str:
     """Returns the steps of the checkpoints, each with a digest of what was trained."""
     names = []
     for member in trained:
@@ -132,13 +133,15 @@ def _read_rows(path: Path) -> pd.DataFrame:
     )
 
 
-def _gather_by_id(trained: list[Member], config: Config, prepared: Prepared) -> list[patches.Patch]:
+def _gather_by_id(
+    trained: list[TrainedModel], config: Config, prepared: Prepared
+) -> list[patches.Patch]:
     """Gathers the patches of `config.explain.ids`; those of a fold by the run that scores it."""
     found = []
     for split, rows in _find(prepared, _ids(config.explain.ids)).items():
         is_scored = np.zeros(len(rows), bool)
-        if split == "train" and members.are_folds(trained, config):
-            folds = members.fold_sides(trained, config, prepared)
+        if split == "train" and ensemble.are_folds(trained, config):
+            folds = ensemble.fold_subsets(trained, config, prepared)
             is_scored = np.isin(rows, np.concatenate([fold.validation.rows for fold in folds]))
         if is_scored.any():
             scored = rows[is_scored]
@@ -164,7 +167,7 @@ def _find(prepared: Prepared, wanted: list[str]) -> dict[str, np.ndarray]:
         known |= set(table["id"].iloc[rows[split]])
     for name in wanted:
         if name not in known:
-            raise ExpectedError(
+            raise UserError(
                 f"config.explain.ids: no patch of {prepared.directory} has the id {name!r}"
             )
     return {split: places for split, places in rows.items() if len(places)}
@@ -173,13 +176,13 @@ def _find(prepared: Prepared, wanted: list[str]) -> dict[str, np.ndarray]:
 def _draw(patch: patches.Patch) -> bytes:
     """Returns the patch and what spoke for tumour side by side, as PNG."""
     assert patch.saliency is not None
-    side = patch.image.shape[0] * _ENLARGED
-    sheet = Image.new("RGB", (2 * side + _ENLARGED, side), "white")
+    size = patch.image.shape[0] * _ENLARGED
+    sheet = Image.new("RGB", (2 * size + _ENLARGED, size), "white")
     pen = ImageDraw.Draw(sheet)
-    for left, pixels in ((0, patch.image), (side + _ENLARGED, patch.saliency)):
-        enlarged = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+    for left, pixels in ((0, patch.image), (size + _ENLARGED, patch.saliency)):
+        enlarged = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left, 0))
-        third = side // 3
+        third = size // 3
         # Black around white, to be seen on glass and on nuclei; to its end the last pixel counts.
         for around, color in ((1, "black"), (0, "white")):
             start, end = third - around, 2 * third - 1 + around

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
-from histo_jax import files
+from histo_jax.run import files
 
 
 def update(folder: Path, new: Mapping[str, bytes], obsolete: Collection[str] = ()) -> None:

@@ -21,19 +21,20 @@ from PIL import Image
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from histo_jax import files, members, predictions
-from histo_jax import workdir as workdirs
+from histo_jax import ensemble, evaluation_files
 from histo_jax.config import Config, validate
-from histo_jax.data import audit as audits
+from histo_jax.data import leakage as audits
 from histo_jax.data import splits
-from histo_jax.data.builder import prepare
-from histo_jax.errors import ExpectedError
-from histo_jax.members import Member
+from histo_jax.data.records import prepare
+from histo_jax.distributed import runtime
+from histo_jax.ensemble import TrainedModel
+from histo_jax.errors import UserError
 from histo_jax.metrics.scores import per_patch_loss
 from histo_jax.report import figures, patches
 from histo_jax.report import folder as folders
 from histo_jax.report.patches import gather
-from histo_jax.training import runtime
+from histo_jax.run import files
+from histo_jax.run import workdir as workdirs
 
 log = logging.getLogger("histo_jax")
 
@@ -84,36 +85,36 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
         The page.
 
     Raises:
-        ExpectedError: nothing was evaluated there, or another checkpoint than would be used now.
+        UserError: nothing was evaluated there, or another checkpoint than would be used now.
         OSError: a file cannot be written.
     """
     validate(config)
     runtime.set_up()
     folder = files.expand(workdir, "--workdir")
-    workdirs.check(folder, config)
+    workdirs.check_compatible(folder, config)
     split = config.evaluate.split
-    table = predictions.read(folder, split)
-    scores = predictions.read_scores(folder, split)
-    with workdirs.tracked(folder, "report"):
+    table = evaluation_files.read(folder, split)
+    scores = evaluation_files.read_scores(folder, split)
+    with workdirs.session(folder, "report"):
         prepared = prepare(config, folder, raw_may_be_gone=True)
-        sides = predictions.make_sides(prepared, config, scores)
-        side = predictions.side(prepared, sides, split, table)
-        predictions.check_scores(folder, split, table, scores)
+        subsets = evaluation_files.make_subsets(prepared, config, scores)
+        subset = evaluation_files.subset(prepared, subsets, split, table)
+        evaluation_files.check_scores(folder, split, table, scores)
         trained = _judged(config, folder, scores)
-        members.check_evaluated(trained, scores, split)
+        ensemble.check_evaluated(trained, scores, split)
         chosen = patches.galleries(table, config.seed)
         # All at once: the networks are compiled for them only one time.
         rows = np.concatenate(list(chosen.values()))
         logits = table["logit"].to_numpy()[rows]
-        owners = patches.owners(trained, config, prepared, scores, side.rows[rows])
-        found = iter(gather(prepared, side.records, side.rows[rows], trained, logits, owners))
+        owners = patches.owners(trained, config, prepared, scores, subset.rows[rows])
+        found = iter(gather(prepared, subset.records, subset.rows[rows], trained, logits, owners))
         galleries = {
             title: list(itertools.islice(found, len(places))) for title, places in chosen.items()
         }
         # Several runs have no history in common.
         history = None if "members" in scores else folder / "history.csv"
-        seen = prepared.tables[sides.train.records].iloc[sides.train.rows]
-        validation = prepared.tables[sides.validation.records].iloc[sides.validation.rows]
+        seen = prepared.tables[subsets.train.records].iloc[subsets.train.rows]
+        validation = prepared.tables[subsets.validation.records].iloc[subsets.validation.rows]
         found_audit = _read(folder / "audit.json")
         audited = found_audit if _is_audit_of(found_audit, seen, validation) else None
         # Those of training are as `fit` has saved them; those of evaluation as it was done.
@@ -134,7 +135,7 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
             galleries=galleries,
             settings=settings,
             records=f"{prepared.directory.parent.name} {prepared.directory.name}",
-            fingerprint=splits.fingerprint(prepared.tables, sides, config)[:16],
+            fingerprint=splits.fingerprint(prepared.tables, subsets, config)[:16],
             trained_on={
                 "patches": len(seen),
                 "slides": seen["slide"][seen["slide"] != ""].nunique(),
@@ -152,7 +153,7 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
             color_auc=audited["control"]["validation_auc"] if audited else None,
             date=_date(folder / f"evaluation_{split}.json"),
         )
-        if workdirs.is_writer():
+        if workdirs.is_primary():
             svgs = {f"{name}.svg": svg.encode() for name, svg in drawn.items()}
             folders.update(folder / "report", svgs, {f"{name}.svg" for name in _FIGURES})
         workdirs.write_text(folder / "report.html", text)
@@ -164,18 +165,18 @@ def _runs(scores: dict[str, Any]) -> str:
     return ",".join(member["run"] for member in scores.get("members", []))
 
 
-def _judged(config: Config, folder: Path, scores: dict[str, Any]) -> list[Member]:
+def _judged(config: Config, folder: Path, scores: dict[str, Any]) -> list[TrainedModel]:
     """The networks that these scores are of; none where they are gone."""
     predict = dataclasses.replace(config.predict, checkpoints=_runs(scores))
     place = SingleDeviceSharding(jax.local_devices()[0])
     try:
-        return members.restore(dataclasses.replace(config, predict=predict), folder, place)
-    except ExpectedError as error:
+        return ensemble.restore(dataclasses.replace(config, predict=predict), folder, place)
+    except UserError as error:
         log.warning("the report does not show where the network looked: %s", error)
         return []
 
 
-def _count_parameters(member: Member) -> int:
+def _count_parameters(member: TrainedModel) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(member.weights.params))
 
 
@@ -213,7 +214,7 @@ def render(
     Args:
         scores: what `evaluate` has returned.
         history: what `fit` has returned; None = not known.
-        table: what `predictions.read` returns.
+        table: what `evaluation_files.read` returns.
         galleries: patches by title.
         settings: by dotted name, as JSON gives them.
         color_auc: what colour histograms alone reach on the validation patches; None = not known.
@@ -307,7 +308,7 @@ def _changed(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _slides(table: pd.DataFrame, probabilities: np.ndarray) -> list[dict[str, Any]]:
     """One row a slide, the worst first; none where slides are not known."""
-    if predictions.slides(table) is None:
+    if evaluation_files.slides(table) is None:
         return []
     loss = per_patch_loss(table["logit"].to_numpy(), table["label"].to_numpy())
     rows = []

@@ -11,10 +11,10 @@ from PIL import Image
 from scipy.special import expit
 
 from histo_jax.config import Config
-from histo_jax.data.builder import Prepared
-from histo_jax.members import Member, fold_sides
+from histo_jax.data.records import Prepared
+from histo_jax.ensemble import TrainedModel, fold_subsets
 from histo_jax.metrics.scores import per_patch_loss
-from histo_jax.report.saliency import integrated_gradients
+from histo_jax.report.attribution import integrated_gradients
 
 # Patches in each gallery, and in one pass through the network.
 _SHOWN = 12
@@ -67,7 +67,7 @@ def gather(
     prepared: Prepared,
     split: str,
     rows: np.ndarray,
-    trained: list[Member],
+    trained: list[TrainedModel],
     logits: Float[np.ndarray, " rows"] | None = None,
     owners: Int[np.ndarray, " rows"] | None = None,
 ) -> list[Patch]:
@@ -105,7 +105,7 @@ def gather(
 
 
 def owners(
-    trained: list[Member],
+    trained: list[TrainedModel],
     config: Config,
     prepared: Prepared,
     scores: dict[str, Any],
@@ -114,12 +114,12 @@ def owners(
     """Returns which network has scored each row out of fold; None where all have scored all."""
     if not (trained and scores.get("out_of_fold")):
         return None
-    folds = fold_sides(trained, config, prepared)
-    return np.argmax([np.isin(rows, sides.validation.rows) for sides in folds], axis=0)
+    folds = fold_subsets(trained, config, prepared)
+    return np.argmax([np.isin(rows, subsets.validation.rows) for subsets in folds], axis=0)
 
 
 def look(
-    trained: list[Member], images: UInt8[np.ndarray, "rows height width 3"]
+    trained: list[TrainedModel], images: UInt8[np.ndarray, "rows height width 3"]
 ) -> tuple[Float[np.ndarray, " rows"], Float32[np.ndarray, "rows height width"]]:
     """Returns calibrated logits and what each pixel adds to them, means over the networks."""
     logits, maps = [], []
@@ -144,7 +144,7 @@ def _colour(image: Pixels, adds: Float32[np.ndarray, "height width"]) -> Pixels:
 
     The strongest squares of each patch have full colour, however little they add.
     """
-    height, width = (side // _SQUARE for side in adds.shape)
+    height, width = (size // _SQUARE for size in adds.shape)
     squares = adds.reshape(height, _SQUARE, width, _SQUARE).sum((1, 3))
     # The strongest few alone would leave the rest dark.
     strength = np.clip(squares / max(float(np.quantile(abs(squares), 0.98)), 1e-6), -1, 1)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float32, PRNGKeyArray, UInt8
 
 from histo_jax import symmetries
 from histo_jax.config import AugmentConfig
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
 from histo_jax.registry import AUGMENTATIONS
 
 Images = UInt8[Array, "batch height width 3"]
@@ -91,7 +91,7 @@ def make_augment(config: AugmentConfig) -> Augment:
 def _apply(name: str, function: Any, key: PRNGKeyArray, images: FloatImages) -> FloatImages:
     changed = function(key, images)
     if jnp.shape(changed) != images.shape:
-        raise ExpectedError(
+        raise UserError(
             f"augmentation {name!r} returns shape {list(jnp.shape(changed))} for images of shape "
             f"{list(images.shape)}; it must keep the shape"
         )

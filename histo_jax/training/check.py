@@ -14,7 +14,7 @@ import numpy as np
 
 from histo_jax.config import AugmentConfig, FitConfig, ModelConfig
 from histo_jax.data.example import IMAGE_SHAPE
-from histo_jax.errors import ExpectedError, one_line
+from histo_jax.errors import UserError, one_line
 from histo_jax.models import create_model
 from histo_jax.registry import LOSSES, MODELS
 from histo_jax.training.augmentation import make_augment
@@ -30,7 +30,7 @@ def check_parts(model_config: ModelConfig, augmentation: AugmentConfig, fit: Fit
     """Traces the network, the augmentations and the loss that a config chooses.
 
     Raises:
-        ExpectedError: one of them does not exist, fails, or returns another shape than it must; or
+        UserError: one of them does not exist, fails, or returns another shape than it must; or
             the network has no parameters, or changes the structure of its variables.
     """
     model, loss = create_model(model_config), get_loss(fit.loss)
@@ -48,14 +48,14 @@ def check_parts(model_config: ModelConfig, augmentation: AugmentConfig, fit: Fit
     name = f"network {model_config.name!r}"
     weights = _trace(name, lambda key: init_weights(model, key, np.zeros(3), np.ones(3)), key)
     if not jax.tree.leaves(weights.params):
-        raise ExpectedError(f"{name} has no parameters to train")
+        raise UserError(f"{name} has no parameters to train")
     images = _trace("normalisation", normalise, weights, augmented)
     logits, collections = _trace(
         name, lambda *arguments: train_logits(model, *arguments), weights, images, key
     )
     _trace(name, lambda *arguments: predict_logits(model, *arguments), weights, images)
     if _describe(collections) != _describe(weights.collections):
-        raise ExpectedError(
+        raise UserError(
             f"{name} changes shapes or types of its variables ({', '.join(collections)}) in "
             "training: they must stay the same from step to step"
         )
@@ -66,10 +66,10 @@ def _trace(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Returns the shapes that a function returns; what it raises becomes one line."""
     try:
         return jax.eval_shape(function, *arguments)
-    except ExpectedError:
+    except UserError:
         raise
     except Exception as error:  # whatever the code of others raises
-        raise ExpectedError(
+        raise UserError(
             f"{name} fails: {type(error).__name__}: {one_line(error)}{_location(error)}"
         ) from error
 

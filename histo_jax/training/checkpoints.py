@@ -18,16 +18,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers
 
-from histo_jax import files
 from histo_jax.config import Config
-from histo_jax.errors import ExpectedError, one_line
+from histo_jax.errors import UserError, one_line
+from histo_jax.run import files
 from histo_jax.training.state import EarlyStopping, TrainState, abstract_state
 
 log = logging.getLogger("histo_jax")
 
 _METRIC = "validation_loss"
 # Errors that say nothing of a checkpoint: it may be whole.
-_NO_DAMAGE = (ExpectedError, MemoryError, jax.errors.JaxRuntimeError)
+_NO_DAMAGE = (UserError, MemoryError, jax.errors.JaxRuntimeError)
 # What Orbax writes beside the arrays, bytes; about 200 kB were measured.
 _OVERHEAD = 500_000
 
@@ -61,7 +61,7 @@ class Checkpoints:
         read_only: leave the folder as it is: another process may be saving there.
 
     Raises:
-        ExpectedError: `read_only`, and a checkpoint is damaged that would be put aside otherwise.
+        UserError: `read_only`, and a checkpoint is damaged that would be put aside otherwise.
     """
 
     def __init__(self, workdir: Path, read_only: bool = False) -> None:
@@ -77,7 +77,7 @@ class Checkpoints:
         except ValueError as error:
             if not read_only:
                 raise
-            raise ExpectedError(
+            raise UserError(
                 f"{self._directory} holds a damaged checkpoint ({self._said(error)}): start that "
                 "run again, which puts it aside"
             ) from None
@@ -132,10 +132,10 @@ class Checkpoints:
         """Opens the checkpoints of a run that has some.
 
         Raises:
-            ExpectedError: there are none.
+            UserError: there are none.
         """
         if not any((workdir / "checkpoints").glob("*")):
-            raise ExpectedError(f"{workdir} holds no checkpoint: run --mode=fit first")
+            raise UserError(f"{workdir} holds no checkpoint: run --mode=fit first")
         return cls(workdir, read_only)
 
     def __enter__(self) -> "Checkpoints":
@@ -192,7 +192,7 @@ class Checkpoints:
         except Exception as error:  # whatever Orbax and TensorStore find wrong
             if not _is_damage(error):
                 raise
-            raise ExpectedError(
+            raise UserError(
                 f"{self._directory} cannot hold checkpoints: the first one cannot be read back "
                 f"({self._said(error)}); choose another --workdir"
             ) from None
@@ -225,7 +225,7 @@ class Checkpoints:
             None where no checkpoint is left.
 
         Raises:
-            ExpectedError: the checkpoint holds the state of another model.
+            UserError: the checkpoint holds the state of another model.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -249,7 +249,7 @@ class Checkpoints:
             early_stopping: gives the settings that are not saved.
 
         Raises:
-            ExpectedError: the checkpoint holds the state of another model.
+            UserError: the checkpoint holds the state of another model.
         """
         with files.disk_errors(self._directory / str(step)):
             saved = self._manager.item_metadata(step)["state"]
@@ -277,13 +277,11 @@ class Checkpoints:
             place: where each array is to lie.
 
         Raises:
-            ExpectedError: there is no checkpoint, it is damaged, or it is one of another model.
+            UserError: there is no checkpoint, it is damaged, or it is one of another model.
         """
         step = self.best_step()
         if step is None:
-            raise ExpectedError(
-                f"{self._directory} holds no finished epoch: run --mode=fit further"
-            )
+            raise UserError(f"{self._directory} holds no finished epoch: run --mode=fit further")
         early_stopping = EarlyStopping.create(config.early_stopping)
         try:
             return self.restore(step, abstract_state(config, place), early_stopping)
@@ -292,10 +290,10 @@ class Checkpoints:
                 raise
             path = self._directory / str(step)
             if not path.exists():
-                raise ExpectedError(
+                raise UserError(
                     f"{path} was replaced by a better one while it was read: start again"
                 ) from None
-            raise ExpectedError(
+            raise UserError(
                 f"{path}, the best checkpoint, is damaged "
                 f"({self._said(error)}): restore it, or remove it to take the next best"
             ) from None
@@ -310,13 +308,13 @@ class Checkpoints:
 
         there, here = shapes(saved), shapes(like)
         if "weights.deviation" in there:  # which is `std` since
-            raise ExpectedError(
+            raise UserError(
                 f"{self._directory.parent} was trained by histo_jax 0.1.0, whose checkpoints this "
                 "version cannot read: use that version, or choose another --workdir"
             )
         for name in sorted(there.keys() | here.keys()):
             if there.get(name) != here.get(name):
-                raise ExpectedError(
+                raise UserError(
                     f"{self._directory / str(step)} is a checkpoint of another model: {name} is "
                     f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} in "
                     "config.model; give the config of that run or another --workdir"

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float32
 
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
 from histo_jax.registry import LOSSES, register_loss
 
 Values = Float32[Array, " batch"]
@@ -26,7 +26,7 @@ def get_loss(name: str) -> Loss:
     def loss(logits: Values, labels: Values) -> Values:
         values = function(logits, labels)
         if jnp.shape(values) != labels.shape:
-            raise ExpectedError(
+            raise UserError(
                 f"loss {name!r} returns shape {list(jnp.shape(values))} for a batch of "
                 f"{len(labels)}; it must return the loss of each example, float32[{len(labels)}]"
             )

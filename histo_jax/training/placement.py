@@ -15,13 +15,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32, UInt8
 
-from histo_jax import preemption, progress
 from histo_jax.data import loader
 from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.data.loader import Batch, Records
-from histo_jax.errors import ExpectedError
-from histo_jax.training import agreement, memory
-from histo_jax.training.sharding import own_rows, replicated, spread
+from histo_jax.distributed import consensus, memory
+from histo_jax.distributed.mesh import local_slice, make_global_array, replicated
+from histo_jax.errors import UserError
+from histo_jax.run import progress, signals
 
 log = logging.getLogger("histo_jax")
 
@@ -49,13 +49,13 @@ class TrainingBatch(TypedDict):
     request: NotRequired[jax.Array]
 
 
-class Examples:
+class Dataset:
     """The examples of one side, wherever their pixels lie."""
 
     def __init__(
         self,
         labels: np.ndarray,
-        batched: NamedSharding,
+        batch_sharding: NamedSharding,
         prepare: Callable[[np.ndarray], np.ndarray],
         finish: Callable[[jax.Array], jax.Array] = lambda images: images,
     ) -> None:
@@ -63,26 +63,26 @@ class Examples:
 
         Args:
             labels: float32[n] of the side.
-            batched: divides a batch over the devices.
+            batch_sharding: divides a batch over the devices.
             prepare: from int64[k] positions, those of a batch that are this process's, what is
                 sent to the devices; ahead, in threads.
             finish: from that, on the devices, uint8[batch, 96, 96, 3]; when the batch is due.
         """
-        self._labels, self._batched = labels, batched
+        self._labels, self._batched = labels, batch_sharding
         self._prepare, self._finish = prepare, finish
 
     def training(self, batch_size: int, seed: int, first_step: int) -> Iterator[TrainingBatch]:
         """Yields the batches of `first_step` and all later steps, a function of seed and step."""
         order = loader.training_order(len(self._labels), batch_size, seed)
-        for sent, label in loader.ahead(order, self._send, first_step):
+        for sent, label in loader.prefetch(order, self._send, first_step):
             yield TrainingBatch(image=self._finish(sent), label=label)
 
-    def one_pass(self, batch_size: int) -> Iterator[Batch]:
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
         """Yields every example once, in order; the images lie on the devices, the rest does not."""
         count = len(self._labels)
-        order = loader.one_pass(count, batch_size)
+        order = loader.eval_order(count, batch_size)
         starts = range(0, count, batch_size)
-        for start, (sent, _) in zip(starts, loader.ahead(order, self._send), strict=True):
+        for start, (sent, _) in zip(starts, loader.prefetch(order, self._send), strict=True):
             positions = np.arange(start, start + batch_size)
             yield Batch(
                 image=self._finish(sent),
@@ -91,40 +91,40 @@ class Examples:
             )
 
     def _send(self, positions: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        own = positions[own_rows(len(positions))]
+        own = positions[local_slice(len(positions))]
         # In a thread of Grain's, where the user's setting holds, not that of `runtime.session`.
         with jax.transfer_guard("allow"):
             return (
-                spread(self._prepare(own), self._batched),
-                spread(self._labels[own], self._batched),
+                make_global_array(self._prepare(own), self._batched),
+                make_global_array(self._labels[own], self._batched),
             )
 
 
-def place(wanted: str, sides: Sequence[Records], batched: NamedSharding) -> list[Examples]:
+def place(wanted: str, subsets: Sequence[Records], batch_sharding: NamedSharding) -> list[Dataset]:
     """Puts the pixels of all sides where `data.placement` wants them, and logs where and why.
 
     Loading them shows a progress bar, and stops where a signal asks for it.
 
     Args:
         wanted: 'auto', 'device', 'host' or 'disk'.
-        sides: their records.
-        batched: divides a batch over the devices.
+        subsets: their records.
+        batch_sharding: divides a batch over the devices.
 
     Raises:
-        ExpectedError: an explicit placement has too little memory; names the field and the sizes.
+        UserError: an explicit placement has too little memory; names the field and the sizes.
     """
-    count = sum(len(side.rows) for side in sides)
-    placement = _choose(wanted, count * _IMAGE_BYTES, batched.mesh.local_devices)
+    count = sum(len(subset.rows) for subset in subsets)
+    placement = _choose(wanted, count * _IMAGE_BYTES, batch_sharding.mesh.local_devices)
     if placement == "disk":
-        return [on_disk(side, batched) for side in sides]
+        return [on_disk(subset, batch_sharding) for subset in subsets]
     load = _on_devices if placement == "device" else _in_memory
     with progress.bar("loading", count, unit=" img") as bar:
-        return [load(side, batched, bar) for side in sides]
+        return [load(subset, batch_sharding, bar) for subset in subsets]
 
 
-def on_disk(side: Records, batched: NamedSharding) -> Examples:
+def on_disk(subset: Records, batch_sharding: NamedSharding) -> Dataset:
     """Returns the examples of a side, each read when it is due."""
-    return Examples(side.labels, batched, side.images)
+    return Dataset(subset.labels, batch_sharding, subset.images)
 
 
 def _choose(wanted: str, needed: int, devices: Sequence[jax.Device]) -> str:
@@ -134,8 +134,8 @@ def _choose(wanted: str, needed: int, devices: Sequence[jax.Device]) -> str:
     }
     # Of the machine that has least: all are to choose alike.
     free = {
-        "device": agreement.least(memory.free_on_devices(devices)),
-        "host": agreement.least(memory.free_on_host()),
+        "device": consensus.global_minimum(memory.free_on_devices(devices)),
+        "host": consensus.global_minimum(memory.free_on_host()),
     }
     said = {name: "unknown" if size is None else _gb(size) for name, size in free.items()}
     if wanted == "auto":
@@ -148,7 +148,7 @@ def _choose(wanted: str, needed: int, devices: Sequence[jax.Device]) -> str:
         chosen, reason = wanted, " as set"
         size = free.get(wanted)
         if size is not None and needed > size:
-            raise ExpectedError(
+            raise UserError(
                 f"config.data.placement = {wanted!r} needs {_gb(needed)} {where[wanted]}, where "
                 f"{said[wanted]} are free: set 'auto' or 'disk', or take fewer patches by "
                 "--config.data.samples_per_class"
@@ -167,39 +167,41 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _parts(side: Records, bar: progress.Bar) -> Iterator[tuple[int, np.ndarray]]:
+def _parts(subset: Records, bar: progress.Bar) -> Iterator[tuple[int, np.ndarray]]:
     """Reads all pixels of a side, as `(first position, uint8[k, 96, 96, 3])`."""
-    batches = loader.ordered_batches(side.source, side.rows, _READ_AT_ONCE)
+    batches = loader.ordered_batches(subset.source, subset.rows, _READ_AT_ONCE)
     start = 0
-    for batch in preemption.stopping(batches):
+    for batch in signals.stopping(batches):
         images = batch["image"][: batch["mask"].sum()]
         yield start, images
         start += len(images)
         bar.update(len(images))
 
 
-def _in_memory(side: Records, batched: NamedSharding, bar: progress.Bar) -> Examples:
-    pixels = np.empty((len(side.rows), *IMAGE_SHAPE), np.uint8)
-    for start, images in _parts(side, bar):
+def _in_memory(subset: Records, batch_sharding: NamedSharding, bar: progress.Bar) -> Dataset:
+    pixels = np.empty((len(subset.rows), *IMAGE_SHAPE), np.uint8)
+    for start, images in _parts(subset, bar):
         pixels[start : start + len(images)] = images
-    return Examples(side.labels, batched, lambda positions: pixels.take(positions, axis=0))
+    return Dataset(subset.labels, batch_sharding, lambda positions: pixels.take(positions, axis=0))
 
 
-def _on_devices(side: Records, batched: NamedSharding, bar: progress.Bar) -> Examples:
-    everywhere, gather = replicated(batched), make_gather(batched)
+def _on_devices(subset: Records, batch_sharding: NamedSharding, bar: progress.Bar) -> Dataset:
+    everywhere, gather = replicated(batch_sharding), make_gather(batch_sharding)
     # Flat, because a TPU would fill up a last axis of 3 to 128. Written part by part into one
     # buffer, so that there is never a second copy beside it.
-    shape = (len(side.rows), _IMAGE_BYTES)
+    shape = (len(subset.rows), _IMAGE_BYTES)
     pixels = jax.jit(lambda: jnp.zeros(shape, jnp.uint8), out_shardings=everywhere)()
     write = jax.jit(_write, donate_argnums=0, out_shardings=everywhere)
-    for start, images in _parts(side, bar):
+    for start, images in _parts(subset, bar):
         part = images.reshape(len(images), -1)
         pixels = write(
-            pixels, spread(part, everywhere), spread(np.array(start, np.int32), everywhere)
+            pixels,
+            make_global_array(part, everywhere),
+            make_global_array(np.array(start, np.int32), everywhere),
         )
-    return Examples(
-        side.labels,
-        batched,
+    return Dataset(
+        subset.labels,
+        batch_sharding,
         lambda positions: positions.astype(np.int32),
         lambda positions: gather(pixels, positions),
     )
@@ -209,7 +211,7 @@ def _write(pixels: Pixels, part: UInt8[Array, "part pixels"], start: Int32[Array
     return jax.lax.dynamic_update_slice(pixels, part, (start, 0))
 
 
-def make_gather(batched: NamedSharding) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def make_gather(batch_sharding: NamedSharding) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns the compiled `(pixels, positions) -> uint8[batch, 96, 96, 3]`.
 
     The pixels, uint8[n, 27648], lie whole on each device, the positions, int32[batch] below n, and
@@ -220,8 +222,8 @@ def make_gather(batched: NamedSharding) -> Callable[[jax.Array, jax.Array], jax.
         rows = pixels.at[positions].get(mode="promise_in_bounds")
         return rows.reshape(-1, *IMAGE_SHAPE)
 
-    divided = batched.spec
+    divided = batch_sharding.spec
     by_device = jax.shard_map(
-        gather, mesh=batched.mesh, in_specs=(PartitionSpec(), divided), out_specs=divided
+        gather, mesh=batch_sharding.mesh, in_specs=(PartitionSpec(), divided), out_specs=divided
     )
-    return jax.jit(by_device, out_shardings=batched)
+    return jax.jit(by_device, out_shardings=batch_sharding)

@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from histo_jax import symmetries
 from histo_jax.data.loader import Batch
-from histo_jax.errors import ExpectedError
+from histo_jax.distributed.mesh import replicated
+from histo_jax.errors import UserError
 from histo_jax.training.augmentation import Augment, Images, mixup
 from histo_jax.training.losses import Loss
-from histo_jax.training.sharding import replicated
 from histo_jax.training.state import TrainState, Weights, update_ema
 
 Forward = Callable[[Weights, Images], Float32[Array, " batch"]]
@@ -34,7 +34,7 @@ def predict_logits(
     """Returns the logits of normalised images, without dropout.
 
     Raises:
-        ExpectedError: the network returns something else than one logit an image.
+        UserError: the network returns something else than one logit an image.
     """
     return _as_logits(model, model.apply(weights.variables, images, train=False), images)
 
@@ -48,7 +48,7 @@ def train_logits(
     """Returns the logits of normalised images in training, and the updated collections.
 
     Raises:
-        ExpectedError: the network returns something else than one logit an image.
+        UserError: the network returns something else than one logit an image.
     """
     # Flax takes `params` for random streams of other names, such as those of stochastic depth.
     rngs = {"dropout": key, "params": jax.random.fold_in(key, 1)}
@@ -62,7 +62,7 @@ def _as_logits(model: nn.Module, logits: Any, images: Any) -> Float32[Array, " b
     shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", type(logits).__name__)
     if shape != (len(images),) or not jnp.issubdtype(dtype, jnp.floating):
         got = f"{dtype}{list(shape)}" if shape is not None else f"a {dtype}"
-        raise ExpectedError(
+        raise UserError(
             f"network {type(model).__name__} returns {got} for images of shape "
             f"{list(images.shape)}; it must return one logit an image, float32[{len(images)}]"
         )
@@ -90,9 +90,9 @@ def make_forward(model: nn.Module, tta: bool = False) -> Forward:
     return forward_tta if tta else forward
 
 
-def make_eval_step(model: nn.Module, batched: NamedSharding, tta: bool = False) -> Forward:
+def make_eval_step(model: nn.Module, batch_sharding: NamedSharding, tta: bool = False) -> Forward:
     """Returns `make_forward` compiled for batches sharded over the mesh; logits are replicated."""
-    return jax.jit(make_forward(model, tta), out_shardings=replicated(batched))
+    return jax.jit(make_forward(model, tta), out_shardings=replicated(batch_sharding))
 
 
 class Metrics(NamedTuple):
@@ -114,7 +114,7 @@ class Metrics(NamedTuple):
 def make_train_step(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-    batched: NamedSharding,
+    batch_sharding: NamedSharding,
     augment: Augment,
     loss: Loss,
     ema_decay: float = 0.0,
@@ -129,7 +129,7 @@ def make_train_step(
     Args:
         model: maps normalised images to logits.
         optimizer: turns gradients into updates.
-        batched: shards a batch over the devices.
+        batch_sharding: shards a batch over the devices.
         augment: see `make_augment`.
         loss: of each example, see `get_loss`.
         ema_decay: what the moving average keeps, if the state has one.
@@ -168,7 +168,7 @@ def make_train_step(
         request = batch.get("request", jnp.zeros(1, jnp.int32)).max()
         return state.replace(step=state.step + 1), Metrics(value, finite, norm, request)
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(batched))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(batch_sharding))
 
 
 def read_behind(outputs: Iterable[jax.Array], steps: int = 2) -> Iterator[np.ndarray]:

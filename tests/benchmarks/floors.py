@@ -29,12 +29,12 @@ class Layer(NamedTuple):
 
 def layers(features: Sequence[int], dense: int) -> list[Layer]:
     """Returns the layers from image to logit."""
-    result, side = [], SIZE
+    result, subset = [], SIZE
     for before, after in pairwise((3, *features)):
-        pixels, weights = side * side, 9 * before * after
+        pixels, weights = subset * subset, 9 * before * after
         result.append(Layer(pixels * before, pixels * after, pixels * weights, weights + 2 * after))
-        side //= 2
-    for before, after in pairwise((side * side * features[-1], dense, 1)):
+        subset //= 2
+    for before, after in pairwise((subset * subset * features[-1], dense, 1)):
         result.append(Layer(before, after, before * after, before * after + after))
     return result
 

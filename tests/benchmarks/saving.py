@@ -20,8 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from configs.quickstart import get_config
+from histo_jax.distributed import mesh
 from histo_jax.models import create_model
-from histo_jax.training import sharding
 from histo_jax.training.augmentation import make_augment
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.losses import get_loss
@@ -34,19 +34,19 @@ STEPS = 32
 
 def main(rounds: int) -> None:
     config = get_config()
-    batched = sharding.batch_sharding()
+    batch_sharding = mesh.batch_sharding()
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     state = create_state(model, optimizer, 0, np.full(3, 0.5), np.full(3, 0.25))
-    state = jax.device_put(state, sharding.replicated(batched))
+    state = jax.device_put(state, mesh.replicated(batch_sharding))
     train_step = make_train_step(
-        model, optimizer, batched, make_augment(config.augment), get_loss(config.fit.loss)
+        model, optimizer, batch_sharding, make_augment(config.augment), get_loss(config.fit.loss)
     )
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (config.fit.batch_size, 96, 96, 3), np.uint8),
         "label": rng.integers(0, 2, config.fit.batch_size).astype(np.float32),
     }
-    batch = jax.device_put(batch, batched)
+    batch = jax.device_put(batch, batch_sharding)
     early_stopping = EarlyStopping.create(config.early_stopping)
 
     def epoch(state, save):

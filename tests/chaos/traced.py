@@ -22,7 +22,8 @@ note("import")
 # ruff: noqa: E402 - the kills may also hit the imports
 import numpy as np
 
-from histo_jax import evaluation, files, fitting, prediction
+from histo_jax import evaluation, fitting, prediction
+from histo_jax.run import files
 from histo_jax.training import step as steps
 from histo_jax.training.checkpoints import Checkpoints
 

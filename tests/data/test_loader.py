@@ -57,7 +57,7 @@ def test_reading_ahead_starts_anywhere_and_is_bounded(first):
     source = Records(50)
     records = loader.Records(source, np.arange(50), np.zeros(50, np.float32))
     order = loader.training_order(50, 8, seed=3)
-    made = loader.ahead(order, records.images, first)
+    made = loader.prefetch(order, records.images, first)
     for step in range(first, first + 9):
         np.testing.assert_array_equal(next(made)[:, 0, 0, 0], order[step])
     assert len(source.read) <= (9 + loader._READ_AHEAD.prefetch_buffer_size) * 8

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from histo_jax.config import Config
 from histo_jax.data import splits
-from histo_jax.data.builder import SQUARES, SUMS
-from histo_jax.errors import ExpectedError
+from histo_jax.data.records import SQUARES, SUMS
+from histo_jax.errors import UserError
 
 
 def make_table(count: int = 400, slides: int = 0, positive: float = 0.4) -> pd.DataFrame:
@@ -26,8 +26,8 @@ def make_table(count: int = 400, slides: int = 0, positive: float = 0.4) -> pd.D
     )
 
 
-def make_split(table: pd.DataFrame, config: Config) -> splits.Sides:
-    return splits.make_sides({"train": table}, config)
+def make_split(table: pd.DataFrame, config: Config) -> splits.Subsets:
+    return splits.make_subsets({"train": table}, config)
 
 
 def test_sides_are_disjoint_stratified_and_repeatable():
@@ -69,12 +69,12 @@ def test_image_split_of_known_slides_only_when_asked():
 def test_slide_split_without_slides_is_refused():
     config = Config()
     config.data.split_by = "slide"
-    with pytest.raises(ExpectedError, match="split_by"):
+    with pytest.raises(UserError, match="split_by"):
         make_split(make_table(), config)
 
 
 def test_a_single_slide_cannot_be_divided():
-    with pytest.raises(ExpectedError, match="split_by=image"):
+    with pytest.raises(UserError, match="split_by=image"):
         make_split(make_table(slides=1), Config())
 
 
@@ -104,29 +104,29 @@ def test_normalisation_equals_the_pixels_own_moments():
     flat = images.reshape(5, -1, 3).astype(np.int64)
     table = pd.DataFrame(flat.sum(1), columns=list(SUMS))
     table[list(SQUARES)] = (flat**2).sum(1)
-    mean, deviation = splits.normalisation(table, np.array([0, 2, 4]))
+    mean, std = splits.channel_stats(table, np.array([0, 2, 4]))
     chosen = images[[0, 2, 4]] / 255
     np.testing.assert_allclose(mean, chosen.mean((0, 1, 2)), rtol=1e-6)
-    np.testing.assert_allclose(deviation, chosen.std((0, 1, 2)), rtol=1e-6)
-    assert mean.dtype == deviation.dtype == np.float32
+    np.testing.assert_allclose(std, chosen.std((0, 1, 2)), rtol=1e-6)
+    assert mean.dtype == std.dtype == np.float32
 
 
 def test_fingerprint_tells_seed_batch_size_and_examples_apart():
     table, config = make_table(), Config()
-    sides = make_split(table, config)
-    prints = {splits.fingerprint({"train": table}, sides, config)}
-    assert splits.fingerprint({"train": table.copy()}, sides, config) in prints
+    subsets = make_split(table, config)
+    prints = {splits.fingerprint({"train": table}, subsets, config)}
+    assert splits.fingerprint({"train": table.copy()}, subsets, config) in prints
     for change in ("seed", "batch", "ids", "side"):
-        other, changed, divided = table.copy(), Config(), sides
+        other, changed, divided = table.copy(), Config(), subsets
         if change == "seed":
             changed.seed = 1
         elif change == "batch":
             changed.fit.batch_size = 32
         elif change == "ids":
-            other.loc[sides.train.rows[0], "id"] = "f" * 40
+            other.loc[subsets.train.rows[0], "id"] = "f" * 40
         else:
-            fewer = splits.Side("train", sides.train.rows[1:])
-            divided = dataclasses.replace(sides, train=fewer)
+            fewer = splits.Subset("train", subsets.train.rows[1:])
+            divided = dataclasses.replace(subsets, train=fewer)
         prints.add(splits.fingerprint({"train": other}, divided, changed))
     assert len(prints) == 5
 
@@ -136,10 +136,10 @@ def test_fingerprint_tells_seed_batch_size_and_examples_apart():
 def test_slides_stay_apart_for_any_seed(seed, slides, share):
     table, config = make_table(count=600, slides=slides, positive=share), Config()
     config.seed = seed
-    sides = make_split(table, config)
+    subsets = make_split(table, config)
     names = table["slide"].to_numpy()
-    assert not set(names[sides.train.rows]) & set(names[sides.validation.rows])
-    assert 0 < len(sides.validation.rows) < len(sides.train.rows)
+    assert not set(names[subsets.train.rows]) & set(names[subsets.validation.rows])
+    assert 0 < len(subsets.validation.rows) < len(subsets.train.rows)
 
 
 def test_official_splits_rule():
@@ -149,40 +149,40 @@ def test_official_splits_rule():
     config.data.samples_per_class = 20
     for rule in ("auto", "slide", "image"):
         config.data.split_by = rule
-        sides = splits.make_sides(tables, config)
-        assert (sides.by, sides.honest) == ("official", None)
-        assert "slides not checked" in sides.division
-        assert (sides.train.records, len(sides.train.rows)) == ("train", 40)
-        assert sides.validation.records == "validation"
-        assert sides.validation.rows.tolist() == list(range(40))
-        assert sides.test is not None
-        assert len(sides.test.rows) == 30
+        subsets = splits.make_subsets(tables, config)
+        assert (subsets.by, subsets.slide_disjoint) == ("official", None)
+        assert "slides not checked" in subsets.division
+        assert (subsets.train.records, len(subsets.train.rows)) == ("train", 40)
+        assert subsets.validation.records == "validation"
+        assert subsets.validation.rows.tolist() == list(range(40))
+        assert subsets.test is not None
+        assert len(subsets.test.rows) == 30
 
 
 def test_patches_of_unknown_slides_take_no_side():
     table = make_table(400, slides=20)
     table.loc[:99, "slide"] = ""
-    sides = make_split(table, Config())
-    rows = np.concatenate([sides.train.rows, sides.validation.rows])
+    subsets = make_split(table, Config())
+    rows = np.concatenate([subsets.train.rows, subsets.validation.rows])
     assert sorted(rows) == list(range(100, 400))
 
 
 def test_training_on_test_patches_is_refused(caplog):
     tables = {"train": make_table(100), "test": make_table(30)}
     tables["test"]["id"] = [f"{i + 1000:040x}" for i in range(30)]
-    sides = splits.make_sides(tables, Config())
-    splits.refuse_leak(tables, sides, allow=False)
-    leaked = tables["train"]["id"].iloc[sides.train.rows[3]]
+    subsets = splits.make_subsets(tables, Config())
+    splits.refuse_leak(tables, subsets, allow=False)
+    leaked = tables["train"]["id"].iloc[subsets.train.rows[3]]
     tables["test"].loc[7, "id"] = leaked
-    with pytest.raises(ExpectedError, match=f"1 training patches .* {leaked}.*allow_leak"):
-        splits.refuse_leak(tables, sides, allow=False)
+    with pytest.raises(UserError, match=f"1 training patches .* {leaked}.*allow_leak"):
+        splits.refuse_leak(tables, subsets, allow=False)
     logging.getLogger("histo_jax").addHandler(caplog.handler)
-    splits.refuse_leak(tables, sides, allow=True)
+    splits.refuse_leak(tables, subsets, allow=True)
     logging.getLogger("histo_jax").removeHandler(caplog.handler)
     assert "LEAK" in caplog.text
     # The same patch, but of one colour, proves nothing.
     tables["train"][list(SQUARES)] -= 1
-    splits.refuse_leak(tables, sides, allow=False)
+    splits.refuse_leak(tables, subsets, allow=False)
 
 
 @pytest.mark.parametrize(
@@ -206,19 +206,19 @@ def test_official_sides_are_honest_only_where_they_share_nothing(shared, by):
         train["slide"] = train["id"]
     if shared == "glass":  # of one colour
         train.loc[3, list(SQUARES)] = 9216 * 200**2
-    sides = splits.make_sides({"train": train, "validation": validation}, Config())
-    assert (sides.by, sides.honest) == (by, {"slide": True, "image": False}.get(by))
+    subsets = splits.make_subsets({"train": train, "validation": validation}, Config())
+    assert (subsets.by, subsets.slide_disjoint) == (by, {"slide": True, "image": False}.get(by))
 
 
 def test_slide_names_that_no_two_patches_share_make_no_honest_split():
     table = make_table(40)
     table["slide"] = table["id"]
-    sides = make_split(table, Config())
-    assert (sides.by, sides.honest) == ("image", None)
-    assert "each patch names a slide of its own" in sides.division
-    assert "checked" in splits.caveat(sides.honest)
+    subsets = make_split(table, Config())
+    assert (subsets.by, subsets.slide_disjoint) == ("image", None)
+    assert "each patch names a slide of its own" in subsets.division
+    assert "checked" in splits.caveat(subsets.slide_disjoint)
     table.loc[:24, "slide"] = "s"
-    assert make_split(table, Config()).honest
+    assert make_split(table, Config()).slide_disjoint
 
 
 def test_two_spellings_of_a_slide_are_shared_by_two_data_sets():
@@ -243,20 +243,24 @@ def test_folds_are_disjoint_and_cover_everything(slides):
     folds = []
     for number in range(1, 5):
         config.seed, config.data.fold = number, f"{number}/4"  # other seeds, one division
-        sides = splits.make_sides(tables, config)
-        assert (sides.by, sides.honest) == (("slide", True) if slides else ("image", False))
-        assert sides.validation.records == "train"  # the data's own validation split is left out
-        both = np.concatenate([sides.train.rows, sides.validation.rows])
+        subsets = splits.make_subsets(tables, config)
+        assert (subsets.by, subsets.slide_disjoint) == (
+            ("slide", True) if slides else ("image", False)
+        )
+        assert subsets.validation.records == "train"  # the data's own validation split is left out
+        both = np.concatenate([subsets.train.rows, subsets.validation.rows])
         assert sorted(both) == splits.draw_sample(tables, config).rows.tolist()
         if slides:
-            names = (set(tables["train"]["slide"].iloc[side.rows]) for side in sides_of(sides))
+            names = (
+                set(tables["train"]["slide"].iloc[subset.rows]) for subset in sides_of(subsets)
+            )
             assert not set.intersection(*names)
-        folds.append(sides.validation.rows)
+        folds.append(subsets.validation.rows)
     assert sorted(np.concatenate(folds)) == splits.draw_sample(tables, config).rows.tolist()
 
 
-def sides_of(sides):
-    return sides.train, sides.validation
+def sides_of(subsets):
+    return subsets.train, subsets.validation
 
 
 @pytest.mark.parametrize(
@@ -269,7 +273,7 @@ def test_more_folds_than_the_data_has_are_refused(slides, count, words):
     if slides == 4:
         table["slide"] = [f"s{i // 100}" for i in range(400)]
     config.data.fold = f"1/{count}"
-    with pytest.raises(ExpectedError, match=words):
+    with pytest.raises(UserError, match=words):
         make_split(table, config)
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from histo_jax.data.tables import read_csv
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
 
 PLAIN = "id,wsi\na,s1\nb,s 2\n"
 SAME = {
@@ -67,13 +67,13 @@ def test_bad_table(tmp_path, name):
     content, words = BAD[name]
     path = tmp_path / "table.csv"
     path.write_bytes(content)
-    with pytest.raises(ExpectedError, match=f"^{re.escape(str(path))}.*{words}") as error:
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}.*{words}") as error:
         read_csv(path, ("id", "wsi"))
     assert str(error.value).isprintable()
 
 
 def test_what_the_system_refuses_is_said_in_its_words(tmp_path):
     for path, number in ((tmp_path, errno.EISDIR), (tmp_path / "none.csv", errno.ENOENT)):
-        with pytest.raises(ExpectedError, match="cannot be read") as error:
+        with pytest.raises(UserError, match="cannot be read") as error:
             read_csv(path, ("id",))
         assert f"{path} cannot be read ({os.strerror(number)}): " in str(error.value)

@@ -1,6 +1,6 @@
 """Feeds the readers files that chance has damaged: `python tests/fuzz/fuzz_readers.py`.
 
-Each must be read, or refused by an `ExpectedError` of one line; nothing else may escape, and no
+Each must be read, or refused by an `UserError` of one line; nothing else may escape, and no
 input may take more than `--seconds` or `MEMORY`. The C libraries below can crash and hang, so every
 reader runs in a child that can be killed. A finding is saved, and `--replay FILE` repeats it.
 """
@@ -31,9 +31,10 @@ import pandas as pd
 from PIL import Image
 
 from histo_jax.config import DataConfig
-from histo_jax.data import kaggle, names, pcam, slides
+from histo_jax.data import names, slide_map
 from histo_jax.data.example import Example
-from histo_jax.errors import ExpectedError
+from histo_jax.data.sources import kaggle, pcam
+from histo_jax.errors import UserError
 
 MIB = 2**20
 MEMORY = 512 * MIB  # an input's growth of the child
@@ -114,7 +115,7 @@ def feed_map(folder: Path, content: bytes) -> Iterator[Example]:
     table = pd.DataFrame({"id": IDS, "slide": ""})
     for on_damaged in ("skip", "stop"):
         data = DataConfig(slide_map=str(path), on_damaged=on_damaged)
-        filled = slides.unify({"train": slides.fill_in(table, data, folder)})["train"]
+        filled = slide_map.unify({"train": slide_map.fill_in(table, data, folder)})["train"]
         yield from map(Example, filled["id"], PATCHES, [0] * 3, filled["slide"])
 
 
@@ -248,7 +249,7 @@ def judge(kind: str, folder: Path, content: bytes) -> tuple[str, str]:
             assert (image.dtype, image.shape) == (np.uint8, (96, 96, 3))
             assert label in (-1, 0, 1)
             assert slide == names.clean(slide)
-    except ExpectedError as error:
+    except UserError as error:
         # What only the limit of the child refused would have been allocated elsewhere.
         bad = not str(error).isprintable() or re.search("memory|allocate ", str(error), re.I)
         return "finding" if bad else "refused", str(error)

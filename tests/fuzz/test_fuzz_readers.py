@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).with_name("fuzz_readers.py")
 def fuzz(folder: Path, *args: str, plant: str = "pass") -> tuple[int, str]:
     """Runs the script after `plant`; in a process of its own, which has no threads and may fork."""
     code = (
-        "import os, runpy, sys, time\nfrom histo_jax.data import kaggle\n"
+        "import os, runpy, sys, time\nfrom histo_jax.data.sources import kaggle\n"
         f"def plant(path):\n    {plant}\n    return 'is damaged'\n"
         + ("" if plant == "pass" else "kaggle._read_image = plant\n")
         + "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"

@@ -14,13 +14,15 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 import histo_jax
-from histo_jax import registry, settings, workdir
+from histo_jax import registry, settings
 from histo_jax.config import AugmentConfig, Config, validate
-from histo_jax.errors import ExpectedError
-from histo_jax.members import Member, uses_tta
+from histo_jax.distributed import mesh
+from histo_jax.ensemble import TrainedModel, uses_tta
+from histo_jax.errors import UserError
 from histo_jax.models import create_model
-from histo_jax.report.saliency import integrated_gradients
-from histo_jax.training import sharding, step
+from histo_jax.report.attribution import integrated_gradients
+from histo_jax.run import workdir
+from histo_jax.training import step
 from histo_jax.training.augmentation import make_augment
 from histo_jax.training.check import check_parts
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
@@ -54,16 +56,16 @@ def check(config):
 def train(config, steps):
     """A few steps as `fit` takes them, on one batch; returns the model, state and metrics."""
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-    batched = sharding.batch_sharding()
+    batch_sharding = mesh.batch_sharding()
     train_step = step.make_train_step(
-        model, optimizer, batched, make_augment(config.augment), get_loss(config.fit.loss),
+        model, optimizer, batch_sharding, make_augment(config.augment), get_loss(config.fit.loss),
         config.optimizer.ema_decay, config.augment.mixup,
     )  # fmt: skip
     mean, std = np.full(3, 0.5), np.full(3, 0.25)
     state = create_state(model, optimizer, 0, mean, std, config.optimizer.ema_decay > 0)
-    state = jax.device_put(state, sharding.replicated(batched))
+    state = jax.device_put(state, mesh.replicated(batch_sharding))
     for _ in range(steps):
-        state, metrics = train_step(state, jax.device_put(BATCH, batched))
+        state, metrics = train_step(state, jax.device_put(BATCH, batch_sharding))
     assert train_step._cache_size() == 1
     return SimpleNamespace(model=model, state=state, metrics=metrics)
 
@@ -221,7 +223,7 @@ def test_a_network_that_breaks_its_contract_is_refused_in_one_line(network, word
 
 
 def refuses(config, words):
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         check(config)
     message = str(error.value)
     assert "\n" not in message
@@ -271,8 +273,8 @@ def test_kwargs_are_checked_against_the_networks_fields(kwargs, words, tmp_path)
     assert workdir.plain(workdir.load_config(tmp_path)) == workdir.plain(config)
     assert workdir.load_config(tmp_path).model.kwargs == json.loads(json.dumps(kwargs))
     config.model.kwargs = kwargs | {"width": 4}
-    with pytest.raises(ExpectedError, match=r"model\.kwargs was .*'width': 3.* there"):
-        workdir.check(tmp_path, config)
+    with pytest.raises(UserError, match=r"model\.kwargs was .*'width': 3.* there"):
+        workdir.check_compatible(tmp_path, config)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +312,7 @@ def test_tta_is_left_out_for_networks_that_are_invariant(name, is_used):
     config = Config()
     config.model.name, config.predict.tta = name, True
     model = create_model(config.model)
-    member = Member("run", config, model, None, None, 0, "")
+    member = TrainedModel("run", config, model, None, None, 0, "")
     assert uses_tta(config, member) == is_used
     config.predict.tta = False
     assert not uses_tta(config, member)
@@ -319,9 +321,9 @@ def test_tta_is_left_out_for_networks_that_are_invariant(name, is_used):
 def test_names_belong_to_one_network_each():
     histo_jax.register_model("mine")(Column)
     histo_jax.register_model("mine")(Column)
-    with pytest.raises(ExpectedError, match=r"registered, by Column of .*another"):
+    with pytest.raises(UserError, match=r"registered, by Column of .*another"):
         histo_jax.register_model("mine")(Mean)
-    with pytest.raises(ExpectedError, match="model 'resnet18' is built in"):
+    with pytest.raises(UserError, match="model 'resnet18' is built in"):
         histo_jax.register_model("resnet18")(Mean)
     # A cell of a notebook is another file each time that it is executed.
     for _ in range(2):
@@ -344,8 +346,8 @@ def test_a_registered_loss_is_what_training_minimises(tmp_path):
     assert 0 < float(first.loss) < 1
     workdir.save_config(tmp_path, config)
     config.fit.loss = "binary_cross_entropy"
-    with pytest.raises(ExpectedError, match=r"fit\.loss was 'brier' there"):
-        workdir.check(tmp_path, config)
+    with pytest.raises(UserError, match=r"fit\.loss was 'brier' there"):
+        workdir.check_compatible(tmp_path, config)
     assert float(train(config, 1).metrics.loss) > 1.5 * float(first.loss)
 
     histo_jax.register_loss("mean")(lambda logits, labels: brier(logits, labels).mean())
@@ -381,7 +383,7 @@ def test_the_line_of_a_networks_mistake_is_named():
     histo_jax.register_model("mine")(Broken)
     config = Config()
     config.model.name = "mine"
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         check(config)
     number = int(re.search(r"line (\d+)\)$", str(error.value))[1])
     assert "jnp.zeros(5)" in Path(__file__).read_text().splitlines()[number - 1]

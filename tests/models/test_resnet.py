@@ -15,9 +15,9 @@ def make(**kwargs):
 
 @pytest.mark.parametrize(
     # torchvision's resnet18 has 11,689,512 parameters, 512,487 of them for 999 more classes.
-    ("stem", "side", "parameters"), [("small", 12, 11_169_345), ("imagenet", 3, 11_177_025)]
+    ("stem", "size", "parameters"), [("small", 12, 11_169_345), ("imagenet", 3, 11_177_025)]
 )  # fmt: skip
-def test_it_is_the_published_network(stem, side, parameters):
+def test_it_is_the_published_network(stem, size, parameters):
     model = make(stem=stem)
     variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
@@ -31,7 +31,7 @@ def test_it_is_the_published_network(stem, side, parameters):
     assert logits.shape == (1,)
     assert logits.dtype == jnp.float32
     (last,) = captured["intermediates"]["ResidualBlock_7"]["__call__"]
-    assert last.shape == (1, side, side, 512)
+    assert last.shape == (1, size, size, 512)
 
 
 def test_blocks_begin_as_the_identity_and_statistics_move_a_tenth_of_the_way():

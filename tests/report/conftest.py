@@ -50,7 +50,7 @@ def facts():
             "resampled": 30,
             "prior": 0.5,
             "tta": False,
-            "honest": True,
+            "slide_disjoint": True,
             "note": "",
             "checkpoint_step": 7,
             "probability_at_95_specificity": 0.7312,

@@ -12,7 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
-from histo_jax import predictions
+from histo_jax import evaluation_files
 from histo_jax.report.page import render
 
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
@@ -110,7 +110,7 @@ def test_pointing_and_the_keyboard_show_where_the_network_looked(page):
 
 
 def test_a_patch_is_enlarged_by_the_keyboard_and_closed_again(page, run):
-    table = predictions.read(run, "validation")
+    table = evaluation_files.read(run, "validation")
     patch = page.locator("button.patch").first
     patch.focus()
     page.keyboard.press("Enter")
@@ -175,7 +175,7 @@ def test_a_page_of_thirty_thousand_patches_opens_and_answers(chromium, many, tmp
 def test_without_scripts_nothing_is_missing(chromium, run):
     page = chromium.new_context(java_script_enabled=False).new_page()
     page.goto((run / "report.html").as_uri())
-    table = predictions.read(run, "validation")
+    table = evaluation_files.read(run, "validation")
     sensitivity = (table["logit"][table["label"] == 1] >= 0).mean()
     assert page.locator("#sensitivity").inner_text() == f"{100 * sensitivity:.1f}%"
     assert page.locator("#specificity").inner_text().endswith("%")

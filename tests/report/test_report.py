@@ -20,12 +20,12 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, precision_recall_curve, roc_auc_score, roc_curve
 
 import histo_jax
-from histo_jax import predictions
+from histo_jax import evaluation_files
 from histo_jax.data import splits
-from histo_jax.data.audit import audit
-from histo_jax.data.builder import prepare
-from histo_jax.errors import ExpectedError
-from histo_jax.members import Member, check_evaluated
+from histo_jax.data.leakage import audit
+from histo_jax.data.records import prepare
+from histo_jax.ensemble import TrainedModel, check_evaluated
+from histo_jax.errors import UserError
 from histo_jax.metrics import binary_scores, operating_points
 from histo_jax.report import explain, figures, page, patches, report
 
@@ -86,8 +86,8 @@ def test_the_answer_comes_first_and_every_score_is_that_of_the_evaluation(run):
 
 
 ANSWERS = {
-    "Not known whether honest: not all patches name": {"honest": None},
-    "Optimistic: neighbours of one slide": {"honest": False},
+    "Not known whether honest: not all patches name": {"slide_disjoint": None},
+    "Optimistic: neighbours of one slide": {"slide_disjoint": False},
     "resampling patches, and so too narrow": {"interval_over": "patches"},
     "No interval: patches of one slide": {"auc_low": None, "auc_high": None},
     "The mean of 2 runs: a (AUC 0.612), b (AUC 0.712).": {
@@ -104,7 +104,9 @@ def test_the_answer_says_what_is_known_and_what_not(facts, wanted):
     said = words_of(page.render(**made)[0])
     assert wanted in said
     assert wanted not in usual
-    is_known = bool(made["scores"]["honest"]) and made["scores"]["interval_over"] == "slides"
+    is_known = (
+        bool(made["scores"]["slide_disjoint"]) and made["scores"]["interval_over"] == "slides"
+    )
     assert ("Honest: no slide" in said) == is_known
 
 
@@ -185,7 +187,7 @@ def test_only_an_audit_of_these_patches_is_shown(config, run, tmp_path):
         return words_of(text_of(tmp_path / "run"))
 
     prepared = prepare(config)
-    found = audit(prepared, splits.make_sides(prepared.tables, config), 0)
+    found = audit(prepared, splits.make_subsets(prepared.tables, config), 0)
     found["note"] = "optimistic, as the page says for itself"
     said = report_with(found)
     auc = found["control"]["validation_auc"]
@@ -201,7 +203,7 @@ def test_only_an_audit_of_these_patches_is_shown(config, run, tmp_path):
 
 def test_no_caveat_stands_twice(facts):
     made = facts(audit="slides: not known, cannot be checked", audit_knows_slides=False)
-    made["scores"] |= {"honest": False, "interval_over": "patches", "resampled": 40}
+    made["scores"] |= {"slide_disjoint": False, "interval_over": "patches", "resampled": 40}
     made["scores"]["note"] = f"{splits.OPTIMISTIC}; these patches chose the checkpoint"
     said = words_of(page.render(**made)[0])
     for caveat in ("neighbours of one slide", "chose the checkpoint", "fitted", "too narrow"):
@@ -284,7 +286,7 @@ def test_every_picture_has_a_text_and_every_control_a_label(run):
 
 
 def test_the_slider_has_the_counts_of_every_threshold(run):
-    table = predictions.read(run, "validation")
+    table = evaluation_files.read(run, "validation")
     probabilities = expit(table["logit"])
     counts = json.loads(re.search(r"const counts = (.*);", text_of(run))[1])
     for position in (0, 171, 500, 1000):
@@ -294,7 +296,7 @@ def test_the_slider_has_the_counts_of_every_threshold(run):
 
 
 def test_galleries_show_the_most_wrong_and_the_least_sure(config, run):
-    table = predictions.read(run, "validation")
+    table = evaluation_files.read(run, "validation")
     words = text_of(run)
     loss = np.logaddexp(0, np.where(table["label"] == 1, -1, 1) * table["logit"])
     order = np.argsort(-loss, kind="stable")
@@ -317,7 +319,7 @@ def test_a_network_that_is_never_wrong_has_a_page(facts):
 
 
 def test_each_slide_has_its_scores_and_the_worst_comes_first(run):
-    table = predictions.read(run, "validation")
+    table = evaluation_files.read(run, "validation")
     rows = [row for row in Page(text_of(run)).rows if row[0] in set(table["slide"])]
     losses = []
     for row in rows:
@@ -354,7 +356,7 @@ def test_without_the_checkpoint_the_page_comes_without_saliency(config, run, tmp
 
 
 def test_what_was_not_evaluated_is_said(config, tmp_path, run):
-    with pytest.raises(ExpectedError, match=r"predictions_validation\.csv is missing: run"):
+    with pytest.raises(UserError, match=r"predictions_validation\.csv is missing: run"):
         report(config, tmp_path)
     assert not any(tmp_path.iterdir())
 
@@ -364,7 +366,7 @@ def test_other_patches_than_were_evaluated_are_refused(config, run, tmp_path):
         (tmp_path / path.name).write_text(path.read_text())
     path = tmp_path / "predictions_validation.csv"
     pd.read_csv(path).iloc[1:].to_csv(path, index=False)
-    with pytest.raises(ExpectedError, match="not the patches that were evaluated"):
+    with pytest.raises(UserError, match="not the patches that were evaluated"):
         report(config, tmp_path)
     assert not (tmp_path / "report.html").exists()
 
@@ -486,7 +488,7 @@ def test_the_settings_are_those_that_the_scores_were_made_with(config, run, tmp_
     assert f"synthetic, test: {scores['count']} patches" in words_of(text)
     # With the probabilities that were evaluated, not those of one pass.
     said = explain(plain, tmp_path / "run").set_index("id")["probability"]
-    table = predictions.read(tmp_path / "run", "test").set_index("id")
+    table = evaluation_files.read(tmp_path / "run", "test").set_index("id")
     np.testing.assert_allclose(said, expit(table["logit"][said.index]))
 
 
@@ -510,15 +512,15 @@ def test_the_mean_of_several_runs_is_shown_as_theirs(config, run, tmp_path):
     assert "The runs, each trained as its own report says, were judged on" in words
     # Only what was evaluated is explained.
     together.predict.checkpoints = str(run)
-    with pytest.raises(ExpectedError, match=f"is the mean of {run}, {twin}: set"):
+    with pytest.raises(UserError, match=f"is the mean of {run}, {twin}: set"):
         explain(together, tmp_path / "together")
     together.predict.checkpoints = f"{run},{twin}"
-    with pytest.raises(ExpectedError, match=f"{run} is a run of its own"):
+    with pytest.raises(UserError, match=f"{run} is a run of its own"):
         explain(together, run)
     # Nor in a folder that holds the scores of a run, and no longer its checkpoints.
     scores = json.loads((run / "evaluation_validation.json").read_text())
-    trained = [Member(str(place), config, None, None, None, 0, "") for place in (run, twin)]
-    with pytest.raises(ExpectedError, match="is one run alone, not the mean of"):
+    trained = [TrainedModel(str(place), config, None, None, None, 0, "") for place in (run, twin)]
+    with pytest.raises(UserError, match="is one run alone, not the mean of"):
         check_evaluated(trained, scores, "validation")
 
 
@@ -528,7 +530,7 @@ def test_a_checkpoint_that_was_not_evaluated_is_refused(verb, config, run, tmp_p
     path = tmp_path / "run" / "evaluation_validation.json"
     scores = json.loads(path.read_text())
     path.write_text(json.dumps(scores | {"checkpoint_step": 3}))
-    with pytest.raises(ExpectedError, match=r"of step 3: run --mode=evaluate .*validation again"):
+    with pytest.raises(UserError, match=r"of step 3: run --mode=evaluate .*validation again"):
         verb(config, tmp_path / "run")
 
 
@@ -538,7 +540,7 @@ def explained(config, run):
 
 
 def test_explain_draws_the_patches_of_the_galleries(config, run, explained):
-    table = predictions.read(run, "validation")
+    table = evaluation_files.read(run, "validation")
     rows = np.unique(np.concatenate(list(patches.galleries(table, config.seed).values())))
     assert sorted(explained["id"]) == sorted(table["id"].iloc[rows])
     pictures = {path.stem for path in (run / "explain").glob("*.png")}
@@ -568,7 +570,7 @@ def test_explain_takes_ids_of_any_split(config, run):
     ids = [tables["train"]["id"][3], tables["test"]["id"][2]]
     said = explain_ids(config, run, f"{ids[0].upper()}.tif,{ids[1]}")
     assert sorted(said["id"]) == sorted(ids)
-    with pytest.raises(ExpectedError, match=r"config\.explain\.ids: no patch .* has the id 'abc'"):
+    with pytest.raises(UserError, match=r"config\.explain\.ids: no patch .* has the id 'abc'"):
         explain_ids(config, run, f"{ids[0]},abc")
 
 

@@ -10,8 +10,8 @@ RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
 
 
-def draw(count=64, side=16):
-    return RNG.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+def draw(count=64, subset=16):
+    return RNG.integers(0, 256, (count, subset, subset, 3), dtype=np.uint8)
 
 
 def test_augmentation_gives_all_eight_symmetries_equally_often():

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from histo_jax.config import Config, ModelConfig
-from histo_jax.errors import ExpectedError
+from histo_jax.distributed import mesh
+from histo_jax.errors import UserError
 from histo_jax.models import create_model
-from histo_jax.training import sharding
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.optimizer import create_optimizer
 from histo_jax.training.state import EarlyStopping, abstract_state, create_state, update
@@ -34,7 +34,7 @@ def make(config, step, losses):
 
 
 def restore_latest(checkpoints, config):
-    like = abstract_state(config, sharding.replicated(sharding.batch_sharding()))
+    like = abstract_state(config, mesh.replicated(mesh.batch_sharding()))
     return checkpoints.restore_latest(like, EarlyStopping.create(config.early_stopping))
 
 
@@ -50,7 +50,7 @@ def test_latest_two_and_best_are_kept_and_come_back_whole(config, tmp_path):
         for step in range(1, 6):
             checkpoints.save(make(config, step, losses[:step]), losses[step - 1])
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "5"}
-    place = sharding.replicated(sharding.batch_sharding())
+    place = mesh.replicated(mesh.batch_sharding())
     with Checkpoints(tmp_path) as checkpoints:
         assert_equal(restore_latest(checkpoints, config), make(config, 5, losses))
         assert_equal(checkpoints.restore_best(config, place), make(config, 2, losses[:2]))
@@ -62,14 +62,14 @@ def test_a_save_inside_an_epoch_is_never_the_best(config, tmp_path):
         for step in (3, 4, 5):
             checkpoints.save(make(config, step, [0.5]), None)
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "5"}
-    place = sharding.replicated(sharding.batch_sharding())
+    place = mesh.replicated(mesh.batch_sharding())
     with Checkpoints(tmp_path) as checkpoints:
         assert_equal(restore_latest(checkpoints, config), make(config, 5, [0.5]))
         assert_equal(checkpoints.restore_best(config, place), make(config, 2, [0.5]))
 
 
 def test_a_step_saved_before_its_validation_is_saved_again_with_it(config, tmp_path):
-    place = sharding.replicated(sharding.batch_sharding())
+    place = mesh.replicated(mesh.batch_sharding())
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make(config, 2, [0.5]), 0.5)
         checkpoints.save(make(config, 4, [0.5]), None)
@@ -156,12 +156,10 @@ def test_a_damaged_best_is_one_line_that_says_what_to_do(config, tmp_path):
     for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    place = sharding.replicated(sharding.batch_sharding())
+    place = mesh.replicated(mesh.batch_sharding())
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(
-            ExpectedError, match="checkpoints/1, the best checkpoint, is damaged"
-        ) as said,
+        pytest.raises(UserError, match="checkpoints/1, the best checkpoint, is damaged") as said,
     ):
         checkpoints.restore_best(config, place)
     assert "\n" not in str(said.value)
@@ -171,7 +169,7 @@ def test_a_damaged_best_is_one_line_that_says_what_to_do(config, tmp_path):
 
 
 def test_an_error_that_is_no_damage_moves_nothing(config, tmp_path, monkeypatch):
-    place = sharding.replicated(sharding.batch_sharding())
+    place = mesh.replicated(mesh.batch_sharding())
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make(config, 1, [0.3]), 0.3)
         checkpoints.wait()
@@ -193,7 +191,7 @@ def test_a_damaged_metric_of_a_run_that_is_only_read_is_one_line(config, tmp_pat
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make(config, 1, [0.3]), 0.3)
     (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text("{")
-    with pytest.raises(ExpectedError, match=r"damaged checkpoint .* start that run again"):
+    with pytest.raises(UserError, match=r"damaged checkpoint .* start that run again"):
         Checkpoints(tmp_path, read_only=True)
     assert not (tmp_path / "damaged").exists()
 
@@ -211,8 +209,8 @@ def test_a_folder_whose_name_is_a_pattern_for_orbax_keeps_checkpoints(config, tm
     # Nothing beside it: TensorStore makes a slash of a backslash.
     assert [path.name for path in tmp_path.iterdir()] == [name.split("/")[0]]
     (folder / "checkpoints" / "2" / "state" / "_METADATA").unlink()
-    place = sharding.replicated(sharding.batch_sharding())
-    with Checkpoints(folder) as checkpoints, pytest.raises(ExpectedError) as said:
+    place = mesh.replicated(mesh.batch_sharding())
+    with Checkpoints(folder) as checkpoints, pytest.raises(UserError) as said:
         checkpoints.restore_best(config, place)
     assert str(folder / "checkpoints" / "2") in str(said.value)
     assert "/proc/" not in str(said.value)
@@ -234,7 +232,7 @@ def test_a_first_save_that_does_not_come_back_stops_the_run(config, tmp_path, mo
     monkeypatch.setattr(Checkpoints, "restore", restore)
     with (
         Checkpoints(tmp_path / "lost") as checkpoints,
-        pytest.raises(ExpectedError, match=r"cannot hold checkpoints.*no array.*--workdir") as said,
+        pytest.raises(UserError, match=r"cannot hold checkpoints.*no array.*--workdir") as said,
     ):
         checkpoints.save(make(config, 1, [0.3]), 0.3)
     assert read == [1]
@@ -272,22 +270,22 @@ def test_a_checkpoint_of_another_model_is_refused(config, tmp_path, change):
         config.model.dense = 5
     else:
         config.model.features = (2, 2, 2, 2, 3) if change == "features" else (2, 2, 2, 2)
-    place = sharding.replicated(sharding.batch_sharding())
-    remedy = pytest.raises(ExpectedError, match="checkpoint of another model")
+    place = mesh.replicated(mesh.batch_sharding())
+    remedy = pytest.raises(UserError, match="checkpoint of another model")
     with Checkpoints(tmp_path) as checkpoints, remedy:
         checkpoints.restore_best(config, place)
 
 
 def test_a_checkpoint_of_0_1_0_is_refused_as_such(config, tmp_path):
     old = {"weights": {"deviation": np.zeros(3, np.float32)}}
-    like = abstract_state(config, sharding.replicated(sharding.batch_sharding()))
-    remedy = pytest.raises(ExpectedError, match=f"{tmp_path} was trained by histo_jax 0.1.0")
+    like = abstract_state(config, mesh.replicated(mesh.batch_sharding()))
+    remedy = pytest.raises(UserError, match=f"{tmp_path} was trained by histo_jax 0.1.0")
     with Checkpoints(tmp_path) as checkpoints, remedy:
         checkpoints._check_shapes(1, old, like)
 
 
 def test_no_checkpoint_names_the_remedy(tmp_path):
-    with pytest.raises(ExpectedError, match="run --mode=fit first"):
+    with pytest.raises(UserError, match="run --mode=fit first"):
         Checkpoints.of(tmp_path)
 
 
@@ -295,7 +293,7 @@ def test_no_checkpoint_names_the_remedy(tmp_path):
 def test_abstract_state_has_the_real_ones_shapes(config, decay):
     config.optimizer.ema_decay = decay
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-    place = sharding.replicated(sharding.batch_sharding())
+    place = mesh.replicated(mesh.batch_sharding())
     real = create_state(model, optimizer, 0, np.zeros(3), np.ones(3), decay > 0)
     jax.tree.map(
         lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"),

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 import histo_jax
-from histo_jax import fitting, preemption
+from histo_jax import fitting
 from histo_jax.data import loader
 from histo_jax.data.loader import Records
-from histo_jax.errors import ExpectedError
-from histo_jax.training import memory, placement
+from histo_jax.distributed import memory, mesh
+from histo_jax.distributed.mesh import replicated
+from histo_jax.errors import UserError
+from histo_jax.run import signals
+from histo_jax.training import placement
 from histo_jax.training.checkpoints import Checkpoints
-from histo_jax.training.sharding import batch_sharding, replicated
 
 PLACEMENTS = ("device", "host", "disk")
 IMAGES = np.random.default_rng(0).integers(0, 256, (300, 96, 96, 3), np.uint8)
@@ -47,17 +49,17 @@ def log(caplog):
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("wanted", PLACEMENTS)
 def test_batches_are_the_same_from_everywhere_on_any_number_of_devices(wanted, devices):
-    batched = batch_sharding(jax.devices()[:devices])
+    batch_sharding = mesh.batch_sharding(jax.devices()[:devices])
     few = Records(Source(), ROWS[:10], LABELS[:10])
-    examples, validation = placement.place(wanted, [RECORDS, few], batched)
+    examples, validation = placement.place(wanted, [RECORDS, few], batch_sharding)
     order = loader.training_order(len(ROWS), 8, seed=3)
     for step, batch in zip((40, 41, 42), examples.training(8, 3, 40), strict=False):
         assert batch.keys() == {"image", "label"}
-        assert all(array.sharding == batched for array in batch.values())
+        assert all(array.sharding == batch_sharding for array in batch.values())
         np.testing.assert_array_equal(batch["image"], IMAGES[ROWS[order[step]]])
         np.testing.assert_array_equal(batch["label"], LABELS[order[step]])
-    batches = list(validation.one_pass(8))
-    assert [batch["image"].sharding for batch in batches] == [batched] * 2
+    batches = list(validation.eval_batches(8))
+    assert [batch["image"].sharding for batch in batches] == [batch_sharding] * 2
     assert [batch["mask"].sum() for batch in batches] == [8, 2]
     images, labels = (
         np.concatenate([np.asarray(batch[name])[batch["mask"]] for batch in batches])
@@ -68,10 +70,10 @@ def test_batches_are_the_same_from_everywhere_on_any_number_of_devices(wanted, d
 
 
 def test_devices_gather_without_a_word_to_each_other():
-    batched = batch_sharding()
-    pixels = jax.ShapeDtypeStruct((30, 27648), np.uint8, sharding=replicated(batched))
-    positions = jax.ShapeDtypeStruct((8,), np.int32, sharding=batched)
-    program = placement.make_gather(batched).lower(pixels, positions).compile().as_text()
+    batch_sharding = mesh.batch_sharding()
+    pixels = jax.ShapeDtypeStruct((30, 27648), np.uint8, sharding=replicated(batch_sharding))
+    positions = jax.ShapeDtypeStruct((8,), np.int32, sharding=batch_sharding)
+    program = placement.make_gather(batch_sharding).lower(pixels, positions).compile().as_text()
     assert "gather" in program
     assert not any(word in program for word in ("all-", "collective", "permute"))
 
@@ -107,7 +109,7 @@ def test_an_explicit_placement_takes_all_that_is_free_and_no_more(wanted, where,
     monkeypatch.setattr(memory, "free_on_devices", lambda _: 3 * GB)
     monkeypatch.setattr(memory, "free_on_host", lambda: 3 * GB)
     assert placement._choose(wanted, 3 * GB, jax.devices()[:1]) == wanted
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         placement._choose(wanted, 4 * GB, jax.devices()[:1])
     said = f"config.data.placement = '{wanted}' needs 4.00 GB {where}, where 3.00 GB are free"
     assert said in str(error.value)
@@ -162,7 +164,7 @@ def test_loading_shows_a_bar_only_where_somebody_watches(terminal, monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(written, "isatty", lambda: terminal, raising=False)
     with contextlib.redirect_stderr(written):
-        placement.place("host", [RECORDS], batch_sharding())
+        placement.place("host", [RECORDS], mesh.batch_sharding())
     assert ("270/270" in written.getvalue()) == terminal
     assert bool(written.getvalue()) == terminal
 
@@ -180,8 +182,8 @@ def test_a_signal_stops_the_loading(wanted, number, status):
             return super().__getitems__(rows)
 
     many = Records(Interrupted(), np.arange(6000) % 300, np.zeros(6000, np.float32))
-    with preemption.watch(ctrl_c=True), pytest.raises(preemption.Preempted) as left:
-        placement.place(wanted, [many], batch_sharding(jax.devices()[:1]))
+    with signals.watch(ctrl_c=True), pytest.raises(signals.Preempted) as left:
+        placement.place(wanted, [many], mesh.batch_sharding(jax.devices()[:1]))
     assert left.value.code == status
     assert sum(read) < 4000
 
@@ -204,7 +206,7 @@ def runs(make_tiny_config, tmp_path_factory):
 def _watched_run(wanted, config, folder):
     config.data.placement = wanted
     config.fit.steps_per_epoch = 5
-    one_device = batch_sharding(jax.devices()[:1])
+    one_device = mesh.batch_sharding(jax.devices()[:1])
     events, compiled, metrics_of = [], {}, []
 
     def guarded(make):
@@ -237,7 +239,7 @@ def _watched_run(wanted, config, folder):
         return remember
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fitting.sharding, "batch_sharding", lambda: one_device)
+        patch.setattr(fitting.mesh, "batch_sharding", lambda: one_device)
         patch.setattr(fitting.steps, "make_train_step", guarded(fitting.steps.make_train_step))
         make_eval_step = remembered("eval", fitting.steps.make_eval_step)
         patch.setattr(fitting.steps, "make_eval_step", make_eval_step)
@@ -267,9 +269,9 @@ def test_the_guard_of_these_runs_bites():
 
 @pytest.mark.parametrize("wanted", PLACEMENTS)
 def test_nothing_is_compiled_twice(runs, wanted):
-    sides = {"gather0": 1, "gather1": 1} if wanted == "device" else {}
+    subsets = {"gather0": 1, "gather1": 1} if wanted == "device" else {}
     sizes = {name: made._cache_size() for name, made in runs[wanted].compiled.items()}
-    assert sizes == {"train": 1, "eval0": 1, **sides}
+    assert sizes == {"train": 1, "eval0": 1, **subsets}
 
 
 @pytest.mark.parametrize("wanted", PLACEMENTS)

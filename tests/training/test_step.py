@@ -6,9 +6,10 @@ import pytest
 
 from histo_jax.config import AugmentConfig, ModelConfig
 from histo_jax.data.loader import Records
-from histo_jax.errors import ExpectedError
+from histo_jax.distributed import mesh
+from histo_jax.errors import UserError
 from histo_jax.models import create_model
-from histo_jax.training import sharding, step
+from histo_jax.training import step
 from histo_jax.training.augmentation import make_augment
 from histo_jax.training.losses import get_loss
 from histo_jax.training.placement import on_disk
@@ -27,14 +28,14 @@ def make_batch(size=8):
     }
 
 
-def make_train_step(model, batched, **options):
+def make_train_step(model, batch_sharding, **options):
     augment, loss = make_augment(AugmentConfig()), get_loss("binary_cross_entropy")
-    return step.make_train_step(model, OPTIMIZER, batched, augment, loss, **options)
+    return step.make_train_step(model, OPTIMIZER, batch_sharding, augment, loss, **options)
 
 
-def start(batched):
+def start(batch_sharding):
     state = create_state(MODEL, OPTIMIZER, 0, MEAN, STD)
-    return jax.device_put(state, sharding.replicated(batched))
+    return jax.device_put(state, mesh.replicated(batch_sharding))
 
 
 def test_tta_is_the_mean_logit_of_the_eight_symmetries():
@@ -61,11 +62,11 @@ def test_three_steps_on_four_devices_equal_one():
     batches = [make_batch() for _ in range(3)]
     results = []
     for devices in (jax.devices()[:1], jax.devices()):
-        batched = sharding.batch_sharding(devices)
-        train_step = make_train_step(MODEL, batched)
-        state, losses = start(batched), []
+        batch_sharding = mesh.batch_sharding(devices)
+        train_step = make_train_step(MODEL, batch_sharding)
+        state, losses = start(batch_sharding), []
         for batch in batches:
-            state, metrics = train_step(state, jax.device_put(batch, batched))
+            state, metrics = train_step(state, jax.device_put(batch, batch_sharding))
             losses.append(float(metrics.loss))
         results.append((losses, jax.device_get(state.weights)))
     assert len(jax.devices()) == 4
@@ -77,14 +78,14 @@ def test_three_steps_on_four_devices_equal_one():
 
 
 def test_a_step_is_repeatable_and_counts():
-    batched, batch = sharding.batch_sharding(), make_batch()
-    train_step = make_train_step(MODEL, batched)
+    batch_sharding, batch = mesh.batch_sharding(), make_batch()
+    train_step = make_train_step(MODEL, batch_sharding)
     runs = []
     for _ in range(2):
-        state = start(batched)
+        state = start(batch_sharding)
         losses = []
         for _ in range(2):
-            state, metrics = train_step(state, jax.device_put(batch, batched))
+            state, metrics = train_step(state, jax.device_put(batch, batch_sharding))
             losses.append(metrics.loss)
         assert state.step == 2
         assert state.loss_sum == losses[0] + losses[1]
@@ -96,7 +97,7 @@ def test_a_step_is_repeatable_and_counts():
 def test_the_first_loss_is_the_cross_entropy_of_the_batch():
     """Dropout and augmentation off, the loss must be the textbook formula on the logits."""
     model = create_model(ModelConfig(features=(4, 4, 4, 4, 4), dense=8, dropout=0.0))
-    batched, batch = sharding.batch_sharding(jax.devices()[:1]), make_batch()
+    batch_sharding, batch = mesh.batch_sharding(jax.devices()[:1]), make_batch()
     # Flat images look the same in all eight symmetries.
     batch["image"][:] = batch["image"][:, :1, :1]
     state = create_state(model, OPTIMIZER, 0, MEAN, STD)
@@ -108,19 +109,19 @@ def test_the_first_loss_is_the_cross_entropy_of_the_batch():
     )
     p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
     wanted = -np.mean(np.where(batch["label"] == 1, np.log(p), np.log(1 - p)))
-    _, metrics = make_train_step(model, batched)(state, batch)
+    _, metrics = make_train_step(model, batch_sharding)(state, batch)
     assert float(metrics.loss) == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(poison):
-    batched, batch = sharding.batch_sharding(), make_batch()
-    train_step = make_train_step(MODEL, batched)
-    state, metrics = train_step(start(batched), jax.device_put(batch, batched))
+    batch_sharding, batch = mesh.batch_sharding(), make_batch()
+    train_step = make_train_step(MODEL, batch_sharding)
+    state, metrics = train_step(start(batch_sharding), jax.device_put(batch, batch_sharding))
     assert metrics.finite
     before = jax.device_get(state)
     batch["label"][3] = poison
-    state, metrics = train_step(state, jax.device_put(batch, batched))
+    state, metrics = train_step(state, jax.device_put(batch, batch_sharding))
     assert not metrics.finite
     assert state.step == before.step + 1
     after = jax.device_get(state).replace(step=before.step)
@@ -135,12 +136,14 @@ def test_padded_evaluation_equals_a_plain_loop():
         def __getitems__(self, rows):
             return [{"image": images[r], "label": labels[r]} for r in rows]
 
-    batched = sharding.batch_sharding()
-    weights = start(batched).weights
+    batch_sharding = mesh.batch_sharding()
+    weights = start(batch_sharding).weights
     logits, collected = step.collect_logits(
-        step.make_eval_step(MODEL, batched),
+        step.make_eval_step(MODEL, batch_sharding),
         weights,
-        on_disk(Records(Source(), np.arange(13), labels.astype(np.float32)), batched).one_pass(8),
+        on_disk(
+            Records(Source(), np.arange(13), labels.astype(np.float32)), batch_sharding
+        ).eval_batches(8),
     )
     plain = jax.jit(step.make_forward(MODEL))
     weights = jax.device_get(weights)
@@ -150,18 +153,18 @@ def test_padded_evaluation_equals_a_plain_loop():
 
 
 def test_batch_sizes_and_devices():
-    with pytest.raises(ExpectedError, match=r"fit\.batch_size = 6 .* 4 devices"):
-        sharding.check_batch_size(6)
-    sharding.check_batch_size(8)
-    assert [sharding.round_up(size) for size in (1, 4, 5)] == [4, 4, 8]
+    with pytest.raises(UserError, match=r"fit\.batch_size = 6 .* 4 devices"):
+        mesh.check_batch_size(6)
+    mesh.check_batch_size(8)
+    assert [mesh.round_up(size) for size in (1, 4, 5)] == [4, 4, 8]
 
 
 def test_the_moving_average_follows_its_formula_with_all_statistics():
-    batched = sharding.batch_sharding()
-    train_step = make_train_step(MODEL, batched, ema_decay=0.9)
+    batch_sharding = mesh.batch_sharding()
+    train_step = make_train_step(MODEL, batch_sharding, ema_decay=0.9)
     state = create_state(MODEL, OPTIMIZER, 0, MEAN, STD, has_ema=True)
     wanted = jax.device_get(state.weights)
-    state = jax.device_put(state, sharding.replicated(batched))
+    state = jax.device_put(state, mesh.replicated(batch_sharding))
     for count in range(12):
         state, _ = train_step(state, make_batch())
         kept = min(0.9, (1 + count) / (10 + count))

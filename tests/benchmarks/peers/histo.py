@@ -18,9 +18,9 @@ from absl import logging
 from worker import Task
 
 from histo_jax.config import Config
-from histo_jax.data.builder import Prepared, prepare
+from histo_jax.data.records import Prepared, prepare
+from histo_jax.distributed import mesh
 from histo_jax.models import create_model
-from histo_jax.training import sharding
 from histo_jax.training.augmentation import make_augment
 from histo_jax.training.losses import get_loss
 from histo_jax.training.optimizer import create_optimizer
@@ -36,7 +36,7 @@ class Peer:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._folder = Path(task.folder)
-        self._batched = sharding.batch_sharding()
+        self._batched = mesh.batch_sharding()
         self._config = Config()
         model = self._config.model
         model.features = tuple(task.features)
@@ -62,7 +62,7 @@ class Peer:
         """The compiled step, and the state, which each step replaces."""
         optimizer = create_optimizer(self._config.optimizer)
         state = create_state(self._model, optimizer, 0, np.full(3, 0.5), np.full(3, 0.25))
-        state = jax.device_put(state, sharding.replicated(self._batched))
+        state = jax.device_put(state, mesh.replicated(self._batched))
         augment, loss = make_augment(self._config.augment), get_loss(self._config.fit.loss)
         return [make_train_step(self._model, optimizer, self._batched, augment, loss), state]
 
@@ -146,8 +146,8 @@ class Peer:
         """Reads batches of prepared records in the order of training, as `disk` does."""
         prepared = self._prepare(source, raw_dir, tfds_dir)
         rows = np.arange(len(prepared.tables["train"]))
-        side = prepared.records("train", rows)
-        batches = place("disk", [side], self._batched)[0].training(batch_size, 0, 0)
+        subset = prepared.records("train", rows)
+        batches = place("disk", [subset], self._batched)[0].training(batch_size, 0, 0)
         for _ in range(steps):
             next(batches)
 

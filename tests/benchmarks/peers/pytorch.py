@@ -21,11 +21,11 @@ def layers(task: Task) -> nn.Sequential:
             nn.ReLU(inplace=True),
             nn.MaxPool2d(2),
         ]
-    side = 96 // 2 ** len(task.features)
+    subset = 96 // 2 ** len(task.features)
     return nn.Sequential(
         *blocks,
         nn.Flatten(),
-        nn.Linear(side * side * task.features[-1], task.dense),
+        nn.Linear(subset * subset * task.features[-1], task.dense),
         nn.ReLU(inplace=True),
         nn.Dropout(task.dropout),
         nn.Linear(task.dense, 1),

@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from histo_jax.data import synthetic
+from histo_jax.data.sources import synthetic
 
 SLIDES = 10
 

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from histo_jax import workdir
-from histo_jax.errors import ExpectedError
-from histo_jax.preemption import EXIT_STATUS
-from histo_jax.training import sharding
+from histo_jax.distributed import mesh
+from histo_jax.errors import UserError
+from histo_jax.run import workdir
+from histo_jax.run.signals import EXIT_STATUS
 
 # A process that is silent for so long is taken for dead, and the others end.
 _HEARTBEAT_SECONDS = 20
@@ -32,7 +32,7 @@ _LOSS = re.compile(
 )
 
 
-def join(
+def initialize(
     kind: str,
     coordinator: str | None = None,
     count: int | None = None,
@@ -50,31 +50,31 @@ def join(
         alone: first word of what is said where the others do not come, and the status to end with.
 
     Raises:
-        ExpectedError: an argument is missing or wrong, or the others cannot be reached. Where they
+        UserError: an argument is missing or wrong, or the others cannot be reached. Where they
             do not come within five minutes, the process ends as `alone` says instead.
     """
     if kind == "manual" and (coordinator is None or count is None or index is None):
-        raise ExpectedError(
+        raise UserError(
             "--multihost=manual needs --coordinator=HOST:PORT, --process_count and --process_index"
         )
     if kind == "manual" and not 0 <= (index or 0) < (count or 0):
-        raise ExpectedError(
+        raise UserError(
             f"--process_index={index} must be from 0 to --process_count={count} minus 1"
         )
     if kind != "manual" and (coordinator, count, index) != (None, None, None):
-        raise ExpectedError(
+        raise UserError(
             f"--multihost={kind} finds the others itself: leave out --coordinator, "
             "--process_count and --process_index, or use --multihost=manual"
         )
     if kind == "slurm" and "SLURM_JOB_ID" not in os.environ:
-        raise ExpectedError("--multihost=slurm: this is no SLURM job, start it by srun")
+        raise UserError("--multihost=slurm: this is no SLURM job, start it by srun")
     # Its handler of SIGTERM would take the place of ours.
     jax.config.update("jax_enable_preemption_service", False)
     # On CPU, where it takes part in tests and trials; accelerators have their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     where = f" at {coordinator}" if coordinator else ""
     try:
-        with _not_for_ever(where, *alone):
+        with _join_timeout(where, *alone):
             jax.distributed.initialize(
                 coordinator, count, index,
                 local_device_ids=_all_of_a_lone_task(kind),
@@ -82,17 +82,15 @@ def join(
                 initialization_timeout=2 * int(_JOIN_SECONDS),
                 heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             )  # fmt: skip
-        _meet()
+        _warm_up_collectives()
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())[:300]
-        raise ExpectedError(
-            f"--multihost={kind}: cannot join the other processes: {said}"
-        ) from None
-    give_roles()
+        raise UserError(f"--multihost={kind}: cannot join the other processes: {said}") from None
+    assign_roles()
 
 
 @contextlib.contextmanager
-def _not_for_ever(where: str, word: str, status: int) -> Iterator[None]:
+def _join_timeout(where: str, word: str, status: int) -> Iterator[None]:
     """Ends the process where the others do not come: JAX's own way is an abort, without a word."""
 
     def say(text: str, word: str = "histo_jax:") -> None:
@@ -128,26 +126,28 @@ def _all_of_a_lone_task(kind: str) -> list[int] | None:
     return [] if is_lone and "JAX_LOCAL_DEVICE_IDS" not in os.environ else None
 
 
-def _meet() -> None:
+def _warm_up_collectives() -> None:
     """Lets each set of devices that will work together do so once.
 
     The first time, XLA waits half a minute on CPU and then gives up; from then on it waits for as
     long as a process prepares records or reads pixels.
     """
     multihost_utils.process_allgather(np.zeros(1))
-    batched = sharding.batch_sharding()
-    own = np.zeros(jax.device_count())[sharding.own_rows(jax.device_count())]
-    jax.jit(jnp.sum, out_shardings=sharding.replicated(batched))(sharding.spread(own, batched))
+    batch_sharding = mesh.batch_sharding()
+    own = np.zeros(jax.device_count())[mesh.local_slice(jax.device_count())]
+    jax.jit(jnp.sum, out_shardings=mesh.replicated(batch_sharding))(
+        mesh.make_global_array(own, batch_sharding)
+    )
 
 
-def give_roles() -> None:
+def assign_roles() -> None:
     """Lets the first process write the run's files and talk, and no other."""
-    workdir.writes(jax.process_index() == 0)
+    workdir.set_primary(jax.process_index() == 0)
     if jax.process_index():
         logging.getLogger("histo_jax").setLevel(logging.WARNING)
 
 
-def is_loss(error: Exception) -> bool:
+def is_process_loss(error: Exception) -> bool:
     """Whether the error says that another process cannot be reached any more.
 
     JAX notices in one of two ways: a collective fails, with an error like this, or the heartbeats

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from histo_jax.training import runtime
+from histo_jax.distributed import runtime
 
 SHOW = """
 import jax
-from histo_jax.training.runtime import set_up
+from histo_jax.distributed.runtime import set_up
 set_up()
 print(jax.config.values["jax_compilation_cache_dir"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from histo_jax.data import builder, kaggle
-from histo_jax.errors import ExpectedError
+from histo_jax.data import records
+from histo_jax.data.sources import kaggle
+from histo_jax.errors import UserError
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_every_file_proves_itself(raw):
 def test_one_flipped_bit_is_caught(raw):
     files = kaggle.list_files(raw, "train")
     flip_a_bit(files[5][0])
-    with pytest.raises(ExpectedError, match=f"{files[5][0].name}.*SHA-1.*on_damaged=skip"):
+    with pytest.raises(UserError, match=f"{files[5][0].name}.*SHA-1.*on_damaged=skip"):
         list(kaggle.read(files, False, {}))
 
 
@@ -43,7 +44,7 @@ def test_one_error_names_all_damaged_files(raw):
     files = kaggle.list_files(raw, "train")
     flip_a_bit(files[2][0])
     files[11][0].write_bytes(b"no image")
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         list(kaggle.read(files, False, {}))
     assert files[2][0].name in str(error.value)
     assert files[11][0].name in str(error.value)
@@ -55,13 +56,13 @@ def test_damaged_files_are_left_out_and_listed(raw, tiny_config, tmp_path):
     tiny_config.data.on_damaged = "skip"
     path = kaggle.list_files(raw, "train")[5][0]
     flip_a_bit(path)
-    prepared = builder.prepare(tiny_config)
+    prepared = records.prepare(tiny_config)
     assert len(prepared.tables["train"]) == 19
     assert path.stem not in set(prepared.tables["train"]["id"])
     assert path.name in (prepared.directory / "prepared.json").read_text()
     tiny_config.data.on_damaged = "stop"
-    with pytest.raises(ExpectedError, match="1 damaged patches were left out"):
-        builder.prepare(tiny_config)
+    with pytest.raises(UserError, match="1 damaged patches were left out"):
+        records.prepare(tiny_config)
 
 
 def test_patches_that_are_whole_again_are_said(raw, tiny_config, tmp_path, caplog):
@@ -72,10 +73,10 @@ def test_patches_that_are_whole_again_are_said(raw, tiny_config, tmp_path, caplo
     path.write_bytes(b"")
     logging.getLogger("histo_jax").addHandler(caplog.handler)
     for restored in (b"no image", content):
-        builder.prepare(tiny_config)
+        records.prepare(tiny_config)
         assert "are whole now" not in caplog.text
         path.write_bytes(restored)
-    builder.prepare(tiny_config)
+    records.prepare(tiny_config)
     logging.getLogger("histo_jax").removeHandler(caplog.handler)
     assert "1 damaged patches that were left out are whole now" in caplog.text
 
@@ -84,7 +85,7 @@ def test_all_damaged_is_never_skipped(raw):
     files = kaggle.list_files(raw, "train")
     for path, _ in files:
         Image.fromarray(np.zeros((96, 96, 3), np.uint8)).save(path)
-    with pytest.raises(ExpectedError, match=r"^20 of 20 files are damaged: .*written again"):
+    with pytest.raises(UserError, match=r"^20 of 20 files are damaged: .*written again"):
         list(kaggle.read(files, True, {}))
 
 
@@ -130,7 +131,7 @@ def test_what_the_system_refuses_is_no_damage(raw, monkeypatch, name, skip):
 
     spoil(path) if spoil else monkeypatch.setattr(pathlib.Path, "open", fail)
     damaged = {}
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         list(kaggle.read(files, skip, damaged))
     assert str(error.value).startswith(f"{path} cannot be read ({os.strerror(number)}): ")
     assert remedy in str(error.value)
@@ -141,9 +142,7 @@ def test_one_line_counts_what_the_system_refuses(raw):
     files = kaggle.list_files(raw, "train")
     for path, _ in files[:12]:
         folder_for_file(path)
-    with pytest.raises(
-        ExpectedError, match=f"^{files[0][0]} cannot .*, nor can 11 more of 20: put"
-    ):
+    with pytest.raises(UserError, match=f"^{files[0][0]} cannot .*, nor can 11 more of 20: put"):
         list(kaggle.read(files, True, {}))
 
 
@@ -165,7 +164,7 @@ def test_too_little_memory_is_no_damage(raw, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(kaggle.Image, "open", fail)
-    with pytest.raises(ExpectedError, match=r"cannot be read \(Cannot allocate memory\)"):
+    with pytest.raises(UserError, match=r"cannot be read \(Cannot allocate memory\)"):
         list(kaggle.read(files, True, {}))
 
 
@@ -174,8 +173,8 @@ def test_a_damaged_test_image_always_stops(raw, tiny_config, tmp_path):
     tiny_config.data.on_damaged = "skip"
     path = kaggle.list_files(raw, "test")[1][0]
     flip_a_bit(path)
-    with pytest.raises(ExpectedError, match=path.name):
-        builder.prepare(tiny_config)
+    with pytest.raises(UserError, match=path.name):
+        records.prepare(tiny_config)
 
 
 # --- what the CSVs name -----------------------------------------------------------------------
@@ -245,7 +244,7 @@ WRONG_ROWS = {
 def test_wrong_rows_are_counted(raw, name):
     change, words = WRONG_ROWS[name]
     rewrite(raw, change)
-    with pytest.raises(ExpectedError, match=words):
+    with pytest.raises(UserError, match=words):
         kaggle.list_files(raw, "train")
 
 
@@ -282,7 +281,7 @@ MISPLACED = {
 def test_missing_files_are_counted_and_looked_for(raw, name):
     spoil, *words = MISPLACED[name]
     spoil(raw)
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         kaggle.list_files(raw, "train")
     assert not [word for word in words if word not in str(error.value)], str(error.value)
     assert "remove the row;" not in str(error.value)
@@ -290,10 +289,10 @@ def test_missing_files_are_counted_and_looked_for(raw, name):
 
 def test_a_folder_too_high_or_too_low_is_named(raw):
     for wrong, right in ((raw.parent, raw), (raw / "train", raw)):
-        with pytest.raises(ExpectedError, match=f"are missing; {right} has all: give this folder"):
+        with pytest.raises(UserError, match=f"are missing; {right} has all: give this folder"):
             kaggle.list_files(wrong, "train")
     (raw / "train").rename(raw / "Train")
-    with pytest.raises(ExpectedError, match="rename Train to train"):
+    with pytest.raises(UserError, match="rename Train to train"):
         kaggle.list_files(raw, "train")
 
 

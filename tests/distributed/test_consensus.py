@@ -1,4 +1,4 @@
-"""What a process that is not like the others is told; `tests/hosts` has real processes."""
+"""What a process that is not like the others is told; `test_processes.py` has real processes."""
 
 import copy
 
@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from histo_jax.config import Config
-from histo_jax.errors import ExpectedError
-from histo_jax.training import agreement
+from histo_jax.distributed import consensus
+from histo_jax.errors import UserError
 
 TABLES = {"train": pd.DataFrame({"id": ["a", "b"], "label": [0, 1], "slide": ["s", "t"]})}
 
@@ -25,13 +25,13 @@ def both(monkeypatch):
                 own.append(values)
                 return np.stack([values, values])
 
-            monkeypatch.setattr(agreement, "_gather", gather)
+            monkeypatch.setattr(consensus, "_gather", gather)
             function()
         told = iter(zip(*gathered, strict=True))
-        monkeypatch.setattr(agreement, "_gather", lambda _: np.stack(next(told)))
+        monkeypatch.setattr(consensus, "_gather", lambda _: np.stack(next(told)))
         first()
 
-    monkeypatch.setattr(agreement.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(consensus.jax, "process_count", lambda: 2)
     return run
 
 
@@ -39,12 +39,12 @@ def test_alike_is_what_has_the_same_records_and_settings(both):
     other = Config()
     other.data.tfds_dir, other.data.placement = "elsewhere", "disk"
     both(
-        lambda: agreement.check_records(Config(), TABLES),
-        lambda: agreement.check_records(other, dict(reversed(TABLES.items()))),
+        lambda: consensus.check_records(Config(), TABLES),
+        lambda: consensus.check_records(other, dict(reversed(TABLES.items()))),
     )
     both(
-        lambda: agreement.check_options(Config(), "fit"),
-        lambda: agreement.check_options(other, "fit"),
+        lambda: consensus.check_options(Config(), "fit"),
+        lambda: consensus.check_options(other, "fit"),
     )
 
 
@@ -55,19 +55,19 @@ def test_other_records_are_refused(both, change):
         tables = {"test": tables["train"]}
     else:
         tables["train"][change] = tables["train"][change].to_numpy()[::-1]
-    with pytest.raises(ExpectedError, match=r"^process 1 has other records in its .*: copy those"):
+    with pytest.raises(UserError, match=r"^process 1 has other records in its .*: copy those"):
         both(
-            lambda: agreement.check_records(Config(), TABLES),
-            lambda: agreement.check_records(Config(), tables),
+            lambda: consensus.check_records(Config(), TABLES),
+            lambda: consensus.check_records(Config(), tables),
         )
 
 
 @pytest.mark.parametrize(("seed", "mode"), [(1, "fit"), (0, "predict")])
 def test_other_options_are_refused(both, seed, mode):
-    with pytest.raises(ExpectedError, match=r"^process 1 has other options than process 0: start"):
+    with pytest.raises(UserError, match=r"^process 1 has other options than process 0: start"):
         both(
-            lambda: agreement.check_options(Config(), "fit"),
-            lambda: agreement.check_options(Config(seed=seed), mode),
+            lambda: consensus.check_options(Config(), "fit"),
+            lambda: consensus.check_options(Config(seed=seed), mode),
         )
 
 
@@ -81,12 +81,12 @@ def test_a_folder_that_another_process_does_not_see_is_refused_by_all(index, mon
         seen.append(values[0])
         return np.array([[True], [False]])
 
-    monkeypatch.setattr(agreement.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(agreement.jax, "process_index", lambda: index)
-    monkeypatch.setattr(agreement, "_SEEN_WITHIN_SECONDS", 0)
-    monkeypatch.setattr(agreement, "_gather", gather)
-    with pytest.raises(ExpectedError, match=r"^process 1 does not see the --workdir=.* share$"):
-        agreement.check_shared(tmp_path)
+    monkeypatch.setattr(consensus.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(consensus.jax, "process_index", lambda: index)
+    monkeypatch.setattr(consensus, "_SEEN_WITHIN_SECONDS", 0)
+    monkeypatch.setattr(consensus, "_gather", gather)
+    with pytest.raises(UserError, match=r"^process 1 does not see the --workdir=.* share$"):
+        consensus.check_shared_folder(tmp_path)
     # The first makes a mark there, which the other looks for in vain; nothing is left of it.
     assert seen == [index == 0]
     assert not any(tmp_path.iterdir())
@@ -95,9 +95,22 @@ def test_a_folder_that_another_process_does_not_see_is_refused_by_all(index, mon
 def test_the_least_of_all_counts_and_the_first_decides(both):
     found = []
     both(
-        lambda: found.append((agreement.least(7), agreement.of_first(np.array([0.1])).tolist())),
-        lambda: found.append((agreement.least(5), agreement.of_first(np.array([0.2])).tolist())),
+        lambda: found.append(
+            (
+                consensus.global_minimum(7),
+                consensus.broadcast_from_primary(np.array([0.1])).tolist(),
+            )
+        ),
+        lambda: found.append(
+            (
+                consensus.global_minimum(5),
+                consensus.broadcast_from_primary(np.array([0.2])).tolist(),
+            )
+        ),
     )
     assert found[-1] == (5, [0.1])
-    both(lambda: found.append(agreement.least(7)), lambda: found.append(agreement.least(None)))
+    both(
+        lambda: found.append(consensus.global_minimum(7)),
+        lambda: found.append(consensus.global_minimum(None)),
+    )
     assert found[-1] is None

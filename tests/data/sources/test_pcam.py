@@ -23,10 +23,10 @@ import pytest
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import checksums
 
-from histo_jax import preemption
-from histo_jax.data import pcam
-from histo_jax.data.builder import Histopathology
-from histo_jax.errors import ExpectedError
+from histo_jax.data.records import Histopathology
+from histo_jax.data.sources import pcam
+from histo_jax.errors import UserError
+from histo_jax.run import signals
 
 STEM = "camelyonpatch_level_2_split_"
 COUNTS = {"train": 700, "validation": 30, "test": 20}  # train is more than is read at once
@@ -234,7 +234,7 @@ def test_bad_file(raw: Path, name: str, act: Callable) -> None:
     files = pcam.find(raw)["train"]
     assert act(files)
     spoil(raw)
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         act(files)
     one_line(error, str(raw), *words)
 
@@ -245,7 +245,7 @@ def test_damaged_images(raw: Path) -> None:
     assert pcam.check(files) == 700
     reader = pcam.read(files)
     assert sum(1 for _ in zip(range(512), reader, strict=False)) == 512
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         next(reader)
     one_line(error, str(raw / X), HDF5, AGAIN)
 
@@ -253,7 +253,7 @@ def test_damaged_images(raw: Path) -> None:
 @pytest.mark.parametrize("end", ["train_x", "train_y", "valid_x", "valid_y", "test_x", "test_y"])
 def test_missing_file(raw: Path, end: str) -> None:
     (raw / f"{STEM}{end}.h5").unlink()
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         pcam.find(raw)
     one_line(error, str(raw / f"{STEM}{end}.h5"), "missing", ".gz", "zenodo.org")
 
@@ -262,13 +262,13 @@ def test_missing_file(raw: Path, end: str) -> None:
 def test_missing_split(raw: Path, split: str) -> None:
     for path in raw.glob(f"*_{split}_*"):
         path.unlink()
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         pcam.find(raw)
     one_line(error, str(raw / f"{STEM}{split}_x.h5"), "missing", "zenodo.org")
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         pcam.find(tmp_path / "raw")
     one_line(error, str(tmp_path / "raw"), "no such folder", "--config.data.raw_dir")
 
@@ -278,18 +278,18 @@ def test_all_missing_files_are_named_and_looked_for(raw: Path) -> None:
     (raw / "deep" / "er").mkdir(parents=True)
     for path in raw.glob("*.h5"):
         path.rename(raw / "deep" / "er" / path.name)
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         pcam.find(raw)
     one_line(error, *names, "are missing", f"{raw}/deep/er has all", "give this folder instead")
 
 
 def test_a_missing_file_under_another_name_is_found(raw: Path) -> None:
     (raw / X).rename(raw / X.replace(".h5", ".HDF5"))
-    with pytest.raises(ExpectedError, match=rf"rename {STEM}train_x\.HDF5 to {X}"):
+    with pytest.raises(UserError, match=rf"rename {STEM}train_x\.HDF5 to {X}"):
         pcam.find(raw)
     (raw / X.replace(".h5", ".HDF5")).unlink()
     (raw / X).mkdir()
-    with pytest.raises(ExpectedError, match=rf"{X} is a folder"):
+    with pytest.raises(UserError, match=rf"{X} is a folder"):
         pcam.find(raw)
 
 
@@ -367,7 +367,7 @@ OTHER_FORMS = {
 def test_other_forms_are_not_to_be_downloaded_again(raw: Path, name: str) -> None:
     spoil, *words = OTHER_FORMS[name]
     spoil(raw)
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         pcam.check(pcam.find(raw)["train"])
     one_line(error, str(raw), *words)
     assert "download" not in str(error.value)
@@ -376,7 +376,7 @@ def test_other_forms_are_not_to_be_downloaded_again(raw: Path, name: str) -> Non
 @pytest.mark.parametrize("word", ["nan", "Unknown", "-", " "])
 def test_slides_that_are_not_known_are_none(raw: Path, word: str) -> None:
     text(META, lambda old: old.replace("train_7\n", f"{word}\n"))(raw)
-    with pytest.raises(ExpectedError, match="names the slides of 690 in 700 patches"):
+    with pytest.raises(UserError, match="names the slides of 690 in 700 patches"):
         pcam.check(pcam.find(raw)["train"])
 
 
@@ -389,7 +389,7 @@ def test_a_file_that_another_program_writes(raw: Path) -> None:
         [sys.executable, "-c", code, str(raw / X)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as writer:
         writer.stdout.readline()
-        with pytest.raises(ExpectedError) as error:
+        with pytest.raises(UserError) as error:
             pcam.check(pcam.find(raw)["train"])
         writer.communicate(b"\n")
     one_line(error, str(raw / X), "has locked it", "close it")
@@ -407,7 +407,7 @@ def test_a_file_whose_writer_was_killed(raw: Path) -> None:
     with h5py.File(raw / X, "w", libver="latest") as file:
         file["x"] = IMAGES
     subprocess.run([sys.executable, "-c", code, str(raw / X)], check=False)
-    with pytest.raises(ExpectedError, match=r"its writer was killed: .*h5clear"):
+    with pytest.raises(UserError, match=r"its writer was killed: .*h5clear"):
         pcam.check(pcam.find(raw)["train"])
 
 
@@ -434,13 +434,13 @@ def test_what_the_system_refuses(raw: Path, monkeypatch, number: int) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(pcam.h5py, "File", fail)
-        with pytest.raises(ExpectedError) as error:
+        with pytest.raises(UserError) as error:
             pcam.check(pcam.find(raw)["validation"])
         said = f"split_valid_x.h5 cannot be read ({os.strerror(number)}): "
         one_line(error, said)
     monkeypatch.setattr(pcam.gzip, "open", fail)
     for read in (lambda: pcam.fingerprint(raw), lambda: next(pcam._gunzip(raw / f"{Y}.gz"))):
-        with pytest.raises(ExpectedError) as error:
+        with pytest.raises(UserError) as error:
             read()
         one_line(error, f"{raw / Y}.gz cannot be read ({os.strerror(number)}): ")
 
@@ -540,7 +540,7 @@ def test_damaged_gzip(raw: Path, scratch: Path, name: str) -> None:
     # An empty file is a gzip of nothing.
     form = HDF5 if name == "empty" else "no readable gzip"
     files = pcam.find(raw)["validation"]
-    with pytest.raises(ExpectedError) as error, pcam.unpacked(files, scratch) as plain:
+    with pytest.raises(UserError) as error, pcam.unpacked(files, scratch) as plain:
         pcam.check(plain)
     one_line(error, str(packed), form, AGAIN)
 
@@ -549,7 +549,7 @@ def test_mistake_inside_a_gzip_names_the_gzip(raw: Path, scratch: Path) -> None:
     hdf5(Y, "y", 700, 1, 1, 1, fill=3)(raw)
     packed = pack(raw / Y)
     with (
-        pytest.raises(ExpectedError) as error,
+        pytest.raises(UserError) as error,
         pcam.unpacked(pcam.find(raw)["train"], scratch) as plain,
     ):
         pcam.check(plain)
@@ -589,7 +589,7 @@ def test_space_is_asked_for(
     free = shutil.disk_usage(scratch)._replace(free=1)
     monkeypatch.setattr(pcam.shutil, "disk_usage", lambda _: free)
     files = pcam.find(raw)["train"]
-    with pytest.raises(ExpectedError) as error, pcam.unpacked(files, scratch):
+    with pytest.raises(UserError) as error, pcam.unpacked(files, scratch):
         pass
     one_line(error, str(path), f"needs {needs} GB", str(scratch), "--config.data.tfds_dir")
 
@@ -664,7 +664,7 @@ def manage(server: Server, tmp_path: Path) -> Callable[[], tfds.download.Downloa
 
 def refused(manager: tfds.download.DownloadManager, *words: str) -> None:
     """Asserts one line, and that nothing of the bad file stays."""
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         pcam.download(manager)
     one_line(error, f"{pcam.BASE_URL}{X}.gz", "--config.data.raw_dir", *words)
     left = [path.name for path in Path(manager.download_dir).rglob("*") if path.is_file()]
@@ -728,11 +728,11 @@ def test_a_signal_ends_a_download_at_once(server: Server, manage: Callable) -> N
 
     server.spoil = stall
     start = time.monotonic()
-    with preemption.watch(), pytest.raises(preemption.Preempted):
+    with signals.watch(), pytest.raises(signals.Preempted):
         pcam.download(manage())
     assert time.monotonic() - start < 15
     stalled.set()
-    assert not preemption.requested()
+    assert not signals.requested()
 
 
 def test_nobody_answers(server: Server, manage: Callable) -> None:
@@ -740,7 +740,7 @@ def test_nobody_answers(server: Server, manage: Callable) -> None:
     server.http.shutdown()
     server.http.server_close()
     start = time.monotonic()
-    with pytest.raises(ExpectedError) as error:
+    with pytest.raises(UserError) as error:
         pcam.download(manager)
     one_line(error, server.url, "Connection refused", "--config.data.raw_dir")
     assert time.monotonic() - start < 5

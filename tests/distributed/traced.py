@@ -22,7 +22,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from histo_jax import fitting, prediction
-from histo_jax.training import agreement, hosts
+from histo_jax.distributed import consensus, processes
 from histo_jax.training import step as steps
 
 TRACE, DIE_AT = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
@@ -77,8 +77,8 @@ def binary_scores(logits, labels, scores=fitting.binary_scores):
 
 
 if not os.environ.get("HISTO_JAX_LONG"):
-    hosts._HEARTBEAT_SECONDS = 10  # the tests wait for it
-agreement._SEEN_WITHIN_SECONDS = 2
+    processes._HEARTBEAT_SECONDS = 10  # the tests wait for it
+consensus._SEEN_WITHIN_SECONDS = 2
 steps.make_train_step, prediction.read_behind = make_train_step, read_behind
 fitting.prepare, fitting.binary_scores, grown = prepare, binary_scores, 0.0
 runpy.run_module("histo_jax.main", run_name="__main__", alter_sys=True)

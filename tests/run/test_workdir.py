@@ -8,20 +8,20 @@ import threading
 
 import pytest
 
-from histo_jax import files, workdir
 from histo_jax.config import Config
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
+from histo_jax.run import files, workdir
 
 
 def claim(folder):
-    with workdir.tracked(folder, "fit"):
-        workdir.claim(folder, Config())
+    with workdir.session(folder, "fit"):
+        workdir.acquire(folder, Config())
 
 
 def test_status_follows_the_outermost_mode(tmp_path):
     claim(tmp_path)
-    with workdir.tracked(tmp_path, "run"):
-        with workdir.tracked(tmp_path, "fit"):
+    with workdir.session(tmp_path, "run"):
+        with workdir.session(tmp_path, "fit"):
             assert workdir.status(tmp_path)["state"] == "running"
         assert workdir.status(tmp_path)["state"] == "running"
         workdir.update_status(tmp_path, step=7)
@@ -37,14 +37,14 @@ def test_status_follows_the_outermost_mode(tmp_path):
 
 def test_status_names_the_failure(tmp_path):
     claim(tmp_path)
-    with pytest.raises(OSError, match="disk"), workdir.tracked(tmp_path, "fit"):
+    with pytest.raises(OSError, match="disk"), workdir.session(tmp_path, "fit"):
         raise OSError("disk full")
     status = workdir.status(tmp_path)
     assert (status["state"], status["reason"]) == ("failed", "disk full")
 
 
 def test_a_mistake_before_the_run_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="x"), workdir.tracked(tmp_path / "new", "run"):
+    with pytest.raises(ValueError, match="x"), workdir.session(tmp_path / "new", "run"):
         raise ValueError("x")
     assert not (tmp_path / "new").exists()
 
@@ -75,14 +75,14 @@ def test_settings_come_back_and_those_of_another_version_are_refused(tmp_path):
     path.write_text(json.dumps(values))
     assert workdir.load_config(tmp_path).seed == 0
     path.write_text(json.dumps(values | {"fit.magic": 1}))
-    with pytest.raises(ExpectedError, match=r"another version .* holds fit\.magic"):
+    with pytest.raises(UserError, match=r"another version .* holds fit\.magic"):
         workdir.load_config(tmp_path)
 
 
 def test_another_process_in_a_new_folder_leaves_the_first_one_alone(tmp_path):
     """Both begin before the folder is a run's; the second comes to claim it last."""
-    with workdir.tracked(tmp_path, "run"):
-        workdir.claim(tmp_path, Config())
+    with workdir.session(tmp_path, "run"):
+        workdir.acquire(tmp_path, Config())
         workdir.update_status(tmp_path, state="running", step=7)
         second = subprocess.run(
             [sys.executable, "-c", SECOND, tmp_path], capture_output=True, text=True, check=False
@@ -95,15 +95,15 @@ SECOND = """
 import sys
 from pathlib import Path
 from unittest import mock
-from histo_jax import workdir
+from histo_jax.run import workdir
 from histo_jax.config import Config
 folder = Path(sys.argv[1])
 # As it was when the second process began.
 with mock.patch.object(Path, "exists", lambda path: path.name != "config.json"):
-    tracked = workdir.tracked(folder, "run")
+    tracked = workdir.session(folder, "run")
     tracked.__enter__()
 try:
-    workdir.claim(folder, Config())
+    workdir.acquire(folder, Config())
 except BaseException as error:
     print(error, file=sys.stderr)
     tracked.__exit__(type(error), error, None)
@@ -114,12 +114,12 @@ def test_a_folder_that_became_another_run_meanwhile_is_refused(tmp_path):
     of_another = json.dumps(workdir.plain(Config(seed=1)))
 
     def begin():
-        with workdir.tracked(tmp_path, "fit"):
+        with workdir.session(tmp_path, "fit"):
             (tmp_path / "config.json").write_text(of_another)
             files.write_json(tmp_path / "status.json", {"state": "complete"})
-            workdir.claim(tmp_path, Config())
+            workdir.acquire(tmp_path, Config())
 
-    with pytest.raises(ExpectedError, match="belongs to another run: seed was 1"):
+    with pytest.raises(UserError, match="belongs to another run: seed was 1"):
         begin()
     assert (tmp_path / "config.json").read_text() == of_another
     assert workdir.status(tmp_path) == {"state": "complete"}
@@ -133,17 +133,17 @@ def test_a_second_thread_is_refused_as_a_second_process_is(tmp_path, monkeypatch
 
     def second(folder):
         try:
-            with workdir.tracked(folder, "fit"):
+            with workdir.session(folder, "fit"):
                 said.append("let in")
-        except ExpectedError as error:
+        except UserError as error:
             said.append(str(error))
 
-    with workdir.tracked(tmp_path / "run", "run"):
+    with workdir.session(tmp_path / "run", "run"):
         for folder in (tmp_path / "run", tmp_path / "link", type(tmp_path)("run")):
             thread = threading.Thread(target=second, args=(folder,))
             thread.start()
             thread.join()
-        with workdir.tracked(type(tmp_path)("run"), "fit"):  # nested, by another spelling
+        with workdir.session(type(tmp_path)("run"), "fit"):  # nested, by another spelling
             pass
         assert workdir.status(tmp_path / "run")["state"] == "running"
     assert len(said) == 3
@@ -188,7 +188,7 @@ def test_the_lock_file_of_another_user_can_be_locked(tmp_path, monkeypatch):
     assert workdir.status(tmp_path)["state"] == "complete"
     with files.open_lock(tmp_path / "lock") as other:
         files.lock(other)
-        with pytest.raises(ExpectedError, match="in use by process 7 on caf"):
+        with pytest.raises(UserError, match="in use by process 7 on caf"):
             claim(tmp_path)
     (tmp_path / "lock").unlink()
     with pytest.raises(PermissionError):

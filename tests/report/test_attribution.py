@@ -11,13 +11,13 @@ from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
 
 import histo_jax
-from histo_jax import members
+from histo_jax import ensemble
 from histo_jax.config import Config
-from histo_jax.data.builder import prepare
-from histo_jax.data.splits import make_sides
+from histo_jax.data.records import prepare
+from histo_jax.data.splits import make_subsets
 from histo_jax.models.cnn import FiveBlockCNN
+from histo_jax.report.attribution import STEPS, integrated_gradients
 from histo_jax.report.patches import look
-from histo_jax.report.saliency import STEPS, integrated_gradients
 from histo_jax.training.state import Weights
 from histo_jax.training.step import make_forward, normalise
 
@@ -45,16 +45,16 @@ def test_it_is_the_formula_and_sums_to_the_logit():
     np.testing.assert_allclose(maps.sum((1, 2)), added, rtol=0.05)
 
 
-def delete(forward, weights, images, maps, share, side=8):
+def delete(forward, weights, images, maps, share, subset=8):
     """The logits after the most marked squares were wiped away to bare glass.
 
     White, not the mean colour: glass without tissue is what patches do show. Squares, for single
     white pixels are nothing that a network has ever seen.
     """
-    count, size = len(images), 96 // side
-    squares = maps.reshape(count, size, side, size, side).sum((2, 4)).reshape(count, -1)
+    count, size = len(images), 96 // subset
+    squares = maps.reshape(count, size, subset, size, subset).sum((2, 4)).reshape(count, -1)
     rank = np.argsort(np.argsort(-squares, 1), 1).reshape(count, size, size)
-    wiped = (rank < share * size * size).repeat(side, 1).repeat(side, 2)[..., None]
+    wiped = (rank < share * size * size).repeat(subset, 1).repeat(subset, 2)[..., None]
     return np.asarray(forward(weights, np.where(wiped, np.uint8(255), images)))
 
 
@@ -93,11 +93,13 @@ def trained(request, tmp_path_factory):
     config.model.features, config.model.dense = (8, 16, 16, 16, 16), 16
     config.optimizer.learning_rate, config.fit.epochs = 3e-3, 4
     histo_jax.fit(config, folder / "run")
-    (member,) = members.restore(config, folder / "run", SingleDeviceSharding(jax.devices()[0]))
+    (member,) = ensemble.restore(config, folder / "run", SingleDeviceSharding(jax.devices()[0]))
     prepared = prepare(config)
-    side = make_sides(prepared.tables, config).validation
-    labels = prepared.tables[side.records]["label"].to_numpy()[side.rows]
-    return member, prepared.records(side.records, side.rows[labels == 1][:36]).images(np.arange(36))
+    subset = make_subsets(prepared.tables, config).validation
+    labels = prepared.tables[subset.records]["label"].to_numpy()[subset.rows]
+    return member, prepared.records(subset.records, subset.rows[labels == 1][:36]).images(
+        np.arange(36)
+    )
 
 
 def drops(member, images, maps):

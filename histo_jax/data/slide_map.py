@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from histo_jax import files, preemption
 from histo_jax.config import DataConfig
-from histo_jax.data import pcam
-from histo_jax.data.kaggle import clean_id
 from histo_jax.data.names import clean, clean_column, identity
+from histo_jax.data.sources import pcam
+from histo_jax.data.sources.kaggle import clean_id
 from histo_jax.data.tables import read_csv
-from histo_jax.errors import ExpectedError, one_line
+from histo_jax.errors import UserError, one_line
+from histo_jax.run import files, signals
 
 log = logging.getLogger("histo_jax")
 
@@ -34,7 +34,7 @@ def fill_in(table: pd.DataFrame, data: DataConfig, cache: Path) -> pd.DataFrame:
         cache: folder in which the look-up of a PatchCamelyon folder is kept.
 
     Raises:
-        ExpectedError: the map cannot be read, or names the slides of a part only and
+        UserError: the map cannot be read, or names the slides of a part only and
             `data.on_damaged` is 'stop'.
     """
     if data.slide_map is None:
@@ -45,15 +45,15 @@ def fill_in(table: pd.DataFrame, data: DataConfig, cache: Path) -> pd.DataFrame:
     missing = int((slides == "").sum())
     if missing == len(table):
         if table["id"].isin(known.index).any():
-            raise ExpectedError(f"{path} names no slide in its column wsi; complete it")
-        raise ExpectedError(
+            raise UserError(f"{path} names no slide in its column wsi; complete it")
+        raise UserError(
             f"{path} names the slide of no patch: is it the map of other data? Its first id is "
             f"{known.index[0][:60]!r}, the data's {table['id'].iloc[0]}"
         )
     if missing:
         found = f"{path} names the slides of {len(table) - missing} of {len(table)} patches"
         if data.on_damaged == "stop":
-            raise ExpectedError(
+            raise UserError(
                 f"{found}: complete it, or leave the other {missing} out of training and "
                 "validation by --config.data.on_damaged=skip"
             )
@@ -95,16 +95,16 @@ def _say_once(message: str) -> None:
 def _from_csv(path: Path) -> pd.Series:
     """Returns the slide of each id."""
     if not path.exists():
-        raise ExpectedError(f"{path}: no such file or folder; set --config.data.slide_map")
+        raise UserError(f"{path}: no such file or folder; set --config.data.slide_map")
     table = read_csv(path, ("id", "wsi"))
     table["id"] = table["id"].map(clean_id)
     slides = table["wsi"].map({name: identity(name) for name in table["wsi"].unique()})
     table = table[~table.assign(wsi=slides).duplicated()]
     twice = table["id"][table["id"].duplicated()]
     if table.empty:
-        raise ExpectedError(f"{path} names no patches; complete it")
+        raise UserError(f"{path} names no patches; complete it")
     if not twice.empty:
-        raise ExpectedError(
+        raise UserError(
             f"{path}, line {twice.index[0]}: {len(twice)} ids stand there twice with other "
             f"slides, the first is {twice.iloc[0][:60]!r}; mend these rows"
         )
@@ -142,9 +142,9 @@ def _look_up(folder: Path, cache: Path) -> dict[str, str]:
     rows: dict[str, str] = {}
     for split in pcam.find(folder).values():
         if split.meta is None:
-            raise ExpectedError(
+            raise UserError(
                 f"{folder}: the _meta.csv beside {split.x.name} is missing; it names the slides"
             )
         with files.naming(scratch), pcam.unpacked(split, scratch) as plain:
-            rows |= {example.id: example.slide for example in preemption.stopping(pcam.read(plain))}
+            rows |= {example.id: example.slide for example in signals.stopping(pcam.read(plain))}
     return rows

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from histo_jax.config import DataConfig
-from histo_jax.data import pcam, slides
-from histo_jax.errors import ExpectedError
+from histo_jax.data import slide_map
+from histo_jax.data.sources import pcam
+from histo_jax.errors import UserError
 
 
 def make_table(count: int = 6) -> pd.DataFrame:
@@ -23,22 +24,22 @@ def write_map(folder, rows, header="id,wsi"):
 
 def test_no_map_changes_nothing(tmp_path):
     table = make_table()
-    assert slides.fill_in(table, DataConfig(), tmp_path) is table
+    assert slide_map.fill_in(table, DataConfig(), tmp_path) is table
 
 
 def test_a_csv_names_the_slides(tmp_path):
     data = write_map(tmp_path, [(i, f"slide_{i % 2}") for i in range(8)])
-    filled = slides.fill_in(make_table(), data, tmp_path)
+    filled = slide_map.fill_in(make_table(), data, tmp_path)
     assert filled["slide"].tolist() == ["slide_0", "slide_1"] * 3
 
 
 def test_a_partial_map_is_refused_or_leaves_the_rest_out(tmp_path, caplog):
     data = write_map(tmp_path, [(i, "a") for i in range(4)])
-    with pytest.raises(ExpectedError, match=r"4 of 6 patches.*other 2.*on_damaged=skip"):
-        slides.fill_in(make_table(), data, tmp_path)
+    with pytest.raises(UserError, match=r"4 of 6 patches.*other 2.*on_damaged=skip"):
+        slide_map.fill_in(make_table(), data, tmp_path)
     data.on_damaged = "skip"
     logging.getLogger("histo_jax").addHandler(caplog.handler)
-    filled = slides.fill_in(make_table(), data, tmp_path)
+    filled = slide_map.fill_in(make_table(), data, tmp_path)
     logging.getLogger("histo_jax").removeHandler(caplog.handler)
     assert filled["slide"].tolist() == ["a"] * 4 + [""] * 2
     assert "other 2 neither train nor validate" in caplog.text
@@ -54,8 +55,8 @@ def test_a_partial_map_is_refused_or_leaves_the_rest_out(tmp_path, caplog):
 )
 def test_a_wrong_map_is_one_line(tmp_path, rows, header, words):
     data = write_map(tmp_path, rows, header)
-    with pytest.raises(ExpectedError, match=words) as error:
-        slides.fill_in(make_table(), data, tmp_path)
+    with pytest.raises(UserError, match=words) as error:
+        slide_map.fill_in(make_table(), data, tmp_path)
     assert data.slide_map in str(error.value)
 
 
@@ -70,26 +71,26 @@ def test_a_wrong_map_is_one_line(tmp_path, rows, header, words):
 def test_other_forms_of_a_map(tmp_path, text):
     (tmp_path / "map.csv").write_bytes(text.encode())
     data = DataConfig(slide_map=str(tmp_path / "map.csv"))
-    tables = slides.unify({"train": slides.fill_in(make_table(), data, tmp_path)})
+    tables = slide_map.unify({"train": slide_map.fill_in(make_table(), data, tmp_path)})
     assert [name.lower() for name in tables["train"]["slide"]] == ["s0", "s1"] * 3
     assert tables["train"]["slide"].nunique() == 2
 
 
 def test_slides_that_are_not_known_are_not_one_slide(tmp_path):
     data = write_map(tmp_path, enumerate(["a", "nan", "NA", "-", " Unknown", ""]))
-    with pytest.raises(ExpectedError, match="slides of 1 of 6 patches"):
-        slides.fill_in(make_table(), data, tmp_path)
+    with pytest.raises(UserError, match="slides of 1 of 6 patches"):
+        slide_map.fill_in(make_table(), data, tmp_path)
     data.on_damaged = "skip"
-    assert slides.fill_in(make_table(), data, tmp_path)["slide"].tolist() == ["a"] + [""] * 5
+    assert slide_map.fill_in(make_table(), data, tmp_path)["slide"].tolist() == ["a"] + [""] * 5
     data = write_map(tmp_path, enumerate(["nan"] * 6))
-    with pytest.raises(ExpectedError, match="names no slide in its column wsi"):
-        slides.fill_in(make_table(), data, tmp_path)
+    with pytest.raises(UserError, match="names no slide in its column wsi"):
+        slide_map.fill_in(make_table(), data, tmp_path)
 
 
 def test_a_map_that_contradicts_itself_says_how_often(tmp_path):
     data = write_map(tmp_path, [(i, f"s{k}") for k in range(2) for i in range(6)])
-    with pytest.raises(ExpectedError, match="line 8: 6 ids stand there twice with other slides"):
-        slides.fill_in(make_table(), data, tmp_path)
+    with pytest.raises(UserError, match="line 8: 6 ids stand there twice with other slides"):
+        slide_map.fill_in(make_table(), data, tmp_path)
 
 
 def test_one_slide_has_one_name_in_all_tables(caplog):
@@ -100,7 +101,7 @@ def test_one_slide_has_one_name_in_all_tables(caplog):
     }
     logging.getLogger("histo_jax").addHandler(caplog.handler)
     for _ in range(2):
-        unified = slides.unify(tables)
+        unified = slide_map.unify(tables)
     logging.getLogger("histo_jax").removeHandler(caplog.handler)
     assert unified["train"].to_dict("list") == {
         "slide": ["Slide_01", "b", "", "7"],
@@ -115,8 +116,10 @@ def test_one_slide_has_one_name_in_all_tables(caplog):
 
 
 def test_a_missing_map_is_named(tmp_path):
-    with pytest.raises(ExpectedError, match=r"nowhere\.csv.*slide_map"):
-        slides.fill_in(make_table(), DataConfig(slide_map=str(tmp_path / "nowhere.csv")), tmp_path)
+    with pytest.raises(UserError, match=r"nowhere\.csv.*slide_map"):
+        slide_map.fill_in(
+            make_table(), DataConfig(slide_map=str(tmp_path / "nowhere.csv")), tmp_path
+        )
 
 
 def make_pcam(folder, images, wsi):
@@ -139,17 +142,17 @@ def test_slides_are_looked_up_by_pixels_in_patchcamelyon(tmp_path, monkeypatch):
     ids = [example.id for example in pcam.read(pcam.find(raw)["train"])]
     table = pd.DataFrame({"id": [ids[3], ids[0], ids[2]], "slide": ""})
     data = DataConfig(slide_map=str(raw))
-    assert slides.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
+    assert slide_map.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
     # Minutes of hashing are done once.
     monkeypatch.setattr(pcam, "read", lambda _: pytest.fail("read again"))
-    assert slides.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
+    assert slide_map.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
 
 
 def test_patchcamelyon_without_meta_names_no_slides(tmp_path):
     images = np.zeros((2, 96, 96, 3), np.uint8)
     make_pcam(tmp_path, images, None)
-    with pytest.raises(ExpectedError, match=r"_meta\.csv"):
-        slides.fill_in(make_table(), DataConfig(slide_map=str(tmp_path)), tmp_path)
+    with pytest.raises(UserError, match=r"_meta\.csv"):
+        slide_map.fill_in(make_table(), DataConfig(slide_map=str(tmp_path)), tmp_path)
 
 
 def test_a_look_up_that_was_cut_short_is_made_anew_and_one_that_cannot_be_kept_serves(
@@ -162,10 +165,10 @@ def test_a_look_up_that_was_cut_short_is_made_anew_and_one_that_cannot_be_kept_s
     make_pcam(raw, images, ["s1", "s1", "s2", "s3"])
     ids = [example.id for example in pcam.read(pcam.find(raw)["train"])]
     table, data = pd.DataFrame({"id": ids, "slide": ""}), DataConfig(slide_map=str(raw))
-    whole = slides.fill_in(table, data, cache)
+    whole = slide_map.fill_in(table, data, cache)
     (kept,) = cache.iterdir()
     kept.write_text("\n".join(kept.read_text().split("\n")[:3]) + "\n")
-    pd.testing.assert_frame_equal(slides.fill_in(table, data, cache), whole)
+    pd.testing.assert_frame_equal(slide_map.fill_in(table, data, cache), whole)
     kept.unlink()
 
     # The records of another user: nothing can be written beside them.
@@ -176,16 +179,16 @@ def test_a_look_up_that_was_cut_short_is_made_anew_and_one_that_cannot_be_kept_s
     def forbidden(path, *_):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(slides.files, "write_text", forbidden)
-    monkeypatch.setattr(slides.os, "access", lambda *_: False)
+    monkeypatch.setattr(slide_map.files, "write_text", forbidden)
+    monkeypatch.setattr(slide_map.os, "access", lambda *_: False)
     unpacked = pcam.unpacked
     scratches = []
     monkeypatch.setattr(
         pcam, "unpacked", lambda its, scratch: scratches.append(scratch) or unpacked(its, scratch)
     )
-    pd.testing.assert_frame_equal(slides.fill_in(table, data, cache), whole)
+    pd.testing.assert_frame_equal(slide_map.fill_in(table, data, cache), whole)
     assert scratches
     assert cache not in scratches
     monkeypatch.setattr(pcam, "read", lambda _: pytest.fail("read again"))
-    pd.testing.assert_frame_equal(slides.fill_in(table, data, cache), whole)
+    pd.testing.assert_frame_equal(slide_map.fill_in(table, data, cache), whole)
     assert not list(cache.iterdir())

@@ -30,12 +30,12 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import downloader, resource
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
-from histo_jax import preemption
 from histo_jax.data import raw_files
 from histo_jax.data.example import IMAGE_SHAPE, Example
 from histo_jax.data.names import clean_column
 from histo_jax.data.tables import read_csv
-from histo_jax.errors import ExpectedError, one_line
+from histo_jax.errors import UserError, one_line
+from histo_jax.run import signals
 
 log = logging.getLogger("histo_jax")
 
@@ -61,11 +61,11 @@ def find(raw_dir: Path) -> dict[str, Files]:
     """Returns the files of each split; a plain file goes before a packed one. Opens none.
 
     Raises:
-        ExpectedError: files are missing. Only the test split may be, and only as a whole.
+        UserError: files are missing. Only the test split may be, and only as a whole.
     """
     if not raw_dir.is_dir():
         what = "is no folder" if raw_dir.exists() else "no such folder"
-        raise ExpectedError(f"{raw_dir}: {what}; set --config.data.raw_dir")
+        raise UserError(f"{raw_dir}: {what}; set --config.data.raw_dir")
     found = {}
     missing = []
     for split, name in SPLITS.items():
@@ -81,13 +81,13 @@ def find(raw_dir: Path) -> dict[str, Files]:
     return found
 
 
-def _missing(raw_dir: Path, names: list[str]) -> ExpectedError:
+def _missing(raw_dir: Path, names: list[str]) -> UserError:
     listed = ", ".join([str(raw_dir / names[0]), *names[1:]])
     are, their = ("is", "its") if len(names) == 1 else ("are", "their")
     hint = raw_files.likely_reason(
         raw_dir, names, lambda place: all(_plain_or_packed(place / name) for name in names)
     )
-    return ExpectedError(
+    return UserError(
         f"{listed} {are} missing, and so {are} {their} .gz; "
         + (hint or f"put what is missing there: the published files come from {BASE_URL}")
     )
@@ -100,7 +100,7 @@ def fingerprint(raw_dir: Path) -> tuple[str, str]:
     or not; the second the times of files that are longer.
 
     Raises:
-        ExpectedError: as `find`; or a packed file or a `_meta.csv` cannot be read.
+        UserError: as `find`; or a packed file or a `_meta.csv` cannot be read.
     """
     content, times = hashlib.sha256(), hashlib.sha256()
     for split, its in find(raw_dir).items():
@@ -142,7 +142,7 @@ def download(manager: tfds.download.DownloadManager) -> dict[str, Files]:
     The manager must know the SHA-256 of each URL. It renames only files that pass.
 
     Raises:
-        ExpectedError: names the URL that could not be downloaded or is not as published.
+        UserError: names the URL that could not be downloaded or is not as published.
     """
     log.info("downloading PatchCamelyon, 8 GB, into %s", manager.download_dir)
     log.info("it names no slides: they need --config.data.raw_dir with the _meta.csv files, too")
@@ -161,7 +161,7 @@ def unpacked(files: Files, scratch: Path) -> Iterator[Files]:
     """Gives plain files: packed ones are unpacked into `scratch` and removed at the end.
 
     Raises:
-        ExpectedError: a packed file is damaged, or `scratch` has too little space.
+        UserError: a packed file is damaged, or `scratch` has too little space.
     """
     with tempfile.TemporaryDirectory(prefix="unpacked-", dir=scratch) as folder:
         packed = [path for path in (files.x, files.y) if path.suffix == ".gz"]
@@ -170,18 +170,18 @@ def unpacked(files: Files, scratch: Path) -> Iterator[Files]:
             for path, target in plain.items():
                 _unpack(path, target)
             yield files._replace(x=plain.get(files.x, files.x), y=plain.get(files.y, files.y))
-        except ExpectedError as error:
+        except UserError as error:
             line = str(error)
             for path, target in plain.items():
                 line = line.replace(str(target), str(path))  # the file that stays
-            raise ExpectedError(line) from None
+            raise UserError(line) from None
 
 
 def check(files: Files) -> int:
     """Returns the number of patches of plain files; reads all but the images.
 
     Raises:
-        ExpectedError: names the first file that is not as published.
+        UserError: names the first file that is not as published.
     """
     with _open(files.x, "x") as images:
         _check_images(files.x, images)
@@ -192,7 +192,7 @@ def read(files: Files) -> Iterator[Example]:
     """Reads plain files in their order; the id is the SHA-1 of the pixels, as Kaggle's are.
 
     Raises:
-        ExpectedError: as `check`, before the first patch; or the images are damaged.
+        UserError: as `check`, before the first patch; or the images are damaged.
     """
     with _open(files.x, "x") as images:
         _check_images(files.x, images)
@@ -213,7 +213,7 @@ def _labels_and_slides(files: Files, count: int) -> tuple[np.ndarray, list[str]]
     slides = _read_slides(files.meta)
     named = sum(map(bool, slides))
     if not named == len(slides) == count:
-        raise ExpectedError(
+        raise UserError(
             f"{files.meta} names the slides of {named} in {len(slides)} patches, and "
             f"{files.x.name} holds {count}; complete it, or remove it where slides are not known"
         )
@@ -224,11 +224,9 @@ def _read_labels(path: Path, count: int, images: str) -> np.ndarray:
     """Returns uint8[count] labels from numbers of any type and shape."""
     with _open(path, "y") as data:
         if data.dtype.kind not in "biuf":
-            raise ExpectedError(
-                f"{path}: y is {_form(data)}, and must be numbers 0 and 1; write it so"
-            )
+            raise UserError(f"{path}: y is {_form(data)}, and must be numbers 0 and 1; write it so")
         if data.size != count:  # before they are read: a damaged number may be huge
-            raise ExpectedError(
+            raise UserError(
                 f"{path} holds {data.size or 0} labels, {_form(data)}, for the {count} patches of "
                 f"{images}; each patch needs one, 0 or 1"
             )
@@ -237,7 +235,7 @@ def _read_labels(path: Path, count: int, images: str) -> np.ndarray:
     wrong = np.flatnonzero((labels != 0) & (labels != 1))
     if wrong.size:
         more = f", and {wrong.size - 1} more of {count} are wrong" if wrong.size > 1 else ""
-        raise ExpectedError(
+        raise UserError(
             f"{path}: label {labels[wrong[0]]} of patch {wrong[0]} must be 0 or 1{more}; mend the "
             "labels"
         )
@@ -262,7 +260,7 @@ def _check_images(path: Path, data: h5py.Dataset) -> None:
         hint = "write whole numbers from 0 to 255"
     else:
         hint = "write it in this form"
-    raise ExpectedError(f"{path}: x is {_form(data)}, and must be uint8[n, 96, 96, 3]: {hint}")
+    raise UserError(f"{path}: x is {_form(data)}, and must be uint8[n, 96, 96, 3]: {hint}")
 
 
 def _form(data: h5py.Dataset) -> str:
@@ -284,9 +282,7 @@ def _open(path: Path, key: str) -> Iterator[h5py.Dataset]:
             names = ", ".join(sorted(file)[:5])[:80] or "nothing"
         if not isinstance(data, h5py.Dataset):
             holds = f"{key} is a group or a broken link" if key in names else f"it holds {names}"
-            raise ExpectedError(
-                f"{path} holds no dataset {key!r} ({holds}); write it under this name"
-            )
+            raise UserError(f"{path} holds no dataset {key!r} ({holds}); write it under this name")
         with _readable(path):
             elsewhere = data.is_virtual or data.external
             filters = data.id.get_create_plist()
@@ -297,9 +293,9 @@ def _open(path: Path, key: str) -> Iterator[h5py.Dataset]:
                 if not h5py.h5z.filter_avail(code)
             ]
         if elsewhere:
-            raise ExpectedError(f"{path}: {key} lies in other files; write it into this one")
+            raise UserError(f"{path}: {key} lies in other files; write it into this one")
         if lacking:
-            raise ExpectedError(
+            raise UserError(
                 f"{path}: {key} is packed by HDF5's {lacking[0]!r}, which is not installed; write "
                 "it with gzip, lzf or unpacked"
             )
@@ -328,7 +324,7 @@ def _check_sizes(path: Path, data: h5py.Dataset, size: int) -> None:
         return
     chunk = math.prod(data.chunks) * width
     if chunk > _LARGEST_CHUNK:
-        raise ExpectedError(
+        raise UserError(
             f"{path}: chunks of {chunk} bytes are too large to unpack; write it again in chunks of "
             "some 64 patches"
         )
@@ -344,22 +340,22 @@ def _check_sizes(path: Path, data: h5py.Dataset, size: int) -> None:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except ExpectedError:
+    except UserError:
         raise
     except Exception as error:  # h5py raises many types on damaged files
         raise _refusal(path, "HDF5", error) from None
 
 
-def _refusal(path: Path, form: str, error: Exception) -> ExpectedError:
+def _refusal(path: Path, form: str, error: Exception) -> UserError:
     """Returns what to raise where reading has failed: the system's words, or that of damage."""
     if raw_files.is_system_error(error):
         return raw_files.unreadable(path, error)
     if "already open for" in str(error):
-        return ExpectedError(
+        return UserError(
             f"{path} is being written, or its writer was killed: close it there, or clear the mark "
             "by h5clear -s"
         )
-    return ExpectedError(
+    return UserError(
         f"{path} is no readable {form} ({one_line(error)}); write or download it again"
     )
 
@@ -371,15 +367,15 @@ def _unpack(path: Path, target: Path) -> None:
         size += 2**32
     free = shutil.disk_usage(target.parent).free
     if free < size:
-        raise ExpectedError(
+        raise UserError(
             f"{path} needs {size / 1e9:.1f} GB to unpack, and {target.parents[1]} has "
             f"{free / 1e9:.1f} GB left: free some or set another --config.data.tfds_dir"
         )
     try:
         with target.open("wb") as sink:
-            for some in preemption.stopping(_gunzip(path)):
+            for some in signals.stopping(_gunzip(path)):
                 if sink.tell() + len(some) > size:  # it would fill the disk
-                    raise ExpectedError(
+                    raise UserError(
                         f"{path} holds more than the {size} bytes that its end announces; "
                         "download it again, or unpack it by hand"
                     )
@@ -411,8 +407,8 @@ def _download(manager: tfds.download.DownloadManager, url: str) -> Path:
     threading.Thread(target=work, daemon=True).start()
     try:
         while not concurrent.futures.wait([done], timeout=0.2).done:
-            if preemption.requested():
-                raise preemption.Preempted
+            if signals.requested():
+                raise signals.Preempted
         return Path(os.fspath(done.result()))
     except NonMatchingChecksumError:
         reason = "its size or SHA-256 is not the published one"
@@ -421,7 +417,7 @@ def _download(manager: tfds.download.DownloadManager, url: str) -> Path:
         while cause.__context__:  # the first one says it in plain words
             cause = cause.__context__
         reason = one_line(cause)
-    except (KeyboardInterrupt, preemption.Preempted):
+    except (KeyboardInterrupt, signals.Preempted):
         # The thread that downloads would go on, and the process wait for it: hours for 6 GB. It
         # counts every MiB here, and dies of that.
         manager._downloader._pbar_dl_size = None
@@ -430,7 +426,7 @@ def _download(manager: tfds.download.DownloadManager, url: str) -> Path:
         # TFDS leaves broken downloads behind. The caller's lock keeps others out.
         for part in Path(manager.download_dir).rglob(f"{resource.get_dl_fname(url)}.tmp.*"):
             shutil.rmtree(part, ignore_errors=True)
-    raise ExpectedError(
+    raise UserError(
         f"{url} cannot be downloaded ({reason}): try again later, or download all files by hand "
         "and set --config.data.raw_dir to their folder"
     )

@@ -22,7 +22,7 @@ from PIL import Image
 from histo_jax.data import raw_files
 from histo_jax.data.example import IMAGE_SIZE, UNLABELLED, Example
 from histo_jax.data.tables import read_csv
-from histo_jax.errors import ExpectedError, one_line
+from histo_jax.errors import UserError, one_line
 
 _FORM = ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
 # Images in memory at once: 14 MB.
@@ -47,7 +47,7 @@ def list_files(raw_dir: Path, split: str) -> list[tuple[Path, int]]:
     Opens no image. Test labels are `UNLABELLED`, whatever the CSV holds.
 
     Raises:
-        ExpectedError: a folder or CSV is missing or empty, a row is wrong, or a file is missing.
+        UserError: a folder or CSV is missing or empty, a row is wrong, or a file is missing.
     """
     folder, csv_name = _places(raw_dir, split)
     rows = _rows(csv_name, split)
@@ -64,7 +64,7 @@ def fingerprint(raw_dir: Path) -> str:
     An id is the SHA-1 of its file's pixels, so nothing else about a file matters.
 
     Raises:
-        ExpectedError: as `list_files`, but for missing images.
+        UserError: as `list_files`, but for missing images.
     """
     digest = hashlib.sha256()
     for split in _FOLDERS:
@@ -84,12 +84,12 @@ def _places(raw_dir: Path, split: str) -> tuple[Path, Path]:
     """Folder and CSV of a split, once all of the competition's are there."""
     if not raw_dir.is_dir():
         what = "is no folder" if raw_dir.exists() else "no such folder"
-        raise ExpectedError(f"{raw_dir}: {what}; set --config.data.raw_dir")
+        raise UserError(f"{raw_dir}: {what}; set --config.data.raw_dir")
     missing = _lacks(raw_dir)
     if missing:
         hint = raw_files.likely_reason(raw_dir, missing, lambda place: not _lacks(place))
         listed = ", ".join([str(raw_dir / missing[0]), *missing[1:]])
-        raise ExpectedError(
+        raise UserError(
             f"{listed} {'is' if len(missing) == 1 else 'are'} missing; "
             + (hint or f"unpack the competition's files into {raw_dir} as they come")
         )
@@ -109,11 +109,11 @@ def _rows(csv_name: Path, split: str) -> list[tuple[int, str, int]]:
     """Returns `(line, id, label)` of each row.
 
     Raises:
-        ExpectedError: the CSV cannot be read, or rows are wrong: the first, and how many.
+        UserError: the CSV cannot be read, or rows are wrong: the first, and how many.
     """
     table = read_csv(csv_name, ("id", "label") if split == "train" else ("id",))
     if table.empty:
-        raise ExpectedError(f"{csv_name} names no patches; restore it or download it again")
+        raise UserError(f"{csv_name} names no patches; restore it or download it again")
     ids = table["id"].map(clean_id)
     wrong = ~ids.map(lambda name: bool(_ID.fullmatch(name)))
     _refuse(csv_name, wrong, table["id"], "id {!r} is not 40 hex digits")
@@ -134,7 +134,7 @@ def _refuse(csv_name: Path, wrong: pd.Series, cells: pd.Series, what: str) -> No
     remedy = "remove one row" if "twice" in what else "mend the row"
     if len(lines) > 1:
         remedy = f"{len(lines)} of {len(wrong)} rows are like this, {remedy.split()[0]} them"
-    raise ExpectedError(f"{csv_name}, line {lines[0]}: {said}; {remedy}")
+    raise UserError(f"{csv_name}, line {lines[0]}: {said}; {remedy}")
 
 
 def _label(text: str) -> int | None:
@@ -145,7 +145,7 @@ def _label(text: str) -> int | None:
     return _LABELS.get(text.lower())
 
 
-def _missing(folder: Path, csv_name: Path, missing: dict[str, int], named: int) -> ExpectedError:
+def _missing(folder: Path, csv_name: Path, missing: dict[str, int], named: int) -> UserError:
     """Returns the error for files that are missing: how many, and where they lie instead.
 
     Args:
@@ -170,7 +170,7 @@ def _missing(folder: Path, csv_name: Path, missing: dict[str, int], named: int) 
         remedy = f"{count} of them lie elsewhere, as {example}: {act} them to {folder}/ID.tif"
     elif len(missing) > 1:
         remedy = raw_files.archives(folder.parent) or raw_files.archives(folder) or remedy
-    return ExpectedError(f"{where}; {remedy}")
+    return UserError(f"{where}; {remedy}")
 
 
 def read(files: list[tuple[Path, int]], skip: bool, damaged: dict[str, str]) -> Iterator[Example]:
@@ -183,7 +183,7 @@ def read(files: list[tuple[Path, int]], skip: bool, damaged: dict[str, str]) -> 
         damaged: filled with what is wrong, by path.
 
     Raises:
-        ExpectedError: names the files that are no 96x96 RGB TIFF, or not the one they were; or one
+        UserError: names the files that are no 96x96 RGB TIFF, or not the one they were; or one
             that the system cannot read, which is no damage and never left out.
     """
     # Reading, hashing and decoding release the interpreter's lock for most of their time.
@@ -223,7 +223,7 @@ def _refuse_unreadable(
         raise raw_files.unreadable(*failed[0], also=more)
 
 
-def _damaged(files: list[tuple[Path, int]], damaged: dict[str, str]) -> ExpectedError:
+def _damaged(files: list[tuple[Path, int]], damaged: dict[str, str]) -> UserError:
     """Returns the error that names the damaged ones of `files`, with what is wrong, by path."""
     count = f"{len(damaged)} of {len(files)} files are damaged: " if len(damaged) > 1 else ""
     listed = "; ".join(f"{path} {reason}" for path, reason in list(damaged.items())[:20])
@@ -233,7 +233,7 @@ def _damaged(files: list[tuple[Path, int]], damaged: dict[str, str]) -> Expected
         remedy = "were all renamed, or written again with loss? Restore them"
     elif len(damaged) < len(files) and files[0][1] != UNLABELLED:
         remedy += ", or leave damaged training patches out by --config.data.on_damaged=skip"
-    return ExpectedError(f"{count}{listed}{more}: {remedy}")
+    return UserError(f"{count}{listed}{more}: {remedy}")
 
 
 def _read_image(path: Path) -> np.ndarray | str | Exception:

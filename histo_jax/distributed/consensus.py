@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from jax.experimental import multihost_utils
 
-from histo_jax import workdir as workdirs
 from histo_jax.config import Config
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
+from histo_jax.run import workdir as workdirs
 
 # A network file system may show what another machine has written only after its cache has aged.
 _SEEN_WITHIN_SECONDS = 60
@@ -32,12 +32,12 @@ def _gather(values: np.ndarray) -> np.ndarray:
     return np.frombuffer(gathered.tobytes(), values.dtype).reshape(-1, *values.shape)
 
 
-def of_first(values: np.ndarray) -> np.ndarray:
+def broadcast_from_primary(values: np.ndarray) -> np.ndarray:
     """Returns, in every process, what the first one gives: theirs may differ in the last bit."""
     return _gather(values)[0]
 
 
-def least(size: int | None) -> int | None:
+def global_minimum(size: int | None) -> int | None:
     """Returns the smallest number that any process gives; None where one of them knows none."""
     smallest = int(_gather(np.array([-1 if size is None else size], np.int64)).min())
     return None if smallest < 0 else smallest
@@ -51,7 +51,7 @@ def check_options(config: Config, mode: str) -> None:
         mode: of its command.
 
     Raises:
-        ExpectedError: in all processes alike; names one that differs.
+        UserError: in all processes alike; names one that differs.
     """
     if jax.process_count() == 1:
         return
@@ -69,7 +69,7 @@ def check_records(config: Config, tables: dict[str, pd.DataFrame]) -> None:
         tables: its records, by split.
 
     Raises:
-        ExpectedError: in all processes alike; names one that differs.
+        UserError: in all processes alike; names one that differs.
     """
     if jax.process_count() == 1:
         return
@@ -87,18 +87,18 @@ def _refuse_others(what: str, value: bytes, remedy: str) -> None:
     digests = _gather(np.frombuffer(hashlib.sha256(value).digest(), np.uint8))
     others = np.flatnonzero((digests != digests[0]).any(1))
     if len(others):
-        raise ExpectedError(f"process {others[0]} has other {what} process 0: {remedy}")
+        raise UserError(f"process {others[0]} has other {what} process 0: {remedy}")
 
 
-def check_shared(folder: Path) -> None:
+def check_shared_folder(folder: Path) -> None:
     """Refuses a workdir that is not one and the same folder for all processes.
 
     Raises:
-        ExpectedError: in all processes alike; names one that does not see it.
+        UserError: in all processes alike; names one that does not see it.
     """
     if jax.process_count() == 1:
         return
-    token = of_first(np.frombuffer(uuid.uuid4().bytes, np.uint8)).tobytes().hex()
+    token = broadcast_from_primary(np.frombuffer(uuid.uuid4().bytes, np.uint8)).tobytes().hex()
     mark = folder / f".{token}.part"
     if jax.process_index() == 0:
         mark.touch()
@@ -106,7 +106,7 @@ def check_shared(folder: Path) -> None:
     if jax.process_index() == 0:
         mark.unlink()
     if not seen.all():
-        raise ExpectedError(
+        raise UserError(
             f"process {np.flatnonzero(~seen[:, 0])[0]} does not see the --workdir={folder} of "
             "process 0: give a folder that all processes share"
         )

@@ -12,12 +12,12 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from histo_jax import preemption, progress
-from histo_jax.data import near
-from histo_jax.data.builder import SQUARES, SUMS, Prepared
+from histo_jax.data import near_duplicates
 from histo_jax.data.example import IMAGE_SIZE, UNLABELLED
 from histo_jax.data.loader import Records, ordered_batches
-from histo_jax.data.splits import Side, Sides, caveat, has_slide_names
+from histo_jax.data.records import SQUARES, SUMS, Prepared
+from histo_jax.data.splits import Subset, Subsets, caveat, has_slide_names
+from histo_jax.run import progress, signals
 
 # Examples that the report lists of each finding.
 EXAMPLES, NEAR_EXAMPLES = 20, 50
@@ -48,7 +48,7 @@ _FINDINGS = {
 
 
 class _Part(NamedTuple):
-    """One side and what was seen of its n images; see `near.hash_images`."""
+    """One side and what was seen of its n images; see `near_duplicates.hash_images`."""
 
     records: Records
     table: pd.DataFrame
@@ -58,32 +58,33 @@ class _Part(NamedTuple):
     histograms: np.ndarray  # int64[k, 48]: red, green and blue of the k rows that were wanted
 
 
-def audit(prepared: Prepared, sides: Sides, seed: int) -> dict[str, Any]:
+def audit(prepared: Prepared, subsets: Subsets, seed: int) -> dict[str, Any]:
     """Looks for patches and slides that are on two sides, reading the images once.
 
     Args:
         prepared: the records.
-        sides: who trains, validates and tests.
+        subsets: who trains, validates and tests.
         seed: chooses the training patches of the control.
 
     Returns:
-        What JSON can hold. `sides`: per side the counts of `_describe`. `pairs`: per pair of sides,
-        as 'train/validation', patches that are `identical` by id, the SHA-1 of the pixels; the
-        `shared_slides`, None where none is found and not all are known; patches of the second side
+        What JSON can hold. `subsets`: the counts of `_describe` for each. `pairs`: per pair of
+        subsets, as 'train/validation', patches that are `identical` by id, the SHA-1 of the
+        pixels; the `shared_slides`, None where none is found and not all are known; patches of
+        the second
         that are `near` to one of the first. `control`: validation AUC of a logistic regression on
-        colour histograms. `honest`, see `Sides`, and in `note` why the validation score is not.
+        colour histograms. `honest`, see `Subsets`, and in `note` why the validation score is not.
     """
-    named = {"train": sides.train, "validation": sides.validation}
-    if sides.test is not None:
-        named["test"] = sides.test
+    named = {"train": subsets.train, "validation": subsets.validation}
+    if subsets.test is not None:
+        named["test"] = subsets.test
     # Whose colours are counted: a sample of those that train, and all that validate.
-    wanted = {name: np.zeros(len(side.rows), bool) for name, side in named.items()}
-    rank = np.random.default_rng(seed).permutation(len(sides.train.rows))
+    wanted = {name: np.zeros(len(subset.rows), bool) for name, subset in named.items()}
+    rank = np.random.default_rng(seed).permutation(len(subsets.train.rows))
     wanted["train"] = rank < CONTROL_PATCHES
     wanted["validation"][:] = True
-    total = sum(len(side.rows) for side in named.values())
+    total = sum(len(subset.rows) for subset in named.values())
     with progress.bar("audit", total, unit=" patches") as bar:
-        parts = {name: _look(prepared, side, wanted[name], bar) for name, side in named.items()}
+        parts = {name: _look(prepared, subset, wanted[name], bar) for name, subset in named.items()}
     return {
         "sides": {name: _describe(part) for name, part in parts.items()},
         "pairs": {
@@ -91,8 +92,8 @@ def audit(prepared: Prepared, sides: Sides, seed: int) -> dict[str, Any]:
             for first, second in itertools.combinations(parts, 2)
         },
         "control": _control(parts["train"], wanted["train"], parts["validation"]),
-        "honest": sides.honest,
-        "note": caveat(sides.honest),
+        "slide_disjoint": subsets.slide_disjoint,
+        "note": caveat(subsets.slide_disjoint),
     }
 
 
@@ -147,24 +148,24 @@ def _columns(labels: dict[str, str], columns: dict[str, dict[str, Any]]) -> str:
     return pd.DataFrame(cells, index=list(labels.values())).to_string()
 
 
-def _look(prepared: Prepared, side: Side, wanted: np.ndarray, bar: progress.Bar) -> _Part:
+def _look(prepared: Prepared, subset: Subset, wanted: np.ndarray, bar: progress.Bar) -> _Part:
     """Reads a side's images once; counts the colours of the rows in bool[n] `wanted`."""
-    records = prepared.records(*side)
+    records = prepared.records(*subset)
     seen: list[tuple[np.ndarray, np.ndarray]] = []
     histograms = []
     # Red falls into bins 0 to 15, green into 16 to 31, blue into 32 to 47.
     shift = np.arange(0, 3 * _BINS, _BINS, dtype=np.uint8)
-    for batch in preemption.stopping(ordered_batches(records.source, side.rows, _BATCH)):
+    for batch in signals.stopping(ordered_batches(records.source, subset.rows, _BATCH)):
         images = batch["image"][batch["mask"]]
         for image in images[wanted[_BATCH * len(seen) :][: len(images)]]:
             bins = image // (256 // _BINS) + shift
             histograms.append(np.bincount(bins.ravel(), minlength=3 * _BINS))
-        seen.append(near.hash_images(images))
+        seen.append(near_duplicates.hash_images(images))
         bar.update(len(images))
     hashes, contrast = (np.concatenate(values) for values in zip(*seen, strict=True))
-    rows = prepared.tables[side.records].iloc[side.rows]
+    rows = prepared.tables[subset.records].iloc[subset.rows]
     knows_slides = bool((rows["slide"] != "").all()) and has_slide_names(
-        prepared.tables[side.records]
+        prepared.tables[subset.records]
     )
     return _Part(records, rows, hashes, contrast, knows_slides, np.array(histograms))
 
@@ -190,7 +191,7 @@ def _describe(part: _Part) -> dict[str, Any]:
         "repeated": int(rows["id"].duplicated().sum()),
         "dark": _found(ids[flat & (mean <= _DARK).all(axis=1)]),
         "white": _found(ids[flat & (mean >= _WHITE).all(axis=1)]),
-        "blank": int((part.contrast < near.BLANK).sum()),
+        "blank": int((part.contrast < near_duplicates.BLANK).sum()),
     }
 
 
@@ -220,16 +221,16 @@ def _near(first: _Part, second: _Part) -> dict[str, Any]:
         the `ids` of both, the `bits` that differ and the `correlation`.
     """
     new = ~second.table["id"].isin(first.table["id"]).to_numpy()
-    left = np.flatnonzero(first.contrast >= near.BLANK)
-    right = np.flatnonzero((second.contrast >= near.BLANK) & new)
-    asked, known, bits = near.nearest(first.hashes[left, 0], second.hashes[right])
+    left = np.flatnonzero(first.contrast >= near_duplicates.BLANK)
+    right = np.flatnonzero((second.contrast >= near_duplicates.BLANK) & new)
+    asked, known, bits = near_duplicates.nearest(first.hashes[left, 0], second.hashes[right])
     left, right = left[known], right[asked]
     alike = np.zeros(len(asked))
     for start in range(0, len(asked), _BATCH):
         part = slice(start, start + _BATCH)
         pixels = first.records.images(left[part]), second.records.images(right[part])
-        alike[part] = near.correlation(*pixels)
-    same = [k for k in np.lexsort((-alike, bits)) if alike[k] >= near.SAME]
+        alike[part] = near_duplicates.correlation(*pixels)
+    same = [k for k in np.lexsort((-alike, bits)) if alike[k] >= near_duplicates.SAME]
     ids = first.table["id"].to_numpy()[left], second.table["id"].to_numpy()[right]
     examples = [
         {"ids": [i[k] for i in ids], "bits": int(bits[k]), "correlation": round(float(alike[k]), 3)}

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from histo_jax import workdir as workdirs
 from histo_jax.config import Config
 from histo_jax.data import splits
-from histo_jax.data.builder import Prepared
-from histo_jax.errors import ExpectedError
+from histo_jax.data.records import Prepared
+from histo_jax.errors import UserError
 from histo_jax.metrics import binary_scores
+from histo_jax.run import workdir as workdirs
 
 
 def slides(table: pd.DataFrame) -> np.ndarray | None:
@@ -37,11 +37,11 @@ def read(folder: Path, split: str) -> pd.DataFrame:
     """Reads what `write` has written.
 
     Raises:
-        ExpectedError: it is not there.
+        UserError: it is not there.
     """
     path = folder / f"predictions_{split}.csv"
     if not path.exists():
-        raise ExpectedError(
+        raise UserError(
             f"{path} is missing: run --mode=evaluate --config.evaluate.split={split} in {folder}"
         )
     types = {"id": str, "slide": str}
@@ -52,14 +52,14 @@ def read_scores(folder: Path, split: str) -> dict[str, Any]:
     """Reads the scores that `evaluate` has written beside them.
 
     Raises:
-        ExpectedError: they are missing or damaged.
+        UserError: they are missing or damaged.
     """
     path = folder / f"evaluation_{split}.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError) as error:
         what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        raise ExpectedError(f"{path} is {what}: {_again(split)}") from None
+        raise UserError(f"{path} is {what}: {_again(split)}") from None
 
 
 def check_scores(folder: Path, split: str, table: pd.DataFrame, scores: dict[str, Any]) -> None:
@@ -68,13 +68,13 @@ def check_scores(folder: Path, split: str, table: pd.DataFrame, scores: dict[str
     A process that is killed between the two files leaves such ones.
 
     Raises:
-        ExpectedError: names the file.
+        UserError: names the file.
     """
     now = binary_scores(table["logit"].to_numpy(), table["label"].to_numpy(np.float64))
     for name in ("count", "auc", "nll"):
         # Text may lose the last digit.
         if scores.get(name) is None or not np.isclose(scores[name], now[name], rtol=1e-6):
-            raise ExpectedError(
+            raise UserError(
                 f"{folder / f'evaluation_{split}.json'} holds the scores of other predictions: "
                 f"{_again(split)}"
             )
@@ -84,7 +84,7 @@ def _again(split: str) -> str:
     return f"run --mode=evaluate --config.evaluate.split={split} again"
 
 
-def make_sides(prepared: Prepared, config: Config, scores: dict[str, Any]) -> splits.Sides:
+def make_subsets(prepared: Prepared, config: Config, scores: dict[str, Any]) -> splits.Subsets:
     """Returns the sides that `evaluate` has scored.
 
     Args:
@@ -93,24 +93,28 @@ def make_sides(prepared: Prepared, config: Config, scores: dict[str, Any]) -> sp
         scores: what `read_scores` returns; out of fold, all patches of the folds validate.
     """
     if not scores.get("out_of_fold"):
-        return splits.make_sides(prepared.tables, config)
+        return splits.make_subsets(prepared.tables, config)
     # Any fold will do: the patches that are divided are the same for all.
     folded = dataclasses.replace(config, data=dataclasses.replace(config.data, fold="1/2"))
     everything = splits.draw_sample(prepared.tables, folded)
-    return splits.Sides(everything, everything, None, scores["split_by"], scores["honest"])
+    return splits.Subsets(
+        everything, everything, None, scores["split_by"], scores["slide_disjoint"]
+    )
 
 
-def side(prepared: Prepared, sides: splits.Sides, split: str, table: pd.DataFrame) -> splits.Side:
+def subset(
+    prepared: Prepared, subsets: splits.Subsets, split: str, table: pd.DataFrame
+) -> splits.Subset:
     """Returns where the patches of what `read` returns lie, in its order.
 
     Raises:
-        ExpectedError: `sides` are other patches than were evaluated.
+        UserError: `subsets` are other patches than were evaluated.
     """
-    found = sides.validation if split == "validation" else sides.test
+    found = subsets.validation if split == "validation" else subsets.test
     if found is None:
-        raise ExpectedError(f"{prepared.directory} has no {split} patches any more")
+        raise UserError(f"{prepared.directory} has no {split} patches any more")
     if prepared.tables[found.records]["id"].iloc[found.rows].tolist() != table["id"].tolist():
-        raise ExpectedError(
+        raise UserError(
             "these are not the patches that were evaluated: run --mode=evaluate again with the "
             "same config.data"
         )

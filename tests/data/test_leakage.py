@@ -13,11 +13,12 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import histo_jax
-from histo_jax import preemption
 from histo_jax.config import Config
-from histo_jax.data import audit, synthetic
-from histo_jax.data.builder import SQUARES, SUMS, Prepared, prepare
-from histo_jax.data.splits import OPTIMISTIC, Side, Sides, make_sides
+from histo_jax.data import leakage
+from histo_jax.data.records import SQUARES, SUMS, Prepared, prepare
+from histo_jax.data.sources import synthetic
+from histo_jax.data.splits import OPTIMISTIC, Subset, Subsets, make_subsets
+from histo_jax.run import signals
 
 
 class Records:
@@ -49,10 +50,10 @@ class Memory(Prepared):
     def source(self, split: str) -> Records:
         return self.sources[split]
 
-    def sides(self, by: str = "image") -> Sides:
+    def subsets(self, by: str = "image") -> Subsets:
         """Official sides: all of 'train', 'validation' and, where there is one, 'test'."""
-        side = {name: Side(name, np.arange(len(table))) for name, table in self.tables.items()}
-        return Sides(side["train"], side["validation"], side.get("test"), by, by == "slide")
+        subset = {name: Subset(name, np.arange(len(table))) for name, table in self.tables.items()}
+        return Subsets(subset["train"], subset["validation"], subset.get("test"), by, by == "slide")
 
 
 def sha1(image: np.ndarray) -> str:
@@ -86,19 +87,19 @@ def counts(report: dict[str, Any], key: str) -> list[int]:
 
 
 def test_clean_sides_pass(clean, capsys):
-    report = audit.audit(clean, clean.sides("slide"), seed=0)
+    report = leakage.audit(clean, clean.subsets("slide"), seed=0)
     assert list(report["pairs"]) == ["train/validation", "train/test", "validation/test"]
     for key in ("identical", "shared_slides", "near"):
         assert counts(report, key) == [0, 0, 0]
-    assert not audit.has_leak(report)
-    assert report["honest"]
+    assert not leakage.has_leak(report)
+    assert report["slide_disjoint"]
     assert report["note"] == ""
-    side = report["sides"]["train"]
-    assert (side["patches"], side["without_tumour"], side["with_tumour"]) == (60, 30, 30)
-    assert (side["slides"], side["patches_per_slide"]) == (12, [5, 5.0, 5])
-    assert side["per_slide"]["train-0"] == [3, 2]
-    assert (side["repeated"], side["dark"]["count"], side["white"]["count"]) == (0, 0, 0)
-    text = audit.table(report)
+    subset = report["sides"]["train"]
+    assert (subset["patches"], subset["without_tumour"], subset["with_tumour"]) == (60, 30, 30)
+    assert (subset["slides"], subset["patches_per_slide"]) == (12, [5, 5.0, 5])
+    assert subset["per_slide"]["train-0"] == [3, 2]
+    assert (subset["repeated"], subset["dark"]["count"], subset["white"]["count"]) == (0, 0, 0)
+    text = leakage.table(report)
     assert "no leak found" in text
     assert "LEAK" not in text
     assert json.loads(json.dumps(report, allow_nan=False)) == report
@@ -111,13 +112,13 @@ def test_an_identical_patch_is_a_leak(clean):
     images = clean.sources["train"].images
     clean.sources["test"].images[3] = images[41]
     clean.add("test", clean.sources["test"].images)
-    report = audit.audit(clean, clean.sides(), seed=0)
+    report = leakage.audit(clean, clean.subsets(), seed=0)
     assert counts(report, "identical") == [0, 1, 0]
     assert report["pairs"]["train/test"]["identical"]["examples"] == [sha1(images[41])]
     # It is told once, not as a nearly identical one too.
     assert counts(report, "near") == [0, 0, 0]
-    assert audit.has_leak(report)
-    text = audit.table(report)
+    assert leakage.has_leak(report)
+    text = leakage.table(report)
     assert "LEAK FOUND" in text
     assert sha1(images[41]) in text
 
@@ -130,15 +131,15 @@ def test_a_turned_and_recompressed_copy_is_warned_of(clean, turns, flip, quality
     images = clean.sources["validation"].images
     images[8] = recompress(copy, quality)
     clean.add("validation", images)
-    report = audit.audit(clean, clean.sides(), seed=0)
+    report = leakage.audit(clean, clean.subsets(), seed=0)
     assert counts(report, "near") == [1, 0, 0]
     (found,) = report["pairs"]["train/validation"]["near"]["examples"]
     assert found["ids"] == [sha1(original), sha1(images[8])]
     assert found["bits"] <= 4
     assert 0.9 < found["correlation"] <= 1
     assert counts(report, "identical") == [0, 0, 0]
-    assert not audit.has_leak(report)
-    assert sha1(images[8]) in audit.table(report)
+    assert not leakage.has_leak(report)
+    assert sha1(images[8]) in leakage.table(report)
 
 
 def test_hashes_that_match_by_chance_are_not_warned_of(clean):
@@ -151,7 +152,7 @@ def test_hashes_that_match_by_chance_are_not_warned_of(clean):
         images = clean.sources[split].images
         images[0] = (150 + slope + fine)[..., None].astype(np.uint8)
         clean.add(split, images)
-    near = audit.audit(clean, clean.sides(), seed=0)["pairs"]["train/validation"]["near"]
+    near = leakage.audit(clean, clean.subsets(), seed=0)["pairs"]["train/validation"]["near"]
     assert (near["hash_matches"], near["count"]) == (1, 0)
 
 
@@ -161,22 +162,22 @@ def test_blank_patches_are_left_out(clean):
     for offset, split in enumerate(images):
         images[split][0] = np.round(8 * (faint - 240) + 220 + 9 * offset)
         clean.add(split, images[split])
-    report = audit.audit(clean, clean.sides(), seed=0)
+    report = leakage.audit(clean, clean.subsets(), seed=0)
     assert report["pairs"]["train/validation"]["near"]["hash_matches"] == 0
-    assert [side["blank"] for side in report["sides"].values()] == [1, 1, 0]
+    assert [subset["blank"] for subset in report["sides"].values()] == [1, 1, 0]
     # The same picture with more contrast is found, so that it is the contrast that decides.
     for offset, split in enumerate(images):
         images[split][0] = np.round(200 * (faint - 240) + 120 + 9 * offset)
         clean.add(split, images[split])
-    assert counts(audit.audit(clean, clean.sides(), seed=0), "near") == [1, 0, 0]
+    assert counts(leakage.audit(clean, clean.subsets(), seed=0), "near") == [1, 0, 0]
 
 
 def test_a_shared_slide_is_a_leak(clean):
     clean.tables["validation"].loc[[4, 7], "slide"] = "train-3"
-    report = audit.audit(clean, clean.sides("slide"), seed=0)
+    report = leakage.audit(clean, clean.subsets("slide"), seed=0)
     assert counts(report, "shared_slides") == [1, 0, 0]
-    assert audit.has_leak(report)
-    text = audit.table(report)
+    assert leakage.has_leak(report)
+    text = leakage.table(report)
     assert "LEAK FOUND" in text
     assert "train-3" in text
 
@@ -185,18 +186,18 @@ def test_unknown_slides_are_not_shared_and_that_is_said(clean):
     for split in ("train", "test"):
         clean.tables[split]["slide"] = ""
     clean.tables["validation"].loc[:3, "slide"] = ""
-    report = audit.audit(clean, clean.sides(), seed=0)
+    report = leakage.audit(clean, clean.subsets(), seed=0)
     assert [pair["shared_slides"] for pair in report["pairs"].values()] == [None] * 3
     assert report["sides"]["train"]["slides"] is None
     assert report["sides"]["validation"]["slides"] == 4
-    assert not audit.has_leak(report)
-    text = audit.table(report)
+    assert not leakage.has_leak(report)
+    text = leakage.table(report)
     assert "slides: not known, cannot be checked" in text
     assert OPTIMISTIC in text
     assert report["note"] == OPTIMISTIC
     # Unknown slides beside known ones on both sides are no common slide.
     clean.tables["train"].loc[5:, "slide"] = "a"
-    pair = audit.audit(clean, clean.sides(), seed=0)["pairs"]["train/validation"]
+    pair = leakage.audit(clean, clean.subsets(), seed=0)["pairs"]["train/validation"]
     assert pair["shared_slides"] is None  # nor proof that there is none
 
 
@@ -204,9 +205,9 @@ def test_repeats_inside_a_side_are_no_leak(clean):
     images = clean.sources["train"].images
     images[5] = images[6] = images[7]
     clean.add("train", images)
-    report = audit.audit(clean, clean.sides(), seed=0)
+    report = leakage.audit(clean, clean.subsets(), seed=0)
     assert report["sides"]["train"]["repeated"] == 2
-    assert not audit.has_leak(report)
+    assert not leakage.has_leak(report)
 
 
 def test_flat_patches_are_named(clean):
@@ -217,11 +218,11 @@ def test_flat_patches_are_named(clean):
     images[4, :20] = 150
     images[5, :20, :, 1] = 150
     clean.add("test", images, labels=-1)
-    report = audit.audit(clean, clean.sides(), seed=0)
-    side = report["sides"]["test"]
-    assert side["white"] == {"count": 1, "examples": [sha1(images[2])]}
-    assert side["dark"] == {"count": 1, "examples": [sha1(images[9])]}
-    assert (side["unknown_label"], side["with_tumour"], side["blank"]) == (12, 0, 3)
+    report = leakage.audit(clean, clean.subsets(), seed=0)
+    subset = report["sides"]["test"]
+    assert subset["white"] == {"count": 1, "examples": [sha1(images[2])]}
+    assert subset["dark"] == {"count": 1, "examples": [sha1(images[9])]}
+    assert (subset["unknown_label"], subset["with_tumour"], subset["blank"]) == (12, 0, 3)
 
 
 def test_rows_of_sides_not_records_are_audited(clean):
@@ -231,10 +232,10 @@ def test_rows_of_sides_not_records_are_audited(clean):
     images[555] = recompress(np.rot90(images[31]), 95)
     clean.add("train", images)
     inside = np.isin(np.arange(600), [0, 100, 300, 555, 599])
-    train, validation = (Side("train", np.flatnonzero(mask)) for mask in (~inside, inside))
-    report = audit.audit(clean, Sides(train, validation, None, "image", False), seed=0)
+    train, validation = (Subset("train", np.flatnonzero(mask)) for mask in (~inside, inside))
+    report = leakage.audit(clean, Subsets(train, validation, None, "image", False), seed=0)
     assert list(report["pairs"]) == ["train/validation"]
-    assert [side["patches"] for side in report["sides"].values()] == [595, 5]
+    assert [subset["patches"] for subset in report["sides"].values()] == [595, 5]
     near = report["pairs"]["train/validation"]["near"]
     # The nearest comes first.
     ids = [found["ids"] for found in near["examples"]]
@@ -249,13 +250,13 @@ def test_the_control_reads_colour(clean, monkeypatch):
         images[labels == 1, :, :, 1] //= 2
         clean.add(split, images, labels)
     # A subset must keep its own labels.
-    monkeypatch.setattr(audit, "CONTROL_PATCHES", 280)
-    control = audit.audit(clean, clean.sides(), seed=0)["control"]
+    monkeypatch.setattr(leakage, "CONTROL_PATCHES", 280)
+    control = leakage.audit(clean, clean.subsets(), seed=0)["control"]
     assert control["train_patches"] == 280
     assert control["validation_auc"] > 0.99
     for split in ("train", "validation"):
         clean.tables[split]["label"] = rng.permutation(clean.tables[split]["label"])
-    assert 0.4 < audit.audit(clean, clean.sides(), seed=0)["control"]["validation_auc"] < 0.6
+    assert 0.4 < leakage.audit(clean, clean.subsets(), seed=0)["control"]["validation_auc"] < 0.6
 
 
 def test_drawn_slides_share_slides_only_when_split_by_image():
@@ -265,14 +266,14 @@ def test_drawn_slides_share_slides_only_when_split_by_image():
         labels, names = [e.label for e in drawn], [e.slide for e in drawn]
         memory.add(split, np.stack([e.image for e in drawn]), labels, names)
     config.data.validation_fraction = 0.3
-    report = audit.audit(memory, make_sides(memory.tables, config), seed=0)
+    report = leakage.audit(memory, make_subsets(memory.tables, config), seed=0)
     assert report["sides"]["validation"]["slides"] == 1
-    assert report["honest"]
-    assert not audit.has_leak(report)
+    assert report["slide_disjoint"]
+    assert not leakage.has_leak(report)
     config.data.split_by = "image"
-    report = audit.audit(memory, make_sides(memory.tables, config), seed=0)
+    report = leakage.audit(memory, make_subsets(memory.tables, config), seed=0)
     assert counts(report, "shared_slides") == [3, 0, 0]
-    assert audit.has_leak(report)
+    assert leakage.has_leak(report)
 
 
 def test_real_patches_pass(sample, tmp_path):
@@ -281,21 +282,21 @@ def test_real_patches_pass(sample, tmp_path):
     config.data.raw_dir = str(sample / "kaggle_sample")
     config.data.tfds_dir = str(tmp_path)
     prepared = prepare(config)
-    report = audit.audit(prepared, make_sides(prepared.tables, config), seed=0)
-    assert not audit.has_leak(report)
+    report = leakage.audit(prepared, make_subsets(prepared.tables, config), seed=0)
+    assert not leakage.has_leak(report)
     assert counts(report, "identical") == counts(report, "near") == [0, 0, 0]
-    assert [side["patches"] for side in report["sides"].values()] == [2250, 250, 629]
+    assert [subset["patches"] for subset in report["sides"].values()] == [2250, 250, 629]
     assert report["sides"]["test"]["unknown_label"] == 629
-    assert "slides: not known" in audit.table(report)
+    assert "slides: not known" in leakage.table(report)
     # Colours alone tell much, and far from all.
     assert 0.75 < report["control"]["validation_auc"] < 0.95
 
 
 def test_a_signal_ends_an_audit(clean):
-    with preemption.watch():
+    with signals.watch():
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(preemption.Preempted):
-            audit.audit(clean, clean.sides("slide"), seed=0)
+        with pytest.raises(signals.Preempted):
+            leakage.audit(clean, clean.subsets("slide"), seed=0)
 
 
 def test_audit_and_prepare_are_commands_from_python_too(tiny_config, tmp_path):

@@ -18,11 +18,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from histo_jax.data.builder import prepare
 from histo_jax.data.loader import training_order
-from histo_jax.data.splits import make_sides
-from histo_jax.errors import ExpectedError
-from histo_jax.training import hosts, sharding
+from histo_jax.data.records import prepare
+from histo_jax.data.splits import make_subsets
+from histo_jax.distributed import mesh, processes
+from histo_jax.errors import UserError
 from histo_jax.training.checkpoints import Checkpoints
 from histo_jax.training.state import EarlyStopping, abstract_state
 
@@ -90,7 +90,7 @@ def run(place, topology, workdir, *options):
     return finish(start(place, topology, workdir, *options))
 
 
-def finish(processes):
+def finish(group):
     said = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), said
     return said
@@ -134,8 +134,8 @@ def runs(place):
     assert at < 25
     assert f"saved at step {at}" in said[0]
     assert f"resumed from step {at}" in run(place, TWO_BY_TWO, folder / "two")[0]
-    for processes in beside:
-        finish(processes)
+    for group in beside:
+        finish(group)
     return folder
 
 
@@ -199,7 +199,7 @@ def order(place, first, last):
     """The ids of these steps' batches, from the config alone."""
     config = config_of(place)
     prepared = prepare(config)
-    train = make_sides(prepared.tables, config).train
+    train = make_subsets(prepared.tables, config).train
     batches = training_order(len(train.rows), config.fit.batch_size, config.seed)
     ids = prepared.tables[train.records]["id"].to_numpy()
     return {step: ids[train.rows[batches[step - 1]]].tolist() for step in range(first, last + 1)}
@@ -212,7 +212,7 @@ def test_the_order_is_that_of_the_config(place, runs):
 def saved_state(place, workdir):
     """The arrays of the newest checkpoint."""
     config = config_of(place)
-    like = abstract_state(config, sharding.replicated(sharding.batch_sharding()))
+    like = abstract_state(config, mesh.replicated(mesh.batch_sharding()))
     with Checkpoints(workdir, read_only=True) as checkpoints:
         saved = checkpoints.restore_latest(like, EarlyStopping.create(config.early_stopping))
     leaves = jax.tree.leaves(saved.state)
@@ -255,8 +255,8 @@ def test_processes_that_are_not_alike_are_refused_in_one_line(place, make_kaggle
         start(place, TWO_BY_TWO, tmp_path / str(number), "--mode=fit", second=second)
         for number, second in enumerate(cases.values())
     ]
-    for wanted, processes in zip(cases, started, strict=True):
-        for process in processes:
+    for wanted, group in zip(cases, started, strict=True):
+        for process in group:
             said = process.communicate(timeout=120)[0]
             assert process.returncode == 2, said
             assert said.splitlines()[-1].startswith(f"histo_jax: {wanted}"), said
@@ -307,9 +307,9 @@ def test_others_that_do_not_come_are_not_waited_for_for_ever():
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
     code = (
-        "import sys; from histo_jax.training import hosts; "
-        "hosts._JOIN_SECONDS, hosts._PATIENT_SECONDS = 2, 1; "
-        f"hosts.join('manual', '{where}', 3, int(sys.argv[1]))"
+        "import sys; from histo_jax.distributed import processes; "
+        "processes._JOIN_SECONDS, processes._PATIENT_SECONDS = 2, 1; "
+        f"processes.initialize('manual', '{where}', 3, int(sys.argv[1]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # The first of three, and the last: each waits alone.
@@ -347,8 +347,8 @@ MISTAKES = {
 @pytest.mark.parametrize("typed", MISTAKES)
 def test_mistakes_in_joining_are_refused(typed, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    with pytest.raises(ExpectedError, match=MISTAKES[typed]):
-        hosts.join(*typed, *[None] * (4 - len(typed)))
+    with pytest.raises(UserError, match=MISTAKES[typed]):
+        processes.initialize(*typed, *[None] * (4 - len(typed)))
 
 
 @pytest.mark.parametrize(
@@ -361,8 +361,9 @@ def test_a_lone_task_of_slurm_takes_all_devices_of_its_node(kind, tasks, visible
         port = free.getsockname()[1]
     arguments = (f"127.0.0.1:{port}", 1, 0) if kind == "manual" else ()
     code = (
-        "import jax; from histo_jax.training import hosts; "
-        f"hosts.join(*{(kind, *arguments)}); print(jax.config.values['jax_cuda_visible_devices'])"
+        "import jax; from histo_jax.distributed import processes; "
+        f"processes.initialize(*{(kind, *arguments)}); "
+        "print(jax.config.values['jax_cuda_visible_devices'])"
     )
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1",
@@ -382,7 +383,7 @@ def test_a_lone_task_of_slurm_takes_all_devices_of_its_node(kind, tasks, visible
 
 
 @pytest.mark.parametrize(
-    ("said", "is_loss"),
+    ("said", "is_process_loss"),
     [
         ("UNAVAILABLE: failed to connect to all addresses", True),
         ("INTERNAL: Gloo AllReduce failed: Connection closed by peer", True),
@@ -391,9 +392,9 @@ def test_a_lone_task_of_slurm_takes_all_devices_of_its_node(kind, tasks, visible
         ("RESOURCE_EXHAUSTED: Out of memory, NCCL allocator", False),
     ],
 )
-def test_only_what_comes_of_another_process_counts_as_its_loss(said, is_loss, monkeypatch):
-    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
-    assert hosts.is_loss(jax.errors.JaxRuntimeError(said)) == is_loss
+def test_only_what_comes_of_another_process_counts_as_its_loss(said, is_process_loss, monkeypatch):
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    assert processes.is_process_loss(jax.errors.JaxRuntimeError(said)) == is_process_loss
 
 
 def test_a_mistake_in_joining_is_one_line(place, tmp_path):

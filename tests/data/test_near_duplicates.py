@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from histo_jax.data import near
+from histo_jax.data import near_duplicates
 
 
 def draw_textures(count: int, seed: int = 0) -> np.ndarray:
@@ -31,7 +31,9 @@ def brute_force(known: np.ndarray, asked: np.ndarray) -> list[tuple[int, int, in
 
 
 def found(known: np.ndarray, asked: np.ndarray) -> list[tuple[int, int, int]]:
-    return list(zip(*(column.tolist() for column in near.nearest(known, asked)), strict=True))
+    return list(
+        zip(*(column.tolist() for column in near_duplicates.nearest(known, asked)), strict=True)
+    )
 
 
 def flip_bits(hashes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -46,7 +48,7 @@ def random_hashes(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def test_own_hash_is_the_published_one():
     images = draw_textures(20)
-    hashes, contrast = near.hash_images(images)
+    hashes, contrast = near_duplicates.hash_images(images)
     for image, own, spread in zip(images, hashes[:, 0], contrast, strict=True):
         grey = image @ np.array([0.299, 0.587, 0.114])
         small = grey.reshape(32, 3, 32, 3).mean(axis=(1, 3))
@@ -59,7 +61,7 @@ def test_own_hash_is_the_published_one():
 def test_hashes_are_those_of_the_flipped_and_turned_images():
     for image in draw_textures(20, seed=1):
         forms = np.stack(symmetries(image))
-        hashes, _ = near.hash_images(forms)
+        hashes, _ = near_duplicates.hash_images(forms)
         own = set(hashes[:, 0].tolist())
         assert len(own) == 8
         assert all(set(row) == own for row in hashes.tolist())
@@ -67,8 +69,8 @@ def test_hashes_are_those_of_the_flipped_and_turned_images():
 
 def test_hashes_do_not_depend_on_the_batch():
     images = draw_textures(9)
-    together, _ = near.hash_images(images)
-    apart = np.concatenate([near.hash_images(images[k : k + 1])[0] for k in range(9)])
+    together, _ = near_duplicates.hash_images(images)
+    apart = np.concatenate([near_duplicates.hash_images(images[k : k + 1])[0] for k in range(9)])
     np.testing.assert_array_equal(together, apart)
 
 
@@ -96,7 +98,7 @@ def test_no_neighbour_is_missed():
     rng = np.random.default_rng(9)
     have, want = random_hashes(rng, 5_000), random_hashes(rng, 5_000, 8)
     want[:, 5] = flip_bits(have, 4, rng)
-    rows, partners, distances = near.nearest(have, want)
+    rows, partners, distances = near_duplicates.nearest(have, want)
     np.testing.assert_array_equal(rows, np.arange(5_000))
     np.testing.assert_array_equal(partners, np.arange(5_000))
     assert (distances == 4).all()
@@ -110,7 +112,7 @@ def test_chunks_do_not_change_the_result(monkeypatch, chunk):
     have = random_hashes(rng, 300) & np.uint64(0xFF0F)
     want = random_hashes(rng, 40, 8) & np.uint64(0xFF0F)
     expected = found(have, want)
-    monkeypatch.setattr(near, "_CHUNK", chunk)
+    monkeypatch.setattr(near_duplicates, "_CHUNK", chunk)
     assert found(have, want) == expected == brute_force(have, want)
 
 
@@ -121,7 +123,7 @@ def test_thousands_of_equal_hashes_stay_fast():
     # And as many that differ, but all share the lower half.
     have[30_000:35_000] &= np.uint64(0xFFFFFFFF << 32)
     start = time.perf_counter()
-    rows, partners, distances = near.nearest(have, want)
+    rows, partners, distances = near_duplicates.nearest(have, want)
     assert time.perf_counter() - start < 10
     assert rows.tolist() == list(range(8_000))
     assert not partners.any()
@@ -137,9 +139,11 @@ def test_nothing_is_near_to_nothing(known, asked):
 def test_correlation_knows_a_copy_in_all_symmetries():
     image, other = draw_textures(2)
     forms = np.stack(symmetries(image))
-    np.testing.assert_allclose(near.correlation(forms, np.stack([image] * 8)), 1, atol=1e-4)
+    np.testing.assert_allclose(
+        near_duplicates.correlation(forms, np.stack([image] * 8)), 1, atol=1e-4
+    )
     darker = (forms * 0.6 + 20).astype(np.uint8)
-    assert near.correlation(darker, np.stack([image] * 8)).min() > 0.99
-    assert near.correlation(forms, np.stack([other] * 8)).max() < 0.5
+    assert near_duplicates.correlation(darker, np.stack([image] * 8)).min() > 0.99
+    assert near_duplicates.correlation(forms, np.stack([other] * 8)).max() < 0.5
     flat = np.full((1, 96, 96, 3), 200, np.uint8)
-    assert abs(near.correlation(flat, image[None])[0]) < 1e-3
+    assert abs(near_duplicates.correlation(flat, image[None])[0]) < 1e-3

@@ -13,9 +13,10 @@ from typing import ParamSpec, TypeVar
 
 import jax
 
-from histo_jax import environment, files, progress
-from histo_jax.errors import ExpectedError, one_line
-from histo_jax.training import hosts
+from histo_jax import environment
+from histo_jax.distributed import processes
+from histo_jax.errors import UserError, one_line
+from histo_jax.run import files, progress
 
 log = logging.getLogger("histo_jax")
 
@@ -85,12 +86,12 @@ def jax_defaults() -> Iterator[None]:
     """JAX's configuration as it is by default, in this thread, until the end.
 
     Raises:
-        ExpectedError: an option that cannot be set for a while differs; names its variable.
+        UserError: an option that cannot be set for a while differs; names its variable.
     """
     for option, default in _REFUSED.items():
         found = jax.config.values.get(option, default)
         if found != default:
-            raise ExpectedError(
+            raise UserError(
                 f"{option.upper()}={found} changes the results: unset it, or set it to {default}"
             )
     with contextlib.ExitStack() as stack:
@@ -108,10 +109,10 @@ def set_up() -> None:
     A folder that `JAX_COMPILATION_CACHE_DIR` or `jax_compilation_cache_dir` names is used instead.
 
     Raises:
-        ExpectedError: JAX finds no device; names the variables that choose it.
+        UserError: JAX finds no device; names the variables that choose it.
     """
     check_devices()
-    hosts.give_roles()
+    processes.assign_roles()
     _set_up_cache()
     if jax.default_backend() == "cpu" and sys.platform == "linux":
         # Every step allocates hundreds of megabytes. Given back to the system after it, they come
@@ -126,13 +127,13 @@ def check_devices() -> None:
     """Starts JAX's devices.
 
     Raises:
-        ExpectedError: there is none; names the variables that choose it.
+        UserError: there is none; names the variables that choose it.
     """
     try:
         jax.devices()
     except Exception as error:  # of whatever plug-in
         chosen = environment.variables("JAX_PLATFORM", "CUDA_VISIBLE", "XLA_PYTHON")
-        raise ExpectedError(
+        raise UserError(
             f"JAX finds no device ({one_line(error)}): correct or unset {chosen}; "
             "JAX_PLATFORMS=cpu works everywhere"
         ) from None

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
 
 # Orbax and TFDS make a pattern of a folder's name; etils takes these folders of the root for
 # buckets; TensorStore makes `/` of a backslash and knows UTF-8 only.
@@ -78,12 +78,12 @@ def expand(path: str | os.PathLike[str], setting: str) -> Path:
     """Returns `path` with the home folder in place of `~`.
 
     Raises:
-        ExpectedError: that user has no home folder; names the setting.
+        UserError: that user has no home folder; names the setting.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise ExpectedError(
+        raise UserError(
             f"{setting}={path}: there is no such home folder; give the whole path"
         ) from None
 
@@ -123,12 +123,12 @@ def check_name(folder: Path, field: str) -> None:
     """Refuses a folder that cannot be worked in because of its path; changes nothing.
 
     Raises:
-        ExpectedError: names `field`, and the remedy.
+        UserError: names `field`, and the remedy.
     """
     if len(os.fsencode(folder.absolute())) > _LONGEST:
-        raise ExpectedError(f"the path of {field} is longer than {_LONGEST} bytes: choose another")
+        raise UserError(f"the path of {field} is longer than {_LONGEST} bytes: choose another")
     if is_special(folder) and not _DESCRIPTORS.exists():
-        raise ExpectedError(
+        raise UserError(
             f"{field}={folder} has a character in its path that libraries take for a pattern "
             "(*, ?, a bracket, a backslash): choose another folder"
         )
@@ -231,7 +231,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ExpectedError):
+    except (OSError, UserError):
         raise
     except Exception as error:
         quoted = re.search(r"""["'](/[^"']+)["']""", str(error))

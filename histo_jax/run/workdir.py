@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from histo_jax import files
 from histo_jax.config import NO_URL, Config, flat, folders, is_url, set_field, validate
-from histo_jax.errors import ExpectedError
-from histo_jax.preemption import EXIT_STATUS, Preempted, watch
+from histo_jax.errors import UserError
+from histo_jax.run import files
+from histo_jax.run.signals import EXIT_STATUS, Preempted, watch
 
 log = logging.getLogger("histo_jax")
 
@@ -30,33 +30,33 @@ _PATHS = ("data.raw_dir", "data.tfds_dir", "data.slide_map")
 _LISTS_OF_PATHS = ("predict.checkpoints",)
 _SOURCE = "source"  # key in config.json, beside the settings
 
-_is_writer = True
+_is_primary = True
 # By real path: the thread that works in a folder, and the lock by which its process holds it.
 _tracked: dict[str, int] = {}
 _tracked_guard = threading.Lock()
 _locks: dict[str, IO[str]] = {}
 
 
-def writes(yes: bool) -> None:
+def set_primary(yes: bool) -> None:
     """Says whether this process writes the run's files: of several only one does."""
-    global _is_writer
-    _is_writer = yes
+    global _is_primary
+    _is_primary = yes
 
 
-def is_writer() -> bool:
+def is_primary() -> bool:
     """Whether this process writes the run's files."""
-    return _is_writer
+    return _is_primary
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file of the run as `files.write_text` does, if this process is to."""
-    if _is_writer:
+    if _is_primary:
         files.write_text(path, text)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a file of the run as `files.write_json` does, if this process is to."""
-    if _is_writer:
+    if _is_primary:
         files.write_json(path, values)
 
 
@@ -91,7 +91,7 @@ def _read_config(workdir: Path) -> dict[str, Any]:
     """What `config.json` says.
 
     Raises:
-        ExpectedError: it is damaged.
+        UserError: it is damaged.
     """
     return _read_json(workdir / "config.json")
 
@@ -103,7 +103,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError
     except (ValueError, RecursionError):
-        raise ExpectedError(f"{path} is damaged: choose another --workdir") from None
+        raise UserError(f"{path} is damaged: choose another --workdir") from None
     return values
 
 
@@ -111,10 +111,10 @@ def load_config(workdir: Path) -> Config:
     """Returns the settings of a run; those that it does not know yet have their default.
 
     Raises:
-        ExpectedError: the folder is no run, or its settings are damaged or of another version.
+        UserError: the folder is no run, or its settings are damaged or of another version.
     """
     if not (workdir / "config.json").exists():
-        raise ExpectedError(f"{workdir} is not the folder of a run: it has no config.json")
+        raise UserError(f"{workdir} is not the folder of a run: it has no config.json")
     return read_settings(workdir / "config.json")
 
 
@@ -122,7 +122,7 @@ def read_settings(path: Path) -> Config:
     """Returns the settings that a `config.json` holds; those that it lacks have their default.
 
     Raises:
-        ExpectedError: it is damaged, or of another version.
+        UserError: it is damaged, or of another version.
     """
     config = Config()
     known = flat(config)
@@ -130,7 +130,7 @@ def read_settings(path: Path) -> Config:
         if name == _SOURCE:
             continue
         if name not in known:
-            raise ExpectedError(
+            raise UserError(
                 f"{path} was written by another version of histo_jax: it holds {name}, which this "
                 "one does not know; use that version"
             )
@@ -138,8 +138,8 @@ def read_settings(path: Path) -> Config:
         set_field(config, name, tuple(value) if is_list else value)
     try:
         validate(config)
-    except ExpectedError as error:
-        raise ExpectedError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return config
 
 
@@ -153,33 +153,33 @@ def check_path(workdir: Path) -> None:
     """Refuses what is no path of this machine, or none that can be worked in; changes nothing.
 
     Raises:
-        ExpectedError: names it and the remedy.
+        UserError: names it and the remedy.
     """
     if is_url(str(workdir)):
         url = re.sub(":/+", "://", str(workdir), count=1)  # two slashes become one in a `Path`
-        raise ExpectedError(f"--workdir={url} must be {NO_URL}")
+        raise UserError(f"--workdir={url} must be {NO_URL}")
     files.check_name(workdir, "--workdir")
 
 
-def check(workdir: Path, config: Config) -> None:
+def check_compatible(workdir: Path, config: Config) -> None:
     """Refuses a folder that cannot be written or that belongs to another run; changes nothing.
 
     Raises:
-        ExpectedError: names the folder, and the field with its old and new value.
+        UserError: names the folder, and the field with its old and new value.
     """
     check_path(workdir)
     if config.predict.checkpoints and any((workdir / "checkpoints").glob("*")):
-        raise ExpectedError(
+        raise UserError(
             f"{workdir} is a run of its own, whose scores and submission the mean of other runs "
             "would replace: choose another --workdir, or leave out --config.predict.checkpoints"
         )
     existing = files.nearest(workdir)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ExpectedError(f"--workdir={workdir} cannot be written: choose a folder that can")
+        raise UserError(f"--workdir={workdir} cannot be written: choose a folder that can")
     path = workdir / "config.json"
     if not path.exists():
         if any((workdir / "checkpoints").glob("*")):
-            raise ExpectedError(
+            raise UserError(
                 f"{workdir} holds checkpoints but no config.json: choose another --workdir"
             )
         return
@@ -190,25 +190,26 @@ def check(workdir: Path, config: Config) -> None:
         # A schedule spans all epochs, so another number of them makes another run.
         counts |= name == "fit.epochs" and config.optimizer.schedule != "constant"
         if counts and old[name] != value:
-            raise ExpectedError(
+            raise UserError(
                 f"{workdir} belongs to another run: {name} was {old[name]!r} there and is "
                 f"{value!r} here; choose another --workdir or set --config.{name} back"
             )
 
 
-def claim(workdir: Path, config: Config) -> None:
+def acquire(workdir: Path, config: Config) -> None:
     """Makes the folder this run's own, if it is not yet: takes its lock and saves the config.
 
     Raises:
-        ExpectedError: another process works there, or it has become another run's since `check`.
+        UserError: another process works there, or it has become another run's in the
+            meantime.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     held = os.path.realpath(workdir) in _locks
     _lock(workdir)
     try:
         # Another process may have begun and ended a run here since it was looked at.
-        check(workdir, config)
-    except ExpectedError:
+        check_compatible(workdir, config)
+    except UserError:
         if not held:
             _release(workdir)
         raise
@@ -234,7 +235,7 @@ def save_config(workdir: Path, config: Config, source: Mapping[str, str] | None 
 def _lock(workdir: Path) -> None:
     """Takes the folder for this process; the system lets go of it however the process ends."""
     key = os.path.realpath(workdir)
-    if key in _locks or not _is_writer:
+    if key in _locks or not _is_primary:
         return
     file = files.open_lock(workdir / "lock")
     try:
@@ -247,7 +248,7 @@ def _lock(workdir: Path) -> None:
         file.seek(0)
         owner = file.read().strip() or "another process"
         file.close()
-        raise ExpectedError(
+        raise UserError(
             f"{workdir} is in use by {owner}: wait for it, stop it, or choose another --workdir"
         ) from None
     except OSError:
@@ -282,16 +283,16 @@ def update_status(workdir: Path, **values: Any) -> None:
 
 
 @contextlib.contextmanager
-def tracked(workdir: Path, mode: str) -> Iterator[None]:
+def session(workdir: Path, mode: str) -> Iterator[None]:
     """Holds the folder's lock and keeps `status.json` true while `mode` works.
 
     Its `state` is running, then complete, preempted or failed. Of nested modes the outermost
     counts, so that `run` is not complete before its last part. A folder that is not yet a run's
-    own (no `config.json`) is left alone until `claim`, so that a mistake in the first command
+    own (no `config.json`) is left alone until `acquire`, so that a mistake in the first command
     leaves nothing behind.
 
     Raises:
-        ExpectedError: another process, or another thread of this one, works there.
+        UserError: another process, or another thread of this one, works there.
     """
     key, thread = os.path.realpath(workdir), threading.get_ident()
     with _tracked_guard:
@@ -301,7 +302,7 @@ def tracked(workdir: Path, mode: str) -> Iterator[None]:
         yield
         return
     if owner is not None:
-        raise ExpectedError(
+        raise UserError(
             f"{workdir} is in use by another thread of this process: wait for it, or choose "
             "another --workdir"
         )

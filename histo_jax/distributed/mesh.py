@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from histo_jax.errors import ExpectedError
+from histo_jax.errors import UserError
 
 
 def batch_sharding(devices: Sequence[jax.Device] | None = None) -> NamedSharding:
@@ -15,16 +15,16 @@ def batch_sharding(devices: Sequence[jax.Device] | None = None) -> NamedSharding
     return NamedSharding(mesh, PartitionSpec("batch"))
 
 
-def replicated(batched: NamedSharding) -> NamedSharding:
+def replicated(batch_sharding: NamedSharding) -> NamedSharding:
     """Returns the sharding that keeps a whole copy on each device of the same mesh."""
-    return NamedSharding(batched.mesh, PartitionSpec())
+    return NamedSharding(batch_sharding.mesh, PartitionSpec())
 
 
-def spread(values: np.ndarray, where: NamedSharding) -> jax.Array:
+def make_global_array(values: np.ndarray, where: NamedSharding) -> jax.Array:
     """Puts what this process holds of an array onto its devices; nothing goes between processes.
 
     Args:
-        values: of a divided array this process's rows (see `own_rows`), of a replicated one all.
+        values: of a divided array this process's rows (see `local_slice`), of a replicated one all.
         where: the sharding of the whole.
     """
     length = len(values) * jax.process_count() if where.spec else None
@@ -32,7 +32,7 @@ def spread(values: np.ndarray, where: NamedSharding) -> jax.Array:
     return jax.make_array_from_process_local_data(where, values, shape)
 
 
-def own_rows(count: int) -> slice:
+def local_slice(count: int) -> slice:
     """Returns which of a batch's `count` rows this process holds: the mesh is in their order."""
     each = count // jax.process_count()
     return slice(jax.process_index() * each, (jax.process_index() + 1) * each)
@@ -42,10 +42,10 @@ def check_batch_size(batch_size: int) -> None:
     """Refuses a batch that the devices cannot share equally.
 
     Raises:
-        ExpectedError: names the field and the number of devices.
+        UserError: names the field and the number of devices.
     """
     if batch_size % jax.device_count():
-        raise ExpectedError(
+        raise UserError(
             f"config.fit.batch_size = {batch_size} does not divide by the {jax.device_count()} "
             "devices: choose a multiple"
         )

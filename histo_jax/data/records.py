@@ -28,13 +28,15 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import ExampleSerializer
 from tensorflow_datasets.proto import tf_example_pb2
 
-from histo_jax import environment, files, preemption, progress
-from histo_jax import workdir as workdirs
+from histo_jax import environment
 from histo_jax.config import Config, DataConfig, validate
-from histo_jax.data import kaggle, pcam, slides, synthetic
+from histo_jax.data import slide_map
 from histo_jax.data.example import IMAGE_SHAPE, Example
 from histo_jax.data.loader import Records, Source
-from histo_jax.errors import ExpectedError
+from histo_jax.data.sources import kaggle, pcam, synthetic
+from histo_jax.errors import UserError
+from histo_jax.run import files, progress, signals
+from histo_jax.run import workdir as workdirs
 
 log = logging.getLogger("histo_jax")
 
@@ -91,7 +93,7 @@ class _Kaggle(_ReaderConfig):
 
     def readers(self, scratch: Path, downloads: Any) -> dict[str, _Reader]:
         if self._raw_dir is None:
-            raise ExpectedError(
+            raise UserError(
                 "config.data.raw_dir is not set and no prepared records are there: "
                 "set --config.data.raw_dir to the folder of the competition's files"
             )
@@ -196,7 +198,7 @@ class Histopathology(tfds.core.GeneratorBasedBuilder):
         rows = []
         ones = np.ones(IMAGE_SHAPE[0] * IMAGE_SHAPE[1])
         with progress.bar(f"preparing {split}", reader.total, unit=" img") as bar:
-            for example in preemption.stopping(progress.counted(bar, reader.examples)):
+            for example in signals.stopping(progress.counted(bar, reader.examples)):
                 # Exact in float64, and by a matrix product several times as fast as `sum`.
                 pixels = example.image.reshape(-1, 3).astype(np.float64)
                 sums = np.concatenate([ones @ pixels, np.einsum("ij,ij->j", pixels, pixels)])
@@ -246,8 +248,8 @@ class Prepared:
             split: _read_table(directory / f"{split}.csv", info.num_examples)
             for split, info in builder.info.splits.items()
         }
-        self.tables["train"] = slides.fill_in(self.tables["train"], data, self.directory)
-        self.tables = slides.unify(self.tables)
+        self.tables["train"] = slide_map.fill_in(self.tables["train"], data, self.directory)
+        self.tables = slide_map.unify(self.tables)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{split}: {len(table)}" for split, table in self.tables.items())
@@ -316,7 +318,7 @@ def prepare(config: Config, workdir: Path | None = None, raw_may_be_gone: bool =
             of `workdir` names the same folder; for modes that only read.
 
     Raises:
-        ExpectedError: the raw data is missing, wrong, or not that of the run's records; or several
+        UserError: the raw data is missing, wrong, or not that of the run's records; or several
             records fit, and nothing says which are meant.
         OSError: `data.tfds_dir` cannot be written, or the disk is full.
     """
@@ -361,8 +363,8 @@ def _locked(path: Path) -> Iterator[None]:
                 if not is_told:
                     log.info("waiting for another process that prepares %s", path.parent)
                 is_told = True
-            if preemption.requested():
-                raise preemption.Preempted
+            if signals.requested():
+                raise signals.Preempted
             time.sleep(0.2)
         yield
 
@@ -388,7 +390,7 @@ def _reader(config: Config) -> _ReaderConfig:
     if data.source == "pcam":
         return _PatchCamelyon(data)
     if data.raw_dir is not None:
-        raise ExpectedError(
+        raise UserError(
             f"config.data.raw_dir = {data.raw_dir!r} is not read by config.data.source = "
             "'synthetic': set --config.data.source=kaggle or pcam, or leave out raw_dir"
         )
@@ -401,7 +403,7 @@ def _dataset_folder(data: DataConfig) -> Path:
     files.check_name(tfds_dir, "--config.data.tfds_dir")
     nearest = files.nearest(tfds_dir)
     if not nearest.is_dir() or not os.access(nearest, os.X_OK):
-        raise ExpectedError(
+        raise UserError(
             f"{tfds_dir} cannot be a folder, for {nearest} is none: set --config.data.tfds_dir"
         )
     return tfds_dir / Histopathology.name
@@ -425,7 +427,7 @@ def _finished(dataset: Path, source: str) -> list[_Finished]:
     found = []
     for path in sorted(paths):
         if (path / _RECORD).is_file():
-            with contextlib.suppress(ExpectedError):  # it is told where these records are used
+            with contextlib.suppress(UserError):  # it is told where these records are used
                 found.append(_read_record(path))
     return found
 
@@ -445,14 +447,14 @@ def _choose(
     workdir: Path | None,
     raw_may_be_gone: bool,
     seen: dict[str, Any],
-    problem: ExpectedError | None,
+    problem: UserError | None,
 ) -> _Finished | None:
     """Returns the records to use, None where they must be written; see `prepare` and `_look`."""
     finished = _finished(dataset, source)
     name = data.records or (workdirs.status(workdir).get("records") if workdir else None)
     own = next((found for found in finished if found.name == name), None)
     if data.records and not own:
-        raise ExpectedError(
+        raise UserError(
             f"config.data.records = {data.records!r} is not in {dataset}, which holds "
             f"{_listed(finished) or f'no records of {source}'}"
         )
@@ -465,7 +467,7 @@ def _choose(
         if not finished:
             raise problem
         if not is_lenient:
-            raise ExpectedError(
+            raise UserError(
                 f"{problem} (--config.data.raw_dir=None uses the records in {dataset})"
             ) from None
         own = own or _only(finished, dataset)
@@ -478,7 +480,7 @@ def _choose(
     if own is None:
         own = same[-1] if same else None
     elif own not in same and not is_lenient:
-        raise ExpectedError(
+        raise UserError(
             f"{data.raw_dir} holds other files than {own.name}, {own.origin}: restore those, or "
             f"choose another {'--config.data.records' if data.records else '--workdir'}"
         )
@@ -496,7 +498,7 @@ def _choose(
 
 def _only(finished: list[_Finished], dataset: Path) -> _Finished | None:
     if len(finished) > 1:
-        raise ExpectedError(
+        raise UserError(
             f"{dataset} holds several records, {_listed(finished)}: set --config.data.records to "
             "the name of one, or --config.data.raw_dir to its files"
         )
@@ -507,7 +509,7 @@ def _listed(finished: list[_Finished]) -> str:
     return ", ".join(f"{found.name} ({found.origin})" for found in finished)
 
 
-def _look(reader: _ReaderConfig, data: DataConfig) -> tuple[dict[str, Any], ExpectedError | None]:
+def _look(reader: _ReaderConfig, data: DataConfig) -> tuple[dict[str, Any], UserError | None]:
     """Returns the fingerprint of `data.raw_dir`, or what is wrong with that folder."""
     nothing = {"files": None, "times": None}
     if data.raw_dir is None:
@@ -515,20 +517,20 @@ def _look(reader: _ReaderConfig, data: DataConfig) -> tuple[dict[str, Any], Expe
     try:
         _check_layout(files.expand(data.raw_dir, "--config.data.raw_dir"), data.source)
         return _fingerprint(reader), None
-    except ExpectedError as error:
+    except UserError as error:
         return nothing, error
 
 
 def _check_layout(raw_dir: Path, source: str) -> None:
     if not raw_dir.is_dir():
-        raise ExpectedError(f"{raw_dir}: no such folder; set --config.data.raw_dir")
+        raise UserError(f"{raw_dir}: no such folder; set --config.data.raw_dir")
     fits = {
         "kaggle": (raw_dir / "train_labels.csv").exists(),
         "pcam": any(raw_dir.glob("camelyonpatch_level_2_split_*")),
     }
     other = next((name for name in fits if fits[name] and not fits[source]), None)
     if other:
-        raise ExpectedError(
+        raise UserError(
             f"{raw_dir} holds files of data.source = {other!r} and none of {source!r}: set "
             f"--config.data.source={other}, or --config.data.raw_dir"
         )
@@ -606,8 +608,8 @@ def _remove_left_overs(directory: Path) -> None:
                 _remove_unfinished(lock_file.parent / directory.name)
 
 
-def _damaged(path: Path) -> ExpectedError:
-    return ExpectedError(f"{path} is damaged: remove {path.parent} to prepare again")
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: remove {path.parent} to prepare again")
 
 
 def _serialize(serializer: ExampleSerializer, example: Any) -> bytes:
@@ -623,7 +625,7 @@ def _fingerprint(reader: _ReaderConfig) -> dict[str, Any]:
 def _check_damaged(found: _Finished, data: DataConfig) -> None:
     damaged = found.record["damaged"]
     if damaged and data.on_damaged == "stop":
-        raise ExpectedError(
+        raise UserError(
             f"{len(damaged)} damaged patches were left out of these records: set "
             f"--config.data.on_damaged=skip, or restore the files and remove {found.directory} to "
             "prepare again"

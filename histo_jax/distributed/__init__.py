@@ -1,0 +1,1 @@
+"""Devices and processes: mesh, joining, consensus, memory, runtime."""
