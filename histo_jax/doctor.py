@@ -233,7 +233,7 @@ def main() -> int:
         try:
             processes.initialize(
                 options.multihost, options.coordinator, options.process_count,
-                options.process_index, alone=("FAIL ", 1),
+                options.process_index, on_timeout=("FAIL ", 1),
             )  # fmt: skip
         except UserError as error:
             print(f"FAIL  {error}")

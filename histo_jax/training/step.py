@@ -1,6 +1,7 @@
-"""The jit-compiled steps: augmentation, forward, loss, gradient, update."""
+"""The compiled training step (augmentation, forward, loss, gradient, update) and evaluation step."""
 
 import collections
+import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -10,105 +11,55 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from histo_jax import symmetries
 from histo_jax.data.loader import Batch
 from histo_jax.distributed.mesh import replicated
-from histo_jax.errors import UserError
-from histo_jax.training.augmentation import Augment, Images, mixup
+
+# Names that this module does not use are imported for its users.
+from histo_jax.models.forward import (
+    Forward,
+    Weights,
+    make_forward,
+    normalise,
+    train_logits,
+)
+from histo_jax.models.forward import predict_logits as predict_logits
+from histo_jax.training.augmentation import Augment, mixup
 from histo_jax.training.losses import Loss
-from histo_jax.training.state import TrainState, Weights, update_ema
-
-Forward = Callable[[Weights, Images], Float32[Array, " batch"]]
+from histo_jax.training.state import TrainState, update_ema
 
 
-def normalise(weights: Weights, images: Any) -> Float32[Array, "batch height width 3"]:
-    """Returns pixels, 0 to 255 before, with the training images' mean 0 and deviation 1."""
-    return (images.astype(jnp.float32) / 255 - weights.mean) / weights.std
+class Control(enum.IntEnum):
+    """Control signal that a process sends with each step; the largest of all processes counts."""
 
-
-def predict_logits(
-    model: nn.Module, weights: Weights, images: Float32[Array, "batch height width 3"]
-) -> Float32[Array, " batch"]:
-    """Returns the logits of normalised images, without dropout.
-
-    Raises:
-        UserError: the network returns something else than one logit an image.
-    """
-    return _as_logits(model, model.apply(weights.variables, images, train=False), images)
-
-
-def train_logits(
-    model: nn.Module,
-    weights: Weights,
-    images: Float32[Array, "batch height width 3"],
-    key: PRNGKeyArray,
-) -> tuple[Float32[Array, " batch"], dict[str, Any]]:
-    """Returns the logits of normalised images in training, and the updated collections.
-
-    Raises:
-        UserError: the network returns something else than one logit an image.
-    """
-    # Flax takes `params` for random streams of other names, such as those of stochastic depth.
-    rngs = {"dropout": key, "params": jax.random.fold_in(key, 1)}
-    logits, collections = model.apply(
-        weights.variables, images, train=True, mutable=list(weights.collections), rngs=rngs
-    )
-    return _as_logits(model, logits, images), dict(collections)
-
-
-def _as_logits(model: nn.Module, logits: Any, images: Any) -> Float32[Array, " batch"]:
-    shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", type(logits).__name__)
-    if shape != (len(images),) or not jnp.issubdtype(dtype, jnp.floating):
-        got = f"{dtype}{list(shape)}" if shape is not None else f"a {dtype}"
-        raise UserError(
-            f"network {type(model).__name__} returns {got} for images of shape "
-            f"{list(images.shape)}; it must return one logit an image, float32[{len(images)}]"
-        )
-    return logits.astype(jnp.float32)
-
-
-def make_forward(model: nn.Module, tta: bool = False) -> Forward:
-    """Returns the function from weights and uint8 images to logits, without dropout.
-
-    Args:
-        model: maps normalised images to logits.
-        tta: test-time augmentation, the mean of the logits of an image's eight symmetries. One
-            after the other in one program: as one batch they would take eight times the memory.
-    """
-
-    def forward(weights: Weights, images: Images) -> Float32[Array, " batch"]:
-        return predict_logits(model, weights, normalise(weights, images))
-
-    def forward_tta(weights: Weights, images: Images) -> Float32[Array, " batch"]:
-        def of_element(element: Bool[Array, "3"]) -> Float32[Array, " batch"]:
-            return forward(weights, symmetries.transform(images, *element))
-
-        return jax.lax.map(of_element, np.array(symmetries.ELEMENTS)).mean(0)
-
-    return forward_tta if tta else forward
-
-
-def make_eval_step(model: nn.Module, batch_sharding: NamedSharding, tta: bool = False) -> Forward:
-    """Returns `make_forward` compiled for batches sharded over the mesh; logits are replicated."""
-    return jax.jit(make_forward(model, tta), out_shardings=replicated(batch_sharding))
+    CONTINUE = 0
+    SAVE = 1
+    STOP = 2
 
 
 class Metrics(NamedTuple):
-    """What is known of a step.
+    """Metrics of one training step.
 
     Attributes:
         loss: mean loss of the batch before the update; of binary cross-entropy in nats.
-        finite: whether loss and gradient were finite; if not, nothing was updated.
-        gradient_norm: length of the gradient of all parameters together.
-        request: the largest of the numbers that the processes gave the step.
+        finite: whether loss and gradient were finite; if not, no update was applied.
+        gradient_norm: global norm of the gradient.
+        control: the largest `Control` of all processes.
     """
 
     loss: Float32[Array, ""]
     finite: Bool[Array, ""]
     gradient_norm: Float32[Array, ""]
-    request: Int32[Array, ""]
+    control: Int32[Array, ""]
+
+
+TrainStep = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]
+
+
+def make_eval_step(model: nn.Module, batch_sharding: NamedSharding, tta: bool = False) -> Forward:
+    """Returns `make_forward` compiled for batches sharded over the mesh; logits are replicated."""
+    return jax.jit(make_forward(model, tta), out_shardings=replicated(batch_sharding))
 
 
 def make_train_step(
@@ -119,12 +70,12 @@ def make_train_step(
     loss: Loss,
     ema_decay: float = 0.0,
     mixup_alpha: float = 0.0,
-) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """Returns the compiled step `(state, batch) -> (state, metrics)`.
 
     The batch holds `image`, uint8[batch, 96, 96, 3], and `label`, float32[batch] of 0 and 1, both
-    sharded over the mesh; BatchNorm and loss see the whole of it; it may hold `request`,
-    int32[devices], sharded too. The given state is donated: do not use it again.
+    sharded over the mesh; BatchNorm and loss are computed over the global batch. It may hold
+    `control`, int32[devices], sharded likewise. The given state is donated and must not be reused.
 
     Args:
         model: maps normalised images to logits.
@@ -132,7 +83,7 @@ def make_train_step(
         batch_sharding: shards a batch over the devices.
         augment: see `make_augment`.
         loss: of each example, see `get_loss`.
-        ema_decay: what the moving average keeps, if the state has one.
+        ema_decay: decay of the moving average, used if the state has one.
         mixup_alpha: of `mixup`; 0 = off.
     """
 
@@ -152,33 +103,49 @@ def make_train_step(
         (value, collections), gradient = jax.value_and_grad(mean_loss, has_aux=True)(
             state.weights.params
         )
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.weights.params)
-        weights = state.weights.replace(
-            params=optax.apply_updates(state.weights.params, updates), collections=collections
-        )
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updated = state.replace(
-            weights=weights,
-            ema=update_ema(state.ema, weights, state.step, ema_decay),
-            opt_state=opt_state,
-            loss_sum=state.loss_sum + value,
-        )
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-        request = batch.get("request", jnp.zeros(1, jnp.int32)).max()
-        return state.replace(step=state.step + 1), Metrics(value, finite, norm, request)
+        state, metrics = _update(state, optimizer, value, collections, gradient, ema_decay)
+        control = batch.get("control", jnp.zeros(1, jnp.int32)).max()
+        return state, Metrics(*metrics, control)
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(batch_sharding))
 
 
+def _update(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    loss: Float32[Array, ""],
+    collections: Any,
+    gradient: Any,
+    ema_decay: float,
+) -> tuple[TrainState, tuple[Any, Any, Any]]:
+    """Returns the next state, and loss, whether all is finite, and the norm of the gradient."""
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.weights.params)
+    weights = state.weights.replace(
+        params=optax.apply_updates(state.weights.params, updates), collections=collections
+    )
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updated = state.replace(
+        weights=weights,
+        ema=update_ema(state.ema, weights, state.step, ema_decay),
+        opt_state=opt_state,
+        loss_sum=state.loss_sum + loss,
+    )
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    return state.replace(step=state.step + 1), (loss, finite, norm)
+
+
 def read_behind(outputs: Iterable[jax.Array], steps: int = 2) -> Iterator[np.ndarray]:
-    """Yields what the devices compute, each when `steps` more are started, so none stands idle."""
-    waiting: collections.deque[jax.Array] = collections.deque()
+    """Yields device results as NumPy arrays, each read once `steps` later ones are dispatched.
+
+    The devices are never idle between two reads.
+    """
+    pending: collections.deque[jax.Array] = collections.deque()
     for output in outputs:
-        waiting.append(output)
-        if len(waiting) > steps:
-            yield np.asarray(waiting.popleft())
-    yield from map(np.asarray, waiting)
+        pending.append(output)
+        if len(pending) > steps:
+            yield np.asarray(pending.popleft())
+    yield from map(np.asarray, pending)
 
 
 def collect_logits(
@@ -186,15 +153,15 @@ def collect_logits(
     weights: Weights,
     batches: Iterable[Batch],
 ) -> tuple[Float[np.ndarray, " examples"], Float[np.ndarray, " examples"]]:
-    """Returns logits and labels of all examples in order, each once: filled-up rows are dropped."""
+    """Returns logits and labels of all examples in order, without padding rows."""
     labels, masks = [], []
 
-    def started() -> Iterator[jax.Array]:
+    def dispatch() -> Iterator[jax.Array]:
         for batch in batches:
             labels.append(batch["label"])
             masks.append(batch["mask"])
             yield eval_step(weights, batch["image"])
 
-    logits = np.concatenate(list(read_behind(started())))
+    logits = np.concatenate(list(read_behind(dispatch())))
     used = np.concatenate(masks)
     return logits[used], np.concatenate(labels)[used]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from histo_jax.training.check import check_parts
 from jax.sharding import SingleDeviceSharding
 
 import histo_jax
@@ -24,7 +25,6 @@ from histo_jax.report.attribution import integrated_gradients
 from histo_jax.run import workdir
 from histo_jax.training import step
 from histo_jax.training.augmentation import make_augment
-from histo_jax.training.check import check_parts
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.losses import get_loss
 from histo_jax.training.optimizer import create_optimizer

@@ -24,7 +24,7 @@ from histo_jax.models import create_model
 from histo_jax.training.augmentation import make_augment
 from histo_jax.training.losses import get_loss
 from histo_jax.training.optimizer import create_optimizer
-from histo_jax.training.placement import Examples, place
+from histo_jax.training.placement import Dataset, place
 from histo_jax.training.state import create_state
 from histo_jax.training.step import make_forward, make_train_step
 
@@ -89,13 +89,13 @@ class Peer:
         self._training[1] = jax.block_until_ready(state)
 
     @functools.cache  # noqa: B019
-    def _placed(self, placement: str, epoch: int) -> Examples:
+    def _placed(self, placement: str, epoch: int) -> Dataset:
         rows = np.resize(np.arange(self._task.epoch), epoch)
         return place(placement, [self._prepared.records("train", rows)], self._batched)[0]
 
     def _batches(self, placement: str, batch_size: int, epoch: int) -> Iterator[Any]:
         """The one place that knows how batches come to the device."""
-        return self._placed(placement, epoch).training(batch_size, seed=0, first_step=0)
+        return self._placed(placement, epoch).training_batches(batch_size, seed=0, first_step=0)
 
     def train(self, way: str, batch_size: int, steps: int) -> None:
         batch = self._resident(batch_size)
@@ -147,7 +147,7 @@ class Peer:
         prepared = self._prepare(source, raw_dir, tfds_dir)
         rows = np.arange(len(prepared.tables["train"]))
         subset = prepared.records("train", rows)
-        batches = place("disk", [subset], self._batched)[0].training(batch_size, 0, 0)
+        batches = place("disk", [subset], self._batched)[0].training_batches(batch_size, 0, 0)
         for _ in range(steps):
             next(batches)
 
