@@ -135,7 +135,7 @@ class _Setup(NamedTuple):
 
 
 def _set_up(run: Workdir, config: Config) -> _Setup:
-    """Builds and checks everything that does not depend on checkpoints, then acquires the folder."""
+    """Builds and checks what does not depend on checkpoints, and acquires the folder."""
     parts = build_parts(config.model, config.augment, config.fit)
     prepared = prepare(config, run.path)
     subsets = splits.make_subsets(prepared.tables, config)

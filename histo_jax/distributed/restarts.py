@@ -6,12 +6,16 @@ checkpoint the status is 1.
 """
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
 from histo_jax.distributed import processes
+from histo_jax.errors import one_line
 from histo_jax.run.signals import EXIT_STATUS
 from histo_jax.run.workdir import Workdir
 
@@ -58,12 +62,32 @@ def _count_start(run: Workdir) -> None:
     run.update_status(**{_COUNT: restarts, _STEP: newest, _LOST: False})
 
 
-def exit_status(workdir: Path) -> int:
-    """Returns the status with which a command that lost a process must exit.
+def exit_after_loss(error: Exception, workdir: Path) -> NoReturn:
+    """Ends the process after the error of a lost process, with one line.
 
     Args:
+        error: see `processes.is_process_loss`.
         workdir: folder of the run.
     """
+    status = exit_status(workdir)
+    advice = (
+        "restart all processes to resume from the newest checkpoint"
+        if status == EXIT_STATUS
+        else f"{MAX_RESTARTS} restarts made no new checkpoint, so this is probably not a lost "
+        "machine: fix the error, then restart all processes"
+    )
+    print(
+        "histo_jax: another process of the run was lost or failed, see its messages; "
+        f"{advice} ({one_line(error)})",
+        file=sys.stderr,
+        flush=True,
+    )
+    # At once: threads that wait for the lost process would never end.
+    os._exit(status)
+
+
+def exit_status(workdir: Path) -> int:
+    """Returns the status for a command that lost a process: 75, or 1 after too many restarts."""
     status = Workdir(workdir).status()
     has_progress = _newest_step(workdir) != status.get(_STEP)
     is_final = status.get(_COUNT, 0) >= MAX_RESTARTS and not has_progress

@@ -85,7 +85,7 @@ class Dataset:
             yield TrainingBatch(image=self._finish(loaded), label=label)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yields all examples once, in order; images are on the devices, labels and mask are not."""
+        """Yields all examples once, in order; only the images are on the devices."""
         count = len(self)
         order = loader.eval_order(count, batch_size)
         starts = range(0, count, batch_size)
@@ -202,8 +202,8 @@ def _in_memory(subset: Records, batch_sharding: NamedSharding, bar: progress.Bar
 
 def _on_devices(subset: Records, batch_sharding: NamedSharding, bar: progress.Bar) -> Dataset:
     sharding, gather = replicated(batch_sharding), make_gather(batch_sharding)
-    # Flat, because a TPU would pad a last axis of 3 to 128. Written part by part into one buffer, so
-    # that there is never a second copy.
+    # Flat, because a TPU would pad a last axis of 3 to 128. Written part by part into one buffer:
+    # there is never a second copy.
     shape = (len(subset.rows), _IMAGE_BYTES)
     pixels = jax.jit(lambda: jnp.zeros(shape, jnp.uint8), out_shardings=sharding)()
     write = jax.jit(_write, donate_argnums=0, out_shardings=sharding)

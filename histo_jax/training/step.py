@@ -1,4 +1,4 @@
-"""The compiled training step (augmentation, forward, loss, gradient, update) and evaluation step."""
+"""The compiled steps of training (augmentation to update) and of evaluation."""
 
 import collections
 import enum
