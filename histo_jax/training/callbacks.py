@@ -1,6 +1,6 @@
 """Callbacks: objects that observe a training run, and the writer of `history.csv`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ class CallbackList:
         return None
 
 
-def check_callbacks(callbacks: Iterable[Any]) -> list[Any]:
+def check_callbacks(callbacks: Any) -> list[Any]:
     """Returns the callbacks as a list.
 
     Raises:
@@ -152,7 +152,7 @@ def check_callbacks(callbacks: Iterable[Any]) -> list[Any]:
             raise UserError(f"callbacks[{index}] is the class {name}: pass an object, {name}()")
         if not any(hasattr(callback, method) for method in _METHODS):
             raise UserError(
-                f"callbacks[{index}], a {name}, has none of the methods {', '.join(_METHODS)}: "
+                f"callbacks[{index}] ({name}) has none of the methods {', '.join(_METHODS)}: "
                 "define one, or leave the callback out"
             )
     return found
