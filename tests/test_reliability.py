@@ -22,6 +22,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import histo_jax
+from histo_jax.config import Config
 from histo_jax.data import loader, splits
 from histo_jax.data.records import prepare
 from histo_jax.errors import UserError
@@ -31,13 +32,14 @@ from histo_jax.training import step as steps
 from histo_jax.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[1]
+NETWORK = (Path(__file__).parent / "tiny_network.py").read_text()
 CONFIG = """
 from histo_jax.config import Config
 def get_config():
     config = Config()
     config.data.source, config.data.validation_fraction = "kaggle", 0.25
     config.data.raw_dir, config.data.tfds_dir = {raw!r}, {records!r}
-    config.model.features, config.model.dense = (2, 2, 2, 2, 2), 4
+    config.model.name, config.optimizer.learning_rate = "tiny", 0.01
     config.fit.batch_size, config.fit.steps_per_epoch, config.fit.epochs = 8, 100_000, 2
     return config
 """
@@ -49,15 +51,15 @@ class Command:
     def __init__(self, folder: Path, make_kaggle) -> None:
         self.workdir, self.config = folder / "run", folder / "config.py"
         raw = make_kaggle(folder / "raw")
-        self.config.write_text(CONFIG.format(raw=str(raw), records=str(folder / "records")))
+        text = CONFIG.format(raw=str(raw), records=str(folder / "records"))
+        self.config.write_text(NETWORK + text)
         self.argv = [sys.executable, "-m", "histo_jax.main", f"--config={self.config}"]
 
     def start(self, *options: str) -> subprocess.Popen:
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        # With as many devices as this process has, whose compiled programs it then finds.
         return subprocess.Popen(
             [*self.argv, f"--workdir={self.workdir}", *options],
             cwd=ROOT,
-            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -70,8 +72,10 @@ class Command:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    def get_config(self):
-        return runpy.run_path(str(self.config))["get_config"]()
+    def get_config(self, epochs: int = 2, steps: int = 3) -> Config:
+        config = runpy.run_path(str(self.config))["get_config"]()
+        config.fit.epochs, config.fit.steps_per_epoch = epochs, steps
+        return config
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +105,7 @@ def test_signals_save_and_leave_and_the_lock_keeps_others_out(command, log):
     command.wait_for(first, lambda: newest() and run.status()["step"] > 0)
     assert run.status()["state"] == "running"
     with pytest.raises(UserError, match=f"{command.workdir} is in use by process {first.pid} on"):
-        histo_jax.fit(command.get_config(), command.workdir)
+        histo_jax.fit(command.get_config(steps=100_000), command.workdir)
     first.send_signal(signal.SIGTERM)
     began = time.monotonic()
     stderr = first.communicate(timeout=60)[1]
@@ -137,7 +141,7 @@ def test_signals_save_and_leave_and_the_lock_keeps_others_out(command, log):
     assert run.status()["state"] == "running"  # nothing could be written any more
     # The dead process blocks nobody, and is told from a live one.
     with pytest.raises(UserError, match="no finished epoch"):
-        histo_jax.evaluate(command.get_config(), command.workdir)
+        histo_jax.evaluate(command.get_config(steps=100_000), command.workdir)
     assert f"the last process in {command.workdir} was killed or crashed" in log.text
     assert run.status()["state"] == "failed"
 
@@ -162,10 +166,9 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.fixture(scope="module")
-def whole(make_tiny_config, tmp_path_factory):
+def whole(command, tmp_path_factory):
     """An undisturbed run of three epochs of three steps."""
-    config, folder = make_tiny_config(), tmp_path_factory.mktemp("whole")
-    config.fit.epochs = 3
+    config, folder = command.get_config(epochs=3), tmp_path_factory.mktemp("whole")
     histo_jax.fit(config, folder)
     history = (folder / "history.csv").read_bytes()
     return SimpleNamespace(config=config, folder=folder, history=history, curves=curves(folder))
@@ -177,9 +180,8 @@ def copy(whole, tmp_path):
 
 
 @pytest.fixture
-def three_epochs(tiny_config):
-    tiny_config.fit.epochs = 3
-    return tiny_config
+def three_epochs(command):
+    return command.get_config(epochs=3)
 
 
 def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(three_epochs, copy, monkeypatch):
@@ -397,8 +399,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(small_disk, command):
-    run, config = small_disk / "run", command.get_config()
-    config.fit.steps_per_epoch, config.fit.epochs = 5, 1
+    run, config = small_disk / "run", command.get_config(epochs=1, steps=5)
     histo_jax.fit(config, run)
     history = (run / "history.csv").read_bytes()
     (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 8 * 1024))

@@ -13,10 +13,11 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Sharding
-from jaxtyping import Float
+from jaxtyping import Float, PRNGKeyArray
 
 from histo_jax.config import EarlyStoppingConfig
-from histo_jax.models.forward import Weights, init_weights
+from histo_jax.data.example import IMAGE_SHAPE
+from histo_jax.models.forward import Weights
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -60,6 +61,31 @@ def update_ema(ema: Weights | None, weights: Weights, step: Any, decay: float) -
         return (old + (1 - effective) * (new - old)).astype(new.dtype)
 
     return jax.tree.map(update_leaf, ema, weights)
+
+
+def init_weights(
+    model: nn.Module,
+    key: PRNGKeyArray,
+    mean: Float[np.ndarray, "3"],
+    std: Float[np.ndarray, "3"],
+) -> Weights:
+    """Returns random weights.
+
+    Args:
+        model: maps normalised images to logits, see `histo_jax.models`.
+        key: random key.
+        mean: channel means of the training images, 1 = full range.
+        std: their standard deviations.
+    """
+    # Compiled: op by op it would take seconds at every start.
+    init = jax.jit(model.init, static_argnames="train")
+    variables = init(key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32), train=False)
+    return Weights(
+        params=variables.get("params", {}),
+        collections={name: values for name, values in variables.items() if name != "params"},
+        mean=jnp.asarray(mean, jnp.float32),
+        std=jnp.asarray(std, jnp.float32),
+    )
 
 
 def create_state(

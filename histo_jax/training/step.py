@@ -1,6 +1,5 @@
 """The compiled steps of training (augmentation to update) and of evaluation."""
 
-import collections
 import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -11,23 +10,40 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
 from histo_jax.data.loader import Batch
 from histo_jax.distributed.mesh import replicated
-
-# Names that this module does not use are imported for its users.
 from histo_jax.models.forward import (
     Forward,
     Weights,
+    check_logits,
     make_forward,
     normalise,
-    train_logits,
+    read_behind,
 )
-from histo_jax.models.forward import predict_logits as predict_logits
 from histo_jax.training.augmentation import Augment, mixup
 from histo_jax.training.losses import Loss
 from histo_jax.training.state import TrainState, update_ema
+
+
+def train_logits(
+    model: nn.Module,
+    weights: Weights,
+    images: Float32[Array, "batch height width 3"],
+    key: PRNGKeyArray,
+) -> tuple[Float32[Array, " batch"], dict[str, Any]]:
+    """Returns the logits of normalised images in training mode, and the updated collections.
+
+    Raises:
+        UserError: the network does not return one logit per image.
+    """
+    # Flax takes `params` for random streams of other names, such as those of stochastic depth.
+    rngs = {"dropout": key, "params": jax.random.fold_in(key, 1)}
+    logits, collections = model.apply(
+        weights.variables, images, train=True, mutable=list(weights.collections), rngs=rngs
+    )
+    return check_logits(model, logits, images), dict(collections)
 
 
 class Control(enum.IntEnum):
@@ -133,19 +149,6 @@ def _update(
     )
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     return state.replace(step=state.step + 1), (loss, finite, norm)
-
-
-def read_behind(outputs: Iterable[jax.Array], steps: int = 2) -> Iterator[np.ndarray]:
-    """Yields device results as NumPy arrays, each read once `steps` later ones are dispatched.
-
-    The devices are never idle between two reads.
-    """
-    pending: collections.deque[jax.Array] = collections.deque()
-    for output in outputs:
-        pending.append(output)
-        if len(pending) > steps:
-            yield np.asarray(pending.popleft())
-    yield from map(np.asarray, pending)
 
 
 def collect_logits(
