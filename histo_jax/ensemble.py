@@ -14,10 +14,10 @@ from histo_jax.data.records import Prepared, existing
 from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration
 from histo_jax.models import create_model
+from histo_jax.models.forward import Weights
 from histo_jax.run import files
 from histo_jax.run import workdir as workdirs
 from histo_jax.training.checkpoints import Checkpoints
-from histo_jax.training.state import Weights
 
 
 class TrainedModel(NamedTuple):

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float32, UInt8
 
-from histo_jax.training.state import Weights
-from histo_jax.training.step import normalise, predict_logits
+from histo_jax.models.forward import Weights, normalise, predict_logits
 
 STEPS = 24
 # White: glass without tissue, which patches do show; the mean colour is nothing that is seen.
