@@ -12,6 +12,7 @@ from histo_jax.data import splits
 from histo_jax.data.records import Prepared, existing
 from histo_jax.errors import CheckpointError, DataError, UserError
 from histo_jax.predictor import Predictor, TrainedModel, read_best, read_runs, run_folders
+from histo_jax.run.workdir import Workdir
 
 
 def load_predictor(config: Config, folder: Path, prior: float | None = None) -> Predictor:
@@ -33,6 +34,14 @@ def load_predictor(config: Config, folder: Path, prior: float | None = None) -> 
         else [read_best(folder, config, read_only=False)]
     )
     return Predictor(trained, tta=predict.tta, prior=prior, batch_size=predict.batch_size)
+
+
+def acquire(run: Workdir, config: Config, prepared: Prepared) -> None:
+    """Makes the folder that of the ensemble of `config.predict.checkpoints`, if there is one."""
+    if config.predict.checkpoints:
+        run.acquire(config)
+        run.save_config(config)
+        run.update_status(records=prepared.name)
 
 
 def check_evaluated(trained: Sequence[TrainedModel], scores: dict[str, Any], split: str) -> None:

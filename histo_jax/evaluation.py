@@ -3,30 +3,27 @@
 import dataclasses
 import logging
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from histo_jax import ensemble, evaluation_files, inference
-from histo_jax.config import Config, validate
+from histo_jax import command, ensemble, evaluation_files, inference
+from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.example import UNLABELLED
 from histo_jax.data.records import Prepared, prepare
-from histo_jax.distributed import consensus, runtime
+from histo_jax.distributed import consensus
 from histo_jax.errors import DataError, UserError
 from histo_jax.metrics import binary_scores, operating_points, with_intervals
 from histo_jax.predictor import Predictor
-from histo_jax.run import files
-from histo_jax.run import workdir as workdirs
+from histo_jax.run.workdir import Workdir
 
 log = logging.getLogger("histo_jax")
 
 _SELECTION_BIAS = "these patches selected the checkpoint and were used to fit its calibration"
 
 
-@runtime.session
 def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Scores the best checkpoint of `workdir` on `config.evaluate.split`.
 
@@ -57,26 +54,28 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             of an ensemble was trained on these patches; or a fold is missing.
         OSError: a file cannot be written.
     """
-    validate(config)
-    runtime.set_up()
-    folder = files.expand(workdir, "--workdir")
-    workdirs.check_compatible(folder, config)
-    with workdirs.session(folder, "evaluate"):
-        predictor = ensemble.load_predictor(config, folder)
-        prepared = prepare(config, folder, raw_may_be_gone=True)
-        consensus.check_records(config, prepared.tables)
-        task = _plan(predictor, config, prepared)
-        if config.predict.checkpoints:
-            workdirs.acquire(folder, config)
-            workdirs.save_config(folder, config)
-            workdirs.update_status(folder, records=prepared.name)
-        log.info("compiling the evaluation step")
-        logits = _compute_logits(predictor, prepared, task)
-        table = prepared.tables[task.subset.records].iloc[task.subset.rows]
-        result = _score(table, logits, task, config) | _describe_networks(
-            predictor, table["label"].to_numpy(np.float64), logits, task, config
-        )
-        _write(folder, config.evaluate.split, table.assign(logit=logits.calibrated), result)
+    with command.start(config, workdir, "evaluate") as run:
+        return evaluate_in(run, config)
+
+
+def evaluate_in(run: Workdir, config: Config) -> dict[str, Any]:
+    """Does the work of `evaluate` in an open folder."""
+    predictor = ensemble.load_predictor(config, run.path)
+    prepared = prepare(config, run.path, raw_may_be_gone=True)
+    consensus.check_records(config, prepared.tables)
+    task = _plan(predictor, config, prepared)
+    ensemble.acquire(run, config, prepared)
+    log.info("compiling the evaluation step")
+    logits = _compute_logits(predictor, prepared, task)
+    table = prepared.tables[task.subset.records].iloc[task.subset.rows]
+    labels = table["label"].to_numpy(np.float64)
+    result = _score(table, logits, task, config)
+    result |= _describe_networks(predictor, labels, logits, task, config)
+    split = config.evaluate.split
+    table = table[["id", "label", "slide"]].assign(logit=logits.calibrated)
+    evaluation_files.write(run, split, table)
+    run.write_json(f"evaluation_{split}.json", result)
+    run.write_json("evaluation.json", result)
     _log(result)
     return result
 
@@ -229,12 +228,6 @@ def _describe_networks(
         "calibration_scale": trained.calibration.scale,
         "calibration_shift": trained.calibration.shift,
     }
-
-
-def _write(folder: Path, split: str, table: pd.DataFrame, result: dict[str, Any]) -> None:
-    evaluation_files.write(folder, split, table[["id", "label", "slide", "logit"]])
-    workdirs.write_json(folder / f"evaluation_{split}.json", result)
-    workdirs.write_json(folder / "evaluation.json", result)
 
 
 def _log(result: dict[str, Any]) -> None:

@@ -6,9 +6,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float32, Int
 
 from histo_jax.data import loader
+from histo_jax.distributed import processes
 from histo_jax.predictor import Predictor
 from histo_jax.run import progress, signals
-from histo_jax.run import workdir as workdirs
 
 
 def raw_logits(
@@ -32,7 +32,7 @@ def raw_logits(
     size = min(predictor.batch_size, share)
     batches = signals.stopping(loader.ordered_batches(source, own, size))
     with progress.bar(
-        description, share, unit=" img", leave=False, is_shown=workdirs.is_primary()
+        description, share, unit=" img", leave=False, is_shown=processes.is_primary()
     ) as bar:
         images = (
             batch["image"][: batch["mask"].sum()]

@@ -16,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float, Float32, UInt8
 from scipy.special import expit
 
+from histo_jax import environment
 from histo_jax.config import Config, folders
 from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.distributed import runtime
@@ -24,7 +25,7 @@ from histo_jax.metrics import Calibration
 from histo_jax.models import create_model
 from histo_jax.models.forward import Weights, make_forward, read_behind
 from histo_jax.run import files
-from histo_jax.run import workdir as run_workdirs
+from histo_jax.settings import load_run_config
 from histo_jax.training.checkpoints import Checkpoints
 
 Value = TypeVar("Value")
@@ -96,7 +97,7 @@ def read_runs(runs: Sequence[Path], source: str) -> list[TrainedModel]:
     for number, run in enumerate(runs):
         if real[number] in real[:number]:
             raise UserError(f"{source}: duplicate run {run}; name each run once")
-    return [read_best(run, run_workdirs.load_config(run)) for run in runs]
+    return [read_best(run, load_run_config(run)) for run in runs]
 
 
 def run_folders(checkpoints: str) -> list[Path]:
@@ -263,19 +264,20 @@ def load(
     """
     if not workdirs:
         raise UserError("load() needs the folder of at least one run")
-    runtime.set_up()
-    runs, settings = [], []
-    for workdir in workdirs:
-        folder = files.expand(workdir, "workdir").absolute()
-        predict = run_workdirs.load_config(folder).predict
-        runs += run_folders(predict.checkpoints) or [folder]
-        settings.append(predict)
-    tta = _common("tta", [predict.tta for predict in settings], tta)
-    prior = _common("prior", [predict.prior for predict in settings], prior)
-    with runtime.jax_defaults():
+    with environment.defaults(), runtime.jax_defaults():
+        runtime.set_up()
+        folders_given = [files.expand(workdir, "workdir").absolute() for workdir in workdirs]
+        predict = [load_run_config(folder).predict for folder in folders_given]
+        runs = []
+        for folder, options in zip(folders_given, predict, strict=True):
+            runs += run_folders(options.checkpoints) or [folder]
         trained = read_runs(runs, "load()")
-    size = settings[0].batch_size if batch_size is None else batch_size
-    return Predictor(trained, tta=bool(tta), prior=prior, batch_size=size)
+    return Predictor(
+        trained,
+        tta=_common("tta", [options.tta for options in predict], tta),
+        prior=_common("prior", [options.prior for options in predict], prior),
+        batch_size=predict[0].batch_size if batch_size is None else batch_size,
+    )
 
 
 def _common(name: str, values: Sequence[Value], given: Value | None) -> Value:

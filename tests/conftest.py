@@ -37,7 +37,7 @@ from histo_jax.data import splits
 from histo_jax.data.records import prepare
 from histo_jax.metrics import Calibration
 from histo_jax.models import create_model
-from histo_jax.run import workdir
+from histo_jax.run.workdir import Workdir
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.optimizer import create_optimizer
 from histo_jax.training.state import EarlyStopping, create_state
@@ -130,8 +130,8 @@ def save_run():
 
 
 def _save_run(config: Config, folder: Path, calibration: Calibration) -> Path:
-    workdir.acquire(folder, config)
-    workdir._release(folder)
+    folder.mkdir()
+    Workdir(folder).save_config(config)
     prepared = prepare(config, folder)
     subsets = splits.make_subsets(prepared.tables, config)
     state = create_state(

@@ -12,23 +12,20 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
-from histo_jax import ensemble, evaluation_files
-from histo_jax.config import Config, names, validate
+from histo_jax import command, ensemble, evaluation_files
+from histo_jax.config import Config, names
 from histo_jax.data.records import Prepared, prepare
-from histo_jax.distributed import runtime
 from histo_jax.errors import UserError
 from histo_jax.predictor import Predictor, TrainedModel
 from histo_jax.report import folder as folders
 from histo_jax.report import patches
-from histo_jax.run import files
-from histo_jax.run import workdir as workdirs
+from histo_jax.run.workdir import Workdir
 
 log = logging.getLogger("histo_jax")
 
 _SCALE = 4  # screen pixels per pixel of a patch
 
 
-@runtime.session
 def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """Writes `explain/<id>.png` for the patches of `config.explain.ids`.
 
@@ -55,23 +52,25 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
             evaluated, or another checkpoint was.
         OSError: a file cannot be written.
     """
-    validate(config)
-    runtime.set_up()
-    folder = files.expand(workdir, "--workdir")
-    workdirs.check_compatible(folder, config)
-    with workdirs.session(folder, "explain"):
-        predictor = ensemble.load_predictor(config, folder)
-        prepared = prepare(config, folder, raw_may_be_gone=True)
-        if config.explain.ids:
-            chosen, tta = _gather_by_id(predictor, config, prepared), config.predict.tta
-        else:
-            chosen, tta = _gather_galleries(predictor, config, prepared, folder)
-        table = pd.DataFrame([patch[:4] for patch in chosen], columns=patches.Patch._fields[:4])
-        table = table.assign(tta=tta, checkpoint=_identify(predictor.trained, folder))
-        if workdirs.is_primary():
-            pictures = {f"{patch.id}.png": _draw(patch) for patch in chosen}
-            ids = {name for rows in prepared.tables.values() for name in rows["id"]}
-            _add(folder / "explain", table, pictures, ids)
+    with command.start(config, workdir, "explain") as run:
+        return explain_in(run, config)
+
+
+def explain_in(run: Workdir, config: Config) -> pd.DataFrame:
+    """Does the work of `explain` in an open folder."""
+    folder = run.path
+    predictor = ensemble.load_predictor(config, folder)
+    prepared = prepare(config, folder, raw_may_be_gone=True)
+    if config.explain.ids:
+        chosen, tta = _gather_by_id(predictor, config, prepared), config.predict.tta
+    else:
+        chosen, tta = _gather_galleries(predictor, config, prepared, folder)
+    table = pd.DataFrame([patch[:4] for patch in chosen], columns=patches.Patch._fields[:4])
+    table = table.assign(tta=tta, checkpoint=_identify(predictor.trained, folder))
+    if run.is_primary:
+        pictures = {f"{patch.id}.png": _draw(patch) for patch in chosen}
+        ids = {name for rows in prepared.tables.values() for name in rows["id"]}
+        _add(folder / "explain", table, pictures, ids)
     log.info("%d patches in %s", len(table), folder / "explain")
     return table
 
