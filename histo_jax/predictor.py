@@ -266,18 +266,17 @@ def load(
         raise UserError("load() needs the folder of at least one run")
     with environment.defaults(), runtime.jax_defaults():
         runtime.set_up()
-        folders_given = [files.expand(workdir, "workdir").absolute() for workdir in workdirs]
-        predict = [load_run_config(folder).predict for folder in folders_given]
-        runs = []
-        for folder, options in zip(folders_given, predict, strict=True):
-            runs += run_folders(options.checkpoints) or [folder]
+        paths = [files.expand(workdir, "workdir").absolute() for workdir in workdirs]
+        options = [load_run_config(path).predict for path in paths]
+        tta = _common("tta", [each.tta for each in options], tta)
+        prior = _common("prior", [each.prior for each in options], prior)
+        runs: list[Path] = []
+        for path, each in zip(paths, options, strict=True):
+            runs += run_folders(each.checkpoints) or [path]
         trained = read_runs(runs, "load()")
-    return Predictor(
-        trained,
-        tta=_common("tta", [options.tta for options in predict], tta),
-        prior=_common("prior", [options.prior for options in predict], prior),
-        batch_size=predict[0].batch_size if batch_size is None else batch_size,
-    )
+    if batch_size is None:
+        batch_size = options[0].batch_size
+    return Predictor(trained, tta=bool(tta), prior=prior, batch_size=batch_size)
 
 
 def _common(name: str, values: Sequence[Value], given: Value | None) -> Value:

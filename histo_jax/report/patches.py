@@ -112,7 +112,7 @@ def _gather_by_network(
 ) -> list[Patch]:
     """Does what `gather` does, each row by its own network."""
     patches: dict[int, Patch] = {}
-    for number in np.unique(networks):
+    for number in np.unique(networks).tolist():
         positions = np.flatnonzero(networks == number)
         own = None if logits is None else logits[positions]
         some = gather(prepared, split, rows[positions], predictor.select(number), own)
