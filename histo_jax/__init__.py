@@ -24,6 +24,7 @@ if typing.TYPE_CHECKING:
     from histo_jax.evaluation import evaluate
     from histo_jax.fitting import fit
     from histo_jax.prediction import predict
+    from histo_jax.predictor import Predictor, load
     from histo_jax.recipes import recipe
     from histo_jax.report import explain, report
 
@@ -32,12 +33,14 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataError",
+    "Predictor",
     "UserError",
     "audit",
     "compare",
     "evaluate",
     "explain",
     "fit",
+    "load",
     "predict",
     "prepare",
     "recipe",
@@ -58,11 +61,13 @@ if not _log.handlers:
     _log.propagate = False
 
 _HOMES = {
+    "Predictor": "histo_jax.predictor",
     "audit": "histo_jax.auditing",
     "compare": "histo_jax.comparison",
     "explain": "histo_jax.report",
     "fit": "histo_jax.fitting",
     "evaluate": "histo_jax.evaluation",
+    "load": "histo_jax.predictor",
     "predict": "histo_jax.prediction",
     "prepare": "histo_jax.data.records",
     "recipe": "histo_jax.recipes",

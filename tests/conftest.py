@@ -1,6 +1,7 @@
 """Four fake devices, shapes checked at run time, and small data."""
 
 import atexit
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -32,6 +33,14 @@ from absl import flags
 from PIL import Image
 
 from histo_jax.config import Config
+from histo_jax.data import splits
+from histo_jax.data.records import prepare
+from histo_jax.metrics import Calibration
+from histo_jax.models import create_model
+from histo_jax.run.workdir import Workdir
+from histo_jax.training.checkpoints import Checkpoint, Checkpoints
+from histo_jax.training.optimizer import create_optimizer
+from histo_jax.training.state import EarlyStopping, create_state
 
 # Grain reads flags, which nobody parses under pytest.
 flags.FLAGS.mark_as_parsed()
@@ -109,3 +118,34 @@ def sample() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return Path(name)
+
+
+@pytest.fixture(scope="session")
+def save_run():
+    """Saves an untrained network as the best checkpoint of a run.
+
+    Whatever reads checkpoints need not wait for a training.
+    """
+    return _save_run
+
+
+def _save_run(config: Config, folder: Path, calibration: Calibration) -> Path:
+    folder.mkdir()
+    Workdir(folder).save_config(config)
+    prepared = prepare(config, folder)
+    subsets = splits.make_subsets(prepared.tables, config)
+    state = create_state(
+        create_model(config.model),
+        create_optimizer(config.optimizer),
+        config.seed,
+        *splits.channel_stats(prepared.tables[subsets.train.records], subsets.train.rows),
+        config.optimizer.ema_decay > 0,
+    )
+    data = {
+        "fingerprint": splits.fingerprint(prepared.tables, subsets, config),
+        "calibration": dataclasses.asdict(calibration),
+    }
+    early_stopping = EarlyStopping.create(config.early_stopping)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(Checkpoint(state, early_stopping, data, []), 0.5)
+    return folder

@@ -16,7 +16,6 @@ import jax
 import jinja2
 import numpy as np
 import pandas as pd
-from jax.sharding import SingleDeviceSharding
 from PIL import Image
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
@@ -27,9 +26,9 @@ from histo_jax.data import leakage as audits
 from histo_jax.data import splits
 from histo_jax.data.records import prepare
 from histo_jax.distributed import runtime
-from histo_jax.ensemble import TrainedModel
 from histo_jax.errors import UserError
 from histo_jax.metrics.scores import per_patch_loss
+from histo_jax.predictor import Predictor, TrainedModel
 from histo_jax.report import figures, patches
 from histo_jax.report import folder as folders
 from histo_jax.report.patches import gather
@@ -105,19 +104,21 @@ def report_in(run: Workdir, config: Config) -> Path:
     subsets = evaluation_files.make_subsets(prepared, config, scores)
     subset = evaluation_files.subset(prepared, subsets, split, table)
     evaluation_files.check_scores(folder, split, table, scores)
-    trained = _judged(config, folder, scores)
+    predictor = _load_evaluated(config, folder, scores)
+    trained = predictor.trained if predictor else ()
     ensemble.check_evaluated(trained, scores, split)
     chosen = patches.galleries(table, config.seed)
     # All at once: the networks are compiled for them only one time.
     rows = np.concatenate(list(chosen.values()))
     logits = table["logit"].to_numpy()[rows]
-    owners = patches.owners(trained, config, prepared, scores, subset.rows[rows])
-    found = iter(gather(prepared, subset.records, subset.rows[rows], trained, logits, owners))
+    chosen_rows = subset.rows[rows]
+    networks = patches.scoring_networks(predictor, config, prepared, scores, chosen_rows)
+    found = iter(gather(prepared, subset.records, chosen_rows, predictor, logits, networks))
     galleries = {
         title: list(itertools.islice(found, len(places))) for title, places in chosen.items()
     }
     # Several runs have no history in common.
-    history = None if "members" in scores else folder / "history.csv"
+    history = None if "runs" in scores else folder / "history.csv"
     seen = prepared.tables[subsets.train.records].iloc[subsets.train.rows]
     validation = prepared.tables[subsets.validation.records].iloc[subsets.validation.rows]
     found_audit = _read(folder / "audit.json")
@@ -145,7 +146,7 @@ def report_in(run: Workdir, config: Config) -> Path:
             "patches": len(seen),
             "slides": seen["slide"][seen["slide"] != ""].nunique(),
         },
-        parameters=[_count_parameters(member) for member in trained],
+        parameters=[_count_parameters(model) for model in trained],
         trained_with=run.status().get("trained_with"),
         # Its note on honesty stands in the page already.
         audit=audits.table(audited | {"note": ""}) if audited else None,
@@ -167,22 +168,21 @@ def report_in(run: Workdir, config: Config) -> Path:
 
 
 def _runs(scores: dict[str, Any]) -> str:
-    return ",".join(member["run"] for member in scores.get("members", []))
+    return ",".join(run["run"] for run in scores.get("runs", []))
 
 
-def _judged(config: Config, folder: Path, scores: dict[str, Any]) -> list[TrainedModel]:
-    """The networks that these scores are of; none where they are gone."""
+def _load_evaluated(config: Config, folder: Path, scores: dict[str, Any]) -> Predictor | None:
+    """Returns the evaluated networks; None if their checkpoints are not available."""
     predict = dataclasses.replace(config.predict, checkpoints=_runs(scores))
-    place = SingleDeviceSharding(jax.local_devices()[0])
     try:
-        return ensemble.restore(dataclasses.replace(config, predict=predict), folder, place)
+        return ensemble.load_predictor(dataclasses.replace(config, predict=predict), folder)
     except UserError as error:
-        log.warning("the report does not show where the network looked: %s", error)
-        return []
+        log.warning("the report has no attributions: %s", error)
+        return None
 
 
-def _count_parameters(member: TrainedModel) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(member.weights.params))
+def _count_parameters(trained: TrainedModel) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(trained.weights.params))
 
 
 def _is_audit_of(
@@ -257,7 +257,7 @@ def render(
         used=next((row for row in epochs if row.step == scores.get("checkpoint_step")), None),
         said=said,
         galleries=galleries,
-        is_explained=any(p.saliency is not None for shown in galleries.values() for p in shown),
+        is_explained=any(p.attribution is not None for shown in galleries.values() for p in shown),
         wrong=int(patches.is_wrong(logits, labels).sum()),
         slides=_slides(table, probabilities),
         counts=_counts(probabilities, labels),

@@ -56,7 +56,7 @@ def test_other_records_are_refused(both, change):
     else:
         tables["train"][change] = tables["train"][change].to_numpy()[::-1]
     with pytest.raises(
-        UserError, match=r"^process 1 and process 0 have different records in .*: copy the"
+        UserError, match=r"^process 1 and process 0 have different records in .*: copy"
     ):
         both(
             lambda: consensus.check_records(Config(), TABLES),

@@ -86,7 +86,7 @@ def test_the_buttons_go_to_the_operating_points(page, run):
 
 
 def opacity(patch):
-    return patch.locator(".saliency").evaluate("picture => getComputedStyle(picture).opacity")
+    return patch.locator(".attribution").evaluate("picture => getComputedStyle(picture).opacity")
 
 
 def test_pointing_and_the_keyboard_show_where_the_network_looked(page):
