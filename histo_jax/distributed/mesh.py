@@ -50,8 +50,3 @@ def check_batch_size(batch_size: int) -> None:
             f"config.fit.batch_size = {batch_size} is not a multiple of the "
             f"{jax.device_count()} devices: choose a multiple"
         )
-
-
-def round_up(batch_size: int) -> int:
-    """Returns the smallest multiple of the number of devices that is not below `batch_size`."""
-    return -(-batch_size // jax.device_count()) * jax.device_count()

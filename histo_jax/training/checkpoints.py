@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +33,10 @@ _METRIC = "validation_loss"
 _UNRELATED_ERRORS = (UserError, MemoryError, jax.errors.JaxRuntimeError)
 # Errors about a file: of JSON, of text, of the system.
 _FILE_ERRORS = (OSError, json.JSONDecodeError, UnicodeDecodeError)
+_UNTOUCHED = (
+    "nothing was moved: install the versions that status.json names in trained_with, restore the "
+    "folder from a copy, or choose another --workdir"
+)
 # What Orbax writes besides the arrays, in bytes; about 200 kB were measured.
 _OVERHEAD = 500_000
 
@@ -270,27 +275,24 @@ class Checkpoints:
     def _refuse_repeated(self, error: Exception, earlier: Iterable[Exception]) -> None:
         """Refuses an error that two checkpoints have in common and that names no file of theirs."""
         message = self._describe(error)
-        is_about_files = (
-            isinstance(error, (*_FILE_ERRORS, _CorruptError)) or str(self._directory) in message
-        )
-        if is_about_files:
+        names_files = any(str(p) in str(error) for p in (self._directory, self._literal.path))
+        if names_files or isinstance(error, (*_FILE_ERRORS, _CorruptError)):
             return
-        for other in earlier:
-            if type(other) is type(error) and self._describe(other) == message:
-                raise CheckpointError(
-                    f"two checkpoints in {self._directory} fail to restore with the same error, "
-                    f"which is not about their files ({type(error).__name__}: {message}); nothing "
-                    "was moved: restore the library versions in config.json's run (trained_with in "
-                    "status.json), or choose another --workdir"
-                ) from error
+
+        def pattern(other: Exception) -> tuple[type, str]:
+            return type(other), re.sub(r"\d+", "0", self._describe(other))  # steps differ
+
+        if any(pattern(other) == pattern(error) for other in earlier):
+            raise CheckpointError(
+                f"two checkpoints in {self._directory} fail to restore with the same error, which "
+                f"is not about their files ({type(error).__name__}: {message}); {_UNTOUCHED}"
+            ) from error
 
     def _all_failed(self, errors: Mapping[int, Exception]) -> CheckpointError:
-        newest = max(errors)
+        step = max(errors)
         return CheckpointError(
-            f"no checkpoint in {self._directory} can be restored (that of step {newest}: "
-            f"{type(errors[newest]).__name__}: {self._describe(errors[newest])}); nothing was "
-            "moved: restore the folder from a copy, or the versions that status.json names in "
-            "trained_with, or choose another --workdir"
+            f"no checkpoint in {self._directory} can be restored (that of step {step}: "
+            f"{type(errors[step]).__name__}: {self._describe(errors[step])}); {_UNTOUCHED}"
         )
 
     def _quarantine(self, errors: Mapping[int, Exception]) -> None:

@@ -73,9 +73,9 @@ class Metrics(NamedTuple):
 TrainStep = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]
 
 
-def make_eval_step(model: nn.Module, batch_sharding: NamedSharding, tta: bool = False) -> Forward:
+def make_eval_step(model: nn.Module, batch_sharding: NamedSharding) -> Forward:
     """Returns `make_forward` compiled for batches sharded over the mesh; logits are replicated."""
-    return jax.jit(make_forward(model, tta), out_shardings=replicated(batch_sharding))
+    return jax.jit(make_forward(model), out_shardings=replicated(batch_sharding))
 
 
 def make_train_step(
