@@ -47,15 +47,8 @@ __all__ = [
     "report",
 ]
 
-# Like Keras, and unlike most libraries, this one shows its progress unasked; silence it with
-# `logging.getLogger("histo_jax").setLevel("WARNING")`.
-_log = logging.getLogger("histo_jax")
-if not _log.handlers:
-    _handler = logging.StreamHandler()
-    _handler.setFormatter(logging.Formatter("%(message)s"))
-    _log.addHandler(_handler)
-    _log.setLevel(logging.INFO)
-    _log.propagate = False
+# A program chooses where this package logs; the command line shows it on stderr.
+logging.getLogger("histo_jax").addHandler(logging.NullHandler())
 
 _HOMES = {
     "audit": "histo_jax.auditing",
