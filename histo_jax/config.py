@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from histo_jax.errors import UserError, closest
-from histo_jax.registry import AUGMENTATIONS, LOSSES, MODELS
+from histo_jax.registry import AUGMENTATIONS, LOSSES, MODELS, SOURCES
 
-SOURCES = ("synthetic", "kaggle", "pcam")
 ON_DAMAGED = ("stop", "skip")
 PLACEMENTS = ("auto", "device", "host", "disk")
 SCHEDULES = ("constant", "one_cycle")
@@ -95,7 +94,11 @@ def _option(default: Any, help_text: str) -> Any:
 class DataConfig:
     """Which patches, where they lie, and who trains and who validates."""
 
-    source: str = _option("synthetic", f"where the patches come from: {', '.join(SOURCES)}")
+    source: str = _option(
+        "synthetic",
+        f"where the patches come from: {', '.join(SOURCES.names())}, or one that the config file "
+        "registers",
+    )
     raw_dir: str | None = _option(
         None,
         "folder of the raw files as downloaded; None = use what is already in tfds_dir, "
@@ -319,7 +322,6 @@ _POSITIVE = "above 0 and finite"
 
 # The fields that take one of a few words.
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "data.source": SOURCES,
     "data.split_by": SPLIT_RULES,
     "data.on_damaged": ON_DAMAGED,
     "data.placement": PLACEMENTS,
@@ -542,6 +544,7 @@ def validate(config: Config, typed: Mapping[str, str] = types.MappingProxyType({
         if values[name] is not None and not holds(values[name]):
             value = typed.get(name) or repr(values[name])
             raise UserError(f"config.{name} = {value} must be {wanted}")
+    SOURCES.check("data.source", config.data.source)
     MODELS.check("model.name", config.model.name)
     LOSSES.check("fit.loss", config.fit.loss)
     for name in config.augment.extra:
