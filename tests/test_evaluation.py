@@ -18,7 +18,7 @@ from histo_jax.distributed import mesh
 from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration, binary_scores, with_intervals
 from histo_jax.report import patches
-from histo_jax.run import workdir
+from histo_jax.settings import load_run_config
 from histo_jax.training.checkpoints import Checkpoints
 
 
@@ -123,7 +123,7 @@ def test_an_ensemble_is_the_equal_mean_of_its_members(make, runs, tmp_path, monk
     together = make(predict_checkpoints="plain, symmetric")
     scores = histo_jax.evaluate(together, tmp_path / "ensemble")
     # What was last asked for is what a command without settings of its own means, from anywhere.
-    kept = workdir.load_config(tmp_path / "ensemble").predict.checkpoints
+    kept = load_run_config(tmp_path / "ensemble").predict.checkpoints
     assert kept == f"{runs / 'plain'},{runs / 'symmetric'}"
     each = {
         "plain": histo_jax.evaluate(make(optimizer_ema_decay=0.5), runs / "plain"),
@@ -297,7 +297,7 @@ def test_folds_are_scored_each_patch_by_the_run_that_has_not_trained_on_it(
         assert member["run"] == str(folds / run)
         assert (member["count"], member["auc"]) == (own["count"], pytest.approx(own["auc"]))
         assert own["out_of_fold"] is False
-    order = records.prepare(config).tables["train"]["id"].tolist()
+    order = histo_jax.prepare(config).tables["train"]["id"].tolist()
     assert [row for row in order if row in set(table["id"])] == table["id"].tolist()
 
     monkeypatch.setattr(patches, "look", by_the_only_one)
@@ -315,7 +315,7 @@ def test_folds_are_scored_each_patch_by_the_run_that_has_not_trained_on_it(
 
 def test_what_explains_a_patch_is_the_run_that_has_scored_it(make, folds, monkeypatch):
     config = fold_config(make, folds / "1", folds / "2")
-    prepared = records.prepare(config)
+    prepared = histo_jax.prepare(config)
     trained = ensemble.restore(config, folds, mesh.replicated(mesh.batch_sharding()))
     subsets = ensemble.fold_subsets(trained, config, prepared)
     rows = np.concatenate([subsets[1].validation.rows[:2], subsets[0].validation.rows[:1]])

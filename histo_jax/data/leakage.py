@@ -193,8 +193,9 @@ def _scan(
     rows = table.iloc[subset.rows]
     return _Scan(
         records,
-        rows,
-        *(np.concatenate(values) for values in zip(*hashes, strict=True)),
+        table=rows,
+        hashes=np.concatenate([pair[0] for pair in hashes]),
+        contrast=np.concatenate([pair[1] for pair in hashes]),
         knows_slides=bool((rows["slide"] != "").all()) and has_slide_names(table),
         histograms=np.array(histograms),
     )

@@ -128,9 +128,7 @@ class _Shards:
         """Appends a record."""
         if self._writer is None or self._lengths[-1] == _SHARD:
             self._close()
-            path = self._template.sharded_filepath(
-                shard_index=len(self._lengths), num_shards=None
-            )
+            path = self._template.sharded_filepath(shard_index=len(self._lengths), num_shards=None)
             # A group per record: any record can be read without its neighbours.
             self._writer = ArrayRecordWriter(str(path), "group_size:1")
             self._lengths.append(0)

@@ -21,7 +21,7 @@ from histo_jax.data.record_reader import Prepared
 from histo_jax.data.source_adapter import SourceAdapter, check_layout
 from histo_jax.errors import DataError, UserError
 from histo_jax.run import files, progress
-from histo_jax.run import workdir as workdirs
+from histo_jax.run.workdir import Workdir
 
 __all__ = ["Prepared", "existing", "prepare"]
 
@@ -63,10 +63,9 @@ def prepare(
     """
     source, dataset = SourceAdapter(data, seed), _dataset_folder(data)
     raw = _read_raw(source, data)
-    run_records = workdirs.status(workdir).get("records") if workdir else None
-    is_lenient = bool(
-        raw_may_be_gone and workdir and workdirs.is_saved(workdir, "data.raw_dir", data.raw_dir)
-    )
+    run_records = Workdir(workdir).status().get("records") if workdir else None
+    saved = Workdir(workdir).saved_config() if raw_may_be_gone and workdir else None
+    is_lenient = bool(saved and saved.holds("data.raw_dir", data.raw_dir))
     manifest = _Selection(data, source, dataset, raw).select(run_records, is_lenient)
     if manifest is None:
         directory = dataset / records_name(source.name, raw.fingerprint) / VERSION
@@ -89,7 +88,7 @@ def existing(data: DataConfig, seed: int, workdir: Path) -> Iterator[Prepared]:
         workdir: its folder.
     """
     source, dataset = SourceAdapter(data, seed), _dataset_folder(data)
-    names = [data.records, workdirs.status(workdir).get("records")]
+    names = [data.records, Workdir(workdir).status().get("records")]
     names += [records_name(source.name, _read_raw(source, data).fingerprint)]
     manifests = _complete(dataset, source.name)
     for manifest in sorted(manifests, key=lambda manifest: manifest.name not in names):

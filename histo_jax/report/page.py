@@ -21,8 +21,8 @@ from PIL import Image
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from histo_jax import ensemble, evaluation_files
-from histo_jax.config import Config, validate
+from histo_jax import command, ensemble, evaluation_files
+from histo_jax.config import Config
 from histo_jax.data import leakage as audits
 from histo_jax.data import splits
 from histo_jax.data.records import prepare
@@ -33,8 +33,8 @@ from histo_jax.metrics.scores import per_patch_loss
 from histo_jax.report import figures, patches
 from histo_jax.report import folder as folders
 from histo_jax.report.patches import gather
-from histo_jax.run import files
-from histo_jax.run import workdir as workdirs
+from histo_jax.run import saved_config
+from histo_jax.run.workdir import Workdir
 
 log = logging.getLogger("histo_jax")
 
@@ -74,7 +74,6 @@ _FIGURES = ("learning_curves", "roc", "precision_recall", "calibration", "histog
 _OF_EVALUATION = ("evaluate.", "predict.")
 
 
-@runtime.session
 def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     """Writes `report.html`, one page without any other file, and its figures into `report/`.
 
@@ -88,75 +87,83 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
         UserError: nothing was evaluated there, or another checkpoint than would be used now.
         OSError: a file cannot be written.
     """
-    validate(config)
-    runtime.set_up()
-    folder = files.expand(workdir, "--workdir")
-    workdirs.check_compatible(folder, config)
-    split = config.evaluate.split
+
+    def check(run: Workdir) -> None:
+        evaluation_files.read(run.path, config.evaluate.split)
+        evaluation_files.read_scores(run.path, config.evaluate.split)
+
+    with command.start(config, workdir, "report", check) as run:
+        return report_in(run, config)
+
+
+def report_in(run: Workdir, config: Config) -> Path:
+    """Does the work of `report` in an open folder."""
+    folder, split = run.path, config.evaluate.split
     table = evaluation_files.read(folder, split)
     scores = evaluation_files.read_scores(folder, split)
-    with workdirs.session(folder, "report"):
-        prepared = prepare(config, folder, raw_may_be_gone=True)
-        subsets = evaluation_files.make_subsets(prepared, config, scores)
-        subset = evaluation_files.subset(prepared, subsets, split, table)
-        evaluation_files.check_scores(folder, split, table, scores)
-        trained = _judged(config, folder, scores)
-        ensemble.check_evaluated(trained, scores, split)
-        chosen = patches.galleries(table, config.seed)
-        # All at once: the networks are compiled for them only one time.
-        rows = np.concatenate(list(chosen.values()))
-        logits = table["logit"].to_numpy()[rows]
-        owners = patches.owners(trained, config, prepared, scores, subset.rows[rows])
-        found = iter(gather(prepared, subset.records, subset.rows[rows], trained, logits, owners))
-        galleries = {
-            title: list(itertools.islice(found, len(places))) for title, places in chosen.items()
-        }
-        # Several runs have no history in common.
-        history = None if "members" in scores else folder / "history.csv"
-        seen = prepared.tables[subsets.train.records].iloc[subsets.train.rows]
-        validation = prepared.tables[subsets.validation.records].iloc[subsets.validation.rows]
-        found_audit = _read(folder / "audit.json")
-        audited = found_audit if _is_audit_of(found_audit, seen, validation) else None
-        # Those of training are as `fit` has saved them; those of evaluation as it was done.
-        settings = workdirs.plain(config)
-        saved = _read(folder / "config.json") or settings
-        settings |= {
-            k: v for k, v in saved.items() if k in settings and not k.startswith(_OF_EVALUATION)
-        }
-        settings["predict.tta"] = scores.get("tta", settings["predict.tta"])
-        settings["predict.checkpoints"] = _runs(scores)
-        text, drawn = render(
-            workdir=folder.absolute().name,
-            source=config.data.source,
-            split=split,
-            scores=scores,
-            history=pd.read_csv(history) if history and history.exists() else None,
-            table=table,
-            galleries=galleries,
-            settings=settings,
-            records=f"{prepared.directory.parent.name} {prepared.directory.name}",
-            fingerprint=splits.fingerprint(prepared.tables, subsets, config)[:16],
-            trained_on={
-                "patches": len(seen),
-                "slides": seen["slide"][seen["slide"] != ""].nunique(),
-            },
-            parameters=[_count_parameters(member) for member in trained],
-            trained_with=workdirs.status(folder).get("trained_with"),
-            # Its note on honesty stands in the page already.
-            audit=audits.table(audited | {"note": ""}) if audited else None,
-            leak=bool(audited and audits.has_leak(audited)),
-            audit_knows_slides=bool(
-                audited and all(pair["shared_slides"] for pair in audited["pairs"].values())
-            ),
-            # An audit is of one division into training and validation, and here are several.
-            is_audit_of_others=bool(found_audit and not audited and not scores.get("out_of_fold")),
-            color_auc=audited["control"]["validation_auc"] if audited else None,
-            date=_date(folder / f"evaluation_{split}.json"),
-        )
-        if workdirs.is_primary():
-            svgs = {f"{name}.svg": svg.encode() for name, svg in drawn.items()}
-            folders.update(folder / "report", svgs, {f"{name}.svg" for name in _FIGURES})
-        workdirs.write_text(folder / "report.html", text)
+    prepared = prepare(config.data, config.data_seed, folder, raw_may_be_gone=True)
+    subsets = evaluation_files.make_subsets(prepared, config, scores)
+    subset = evaluation_files.subset(prepared, subsets, split, table)
+    evaluation_files.check_scores(folder, split, table, scores)
+    trained = _judged(config, folder, scores)
+    ensemble.check_evaluated(trained, scores, split)
+    chosen = patches.galleries(table, config.seed)
+    # All at once: the networks are compiled for them only one time.
+    rows = np.concatenate(list(chosen.values()))
+    logits = table["logit"].to_numpy()[rows]
+    owners = patches.owners(trained, config, prepared, scores, subset.rows[rows])
+    found = iter(gather(prepared, subset.records, subset.rows[rows], trained, logits, owners))
+    galleries = {
+        title: list(itertools.islice(found, len(places))) for title, places in chosen.items()
+    }
+    # Several runs have no history in common.
+    history = None if "members" in scores else folder / "history.csv"
+    seen = prepared.tables[subsets.train.records].iloc[subsets.train.rows]
+    validation = prepared.tables[subsets.validation.records].iloc[subsets.validation.rows]
+    found_audit = _read(folder / "audit.json")
+    audited = found_audit if _is_audit_of(found_audit, seen, validation) else None
+    # Those of training are as `fit` has saved them; those of evaluation as it was done.
+    settings = saved_config.plain(config)
+    saved = _read(folder / "config.json") or settings
+    settings |= {
+        k: v for k, v in saved.items() if k in settings and not k.startswith(_OF_EVALUATION)
+    }
+    settings["predict.tta"] = scores.get("tta", settings["predict.tta"])
+    settings["predict.checkpoints"] = _runs(scores)
+    text, drawn = render(
+        workdir=folder.absolute().name,
+        source=config.data.source,
+        split=split,
+        scores=scores,
+        history=pd.read_csv(history) if history and history.exists() else None,
+        table=table,
+        galleries=galleries,
+        settings=settings,
+        records=f"{prepared.directory.parent.name} {prepared.directory.name}",
+        fingerprint=splits.fingerprint(
+            prepared.tables, subsets, config.seed, config.fit.batch_size
+        )[:16],
+        trained_on={
+            "patches": len(seen),
+            "slides": seen["slide"][seen["slide"] != ""].nunique(),
+        },
+        parameters=[_count_parameters(member) for member in trained],
+        trained_with=run.status().get("trained_with"),
+        # Its note on honesty stands in the page already.
+        audit=audits.table(audited | {"note": ""}) if audited else None,
+        leak=bool(audited and audits.has_leak(audited)),
+        audit_knows_slides=bool(
+            audited and all(pair["shared_slides"] for pair in audited["pairs"].values())
+        ),
+        # An audit is of one division into training and validation, and here are several.
+        is_audit_of_others=bool(found_audit and not audited and not scores.get("out_of_fold")),
+        color_auc=audited["colour_histogram_baseline"]["validation_auc"] if audited else None,
+        date=_date(folder / f"evaluation_{split}.json"),
+    )
+    if run.is_primary:
+        svgs = {f"{name}.svg": svg.encode() for name, svg in drawn.items()}
+        folders.update(folder / "report", svgs, {f"{name}.svg" for name in _FIGURES})
+    run.write_text("report.html", text)
     log.info("report in %s", folder / "report.html")
     return folder / "report.html"
 
@@ -185,7 +192,7 @@ def _is_audit_of(
 ) -> bool:
     """Whether these patches were audited; audits of 0.1.0 do not tell."""
     tables = {"train": train, "validation": validation}
-    audited = audit.get("sides", {}) if audit else {}
+    audited = audit.get("subsets", {}) if audit else {}
     return all(
         audited.get(name, {}).get("digest") == audits.digest(table)
         for name, table in tables.items()
@@ -298,7 +305,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _changed(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that are not the default, without those that say where things lie."""
-    default = workdirs.plain(Config())
+    default = saved_config.plain(Config())
     return {
         name: value
         for name, value in settings.items()

@@ -167,15 +167,11 @@ def _read_rows(csv_path: Path, split: str) -> list[tuple[int, str, int]]:
     labels = pd.Series(UNLABELLED, table.index)
     if split == "train":
         labels = table["label"].map({text: _label(text) for text in table["label"].unique()})
-        _check_rows(
-            csv_path, labels.isna(), table["label"], "label {!r} must be 0 or 1", "correct"
-        )
+        _check_rows(csv_path, labels.isna(), table["label"], "label {!r} must be 0 or 1", "correct")
     return list(zip(table.index.tolist(), ids.tolist(), labels.astype(int).tolist(), strict=True))
 
 
-def _check_rows(
-    csv_path: Path, wrong: pd.Series, cells: pd.Series, problem: str, fix: str
-) -> None:
+def _check_rows(csv_path: Path, wrong: pd.Series, cells: pd.Series, problem: str, fix: str) -> None:
     """Refuses rows of a CSV.
 
     Args:
@@ -203,9 +199,7 @@ def _label(text: str) -> int | None:
     return _LABELS.get(text.lower())
 
 
-def _missing_error(
-    folder: Path, csv_path: Path, missing: dict[str, int], listed: int
-) -> DataError:
+def _missing_error(folder: Path, csv_path: Path, missing: dict[str, int], listed: int) -> DataError:
     """Returns the error for missing files: their number, and where they are instead.
 
     Args:

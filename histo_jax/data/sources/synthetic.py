@@ -84,7 +84,7 @@ class Synthetic:
 
 
 class Bank(NamedTuple):
-    """Generated cells, float32[BANK, size, size, 3]; under one, `canvas` is `canvas * keep + add`."""
+    """Generated cells, float32[BANK, size, size, 3]: `canvas` becomes `canvas * keep + add`."""
 
     keep: np.ndarray
     add: np.ndarray
@@ -151,7 +151,9 @@ def generate_patches(seed: int, split: str, number: int) -> tuple[np.ndarray, np
     chosen = np.concatenate(
         [
             rng.choice(np.flatnonzero(fractions >= MIN_TUMOUR_FRACTION), positives, replace=False),
-            rng.choice(np.flatnonzero(fractions == 0), PATCHES_PER_SLIDE - positives, replace=False),
+            rng.choice(
+                np.flatnonzero(fractions == 0), PATCHES_PER_SLIDE - positives, replace=False
+            ),
         ]
     )
     selected = [windows[k] for k in rng.permutation(chosen)]
