@@ -15,15 +15,21 @@ import typing
 from histo_jax import environment
 from histo_jax.config import Config
 from histo_jax.errors import CheckpointError, ConfigError, DataError, UserError
-from histo_jax.registry import register_augmentation, register_loss, register_model
+from histo_jax.registry import (
+    register_augmentation,
+    register_loss,
+    register_model,
+    register_source,
+)
 
 if typing.TYPE_CHECKING:
     from histo_jax.auditing import audit
     from histo_jax.comparison import compare
-    from histo_jax.data.records import prepare
+    from histo_jax.data.example import Example
     from histo_jax.evaluation import evaluate
     from histo_jax.fitting import fit
     from histo_jax.prediction import predict
+    from histo_jax.preparation import prepare
     from histo_jax.recipes import recipe
     from histo_jax.report import explain, report
 
@@ -32,6 +38,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataError",
+    "Example",
     "UserError",
     "audit",
     "compare",
@@ -44,6 +51,7 @@ __all__ = [
     "register_augmentation",
     "register_loss",
     "register_model",
+    "register_source",
     "report",
 ]
 
@@ -51,13 +59,14 @@ __all__ = [
 logging.getLogger("histo_jax").addHandler(logging.NullHandler())
 
 _HOMES = {
+    "Example": "histo_jax.data.example",
     "audit": "histo_jax.auditing",
     "compare": "histo_jax.comparison",
     "explain": "histo_jax.report",
     "fit": "histo_jax.fitting",
     "evaluate": "histo_jax.evaluation",
     "predict": "histo_jax.prediction",
-    "prepare": "histo_jax.data.records",
+    "prepare": "histo_jax.preparation",
     "recipe": "histo_jax.recipes",
     "report": "histo_jax.report",
 }

@@ -14,8 +14,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from histo_jax import settings
-from histo_jax.config import Config, describe, names
+from histo_jax.config import Config, describe
 from histo_jax.config_checks import likely_field, unknown_field, validate
+from histo_jax.config_values import names
 from histo_jax.errors import ConfigError, closest, did_you_mean
 from histo_jax.version import VERSION
 
@@ -220,9 +221,7 @@ def _define_flags(modes: Collection[str]) -> flags.FlagValues:
     first = next(iter(modes))
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE(_ChoiceParser(modes), "mode", first, "the command", flag_values=values)
-    flags.DEFINE(
-        _ChoiceParser(_HOSTS), "multihost", None, "how processes meet", flag_values=values
-    )
+    flags.DEFINE(_ChoiceParser(_HOSTS), "multihost", None, "how processes meet", flag_values=values)
     flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=values)
     flags.DEFINE(_INTEGER, "process_count", None, "number of processes", flag_values=values)
     flags.DEFINE(_INTEGER, "process_index", None, "index of this one", flag_values=values)

@@ -4,7 +4,6 @@ The console script `histo_jax` is the same.
 """
 
 import faulthandler
-import importlib
 import logging
 import os
 import sys
@@ -30,7 +29,7 @@ log = logging.getLogger("histo_jax")
 # Imported when it is needed, so that --help and mistakes answer at once.
 COMMANDS = {
     "run": "histo_jax.pipeline:run",
-    "prepare": "histo_jax.data.records:prepare",
+    "prepare": "histo_jax.preparation:prepare",
     "fit": "histo_jax.fitting:fit",
     "evaluate": "histo_jax.evaluation:evaluate",
     "predict": "histo_jax.prediction:predict",
@@ -121,13 +120,16 @@ def _run(options: command_line.Options) -> Any:
     workdir = options.workdir and files.expand(options.workdir, "--workdir")
     with environment.defaults(), signals.watch(ctrl_c=True):
         _check_typed_data(options, workdir)
-        return load_command(options.mode)(options.config, workdir)
+        function = load_command(options.mode)
+        if options.mode == "prepare":
+            return function(options.config)
+        return function(options.config, workdir)
 
 
 def load_command(mode: str) -> Any:
     """Returns the function of a mode."""
     module, _, name = COMMANDS[mode].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return getattr(environment.load(module), name)
 
 
 def _show(mode: str, result: Any) -> int:
@@ -154,7 +156,7 @@ def _check_typed_data(options: command_line.Options, workdir: Path | None) -> No
     if options.mode in command_line.settings.READING_MODES and "data.raw_dir" in options.typed:
         from histo_jax.data.records import prepare
 
-        prepare(options.config, workdir)
+        prepare(options.config.data, options.config.data_seed, workdir)
 
 
 def _exit_where_expected(error: Exception, options: command_line.Options) -> None:

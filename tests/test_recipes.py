@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from histo_jax import recipes
-from histo_jax.config import validate
+from histo_jax.config_checks import validate
 from histo_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -101,7 +101,7 @@ def report_in(run: Workdir, config: Config) -> Path:
     folder, split = run.path, config.evaluate.split
     table = evaluation_files.read(folder, split)
     scores = evaluation_files.read_scores(folder, split)
-    prepared = prepare(config, folder, raw_may_be_gone=True)
+    prepared = prepare(config.data, config.data_seed, folder, raw_may_be_gone=True)
     subsets = evaluation_files.make_subsets(prepared, config, scores)
     subset = evaluation_files.subset(prepared, subsets, split, table)
     evaluation_files.check_scores(folder, split, table, scores)
@@ -140,7 +140,9 @@ def report_in(run: Workdir, config: Config) -> Path:
         galleries=galleries,
         settings=settings,
         records=f"{prepared.directory.parent.name} {prepared.directory.name}",
-        fingerprint=splits.fingerprint(prepared.tables, subsets, config)[:16],
+        fingerprint=splits.fingerprint(
+            prepared.tables, subsets, config.seed, config.fit.batch_size
+        )[:16],
         trained_on={
             "patches": len(seen),
             "slides": seen["slide"][seen["slide"] != ""].nunique(),
@@ -155,7 +157,7 @@ def report_in(run: Workdir, config: Config) -> Path:
         ),
         # An audit is of one division into training and validation, and here are several.
         is_audit_of_others=bool(found_audit and not audited and not scores.get("out_of_fold")),
-        color_auc=audited["control"]["validation_auc"] if audited else None,
+        color_auc=audited["colour_histogram_baseline"]["validation_auc"] if audited else None,
         date=_date(folder / f"evaluation_{split}.json"),
     )
     if run.is_primary:
@@ -190,7 +192,7 @@ def _is_audit_of(
 ) -> bool:
     """Whether these patches were audited; audits of 0.1.0 do not tell."""
     tables = {"train": train, "validation": validation}
-    audited = audit.get("sides", {}) if audit else {}
+    audited = audit.get("subsets", {}) if audit else {}
     return all(
         audited.get(name, {}).get("digest") == audits.digest(table)
         for name, table in tables.items()

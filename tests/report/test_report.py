@@ -23,10 +23,10 @@ import histo_jax
 from histo_jax import evaluation_files
 from histo_jax.data import splits
 from histo_jax.data.leakage import audit
-from histo_jax.data.records import prepare
 from histo_jax.ensemble import TrainedModel, check_evaluated
 from histo_jax.errors import UserError
 from histo_jax.metrics import binary_scores, operating_points
+from histo_jax.preparation import prepare
 from histo_jax.report import explain, figures, page, patches, report
 
 
@@ -187,15 +187,15 @@ def test_only_an_audit_of_these_patches_is_shown(config, run, tmp_path):
         return words_of(text_of(tmp_path / "run"))
 
     prepared = prepare(config)
-    found = audit(prepared, splits.make_subsets(prepared.tables, config), 0)
+    found = audit(prepared, splits.make_subsets(prepared.tables, config.data, config.data_seed), 0)
     found["note"] = "optimistic, as the page says for itself"
     said = report_with(found)
-    auc = found["control"]["validation_auc"]
+    auc = found["colour_histogram_baseline"]["validation_auc"]
     assert re.search(rf"[Cc]olour histograms.{{1,40}}reach AUC {auc:.3f}", said)
     assert "The audit found no patch or slide on two sides." in said
     assert found["note"] not in said
-    for older in (found["sides"]["train"] | {"digest": "x"}, {"patches": 1}):
-        said = report_with(found | {"sides": found["sides"] | {"train": older}})
+    for older in (found["subsets"]["train"] | {"digest": "x"}, {"patches": 1}):
+        said = report_with(found | {"subsets": found["subsets"] | {"train": older}})
         assert "is of other patches or of an earlier version: --mode=audit" in said
         assert "The audit found" not in said
         assert f"{auc:.3f}" not in said
