@@ -19,9 +19,14 @@ Features = Float[Array, "batch h w features"]
 def _convolution(dtype: DTypeLike) -> Callable[..., nn.Conv]:
     def make(features: int, size: int, stride: int = 1) -> nn.Conv:
         return nn.Conv(
-            features, (size, size), stride, size // 2, use_bias=False, dtype=dtype,
+            features,
+            (size, size),
+            stride,
+            size // 2,
+            use_bias=False,
+            dtype=dtype,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-        )  # fmt: skip
+        )
 
     return make
 

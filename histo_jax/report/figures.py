@@ -74,13 +74,19 @@ def roc(logits: np.ndarray, labels: np.ndarray, scores: dict[str, Any]) -> str:
         axes.plot(*_thinned(false_alarms, sensitivity), color=LINE)
         axes.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
         axes.plot(
-            0.05, scores["sensitivity_at_95_specificity"], "o", color=NEGATIVE,
+            0.05,
+            scores["sensitivity_at_95_specificity"],
+            "o",
+            color=NEGATIVE,
             label="95% specificity",
-        )  # fmt: skip
+        )
         axes.plot(
-            1 - scores["specificity_at_95_sensitivity"], 0.95, "s", color=POSITIVE,
+            1 - scores["specificity_at_95_sensitivity"],
+            0.95,
+            "s",
+            color=POSITIVE,
             label="95% sensitivity",
-        )  # fmt: skip
+        )
         axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
         axes.legend(loc="lower right")
     return done[0]
@@ -98,9 +104,12 @@ def precision_recall(probabilities: np.ndarray, labels: np.ndarray, scores: dict
                 # A little less, for what reading text may have lost.
                 called = probabilities >= least - 1e-12
                 axes.plot(
-                    called[labels == 1].mean(), labels[called].mean(), marker, color=color,
+                    called[labels == 1].mean(),
+                    labels[called].mean(),
+                    marker,
+                    color=color,
                     label=f"95% {name}",
-                )  # fmt: skip
+                )
         if len(axes.lines) > 2:
             axes.legend(loc="lower left")
         axes.set(xlabel="recall (sensitivity)", ylabel="precision", ylim=(0, 1.02), aspect="equal")
@@ -126,12 +135,19 @@ def histogram(probabilities: np.ndarray, labels: np.ndarray) -> str:
     edges = np.linspace(0, 1, 31).tolist()
     with _axes() as (axes, done):
         for label, color, hatch, name in (
-            (0, NEGATIVE, "", "without tumour"), (1, POSITIVE, "///", "with tumour"),
-        ):  # fmt: skip
+            (0, NEGATIVE, "", "without tumour"),
+            (1, POSITIVE, "///", "with tumour"),
+        ):
             axes.hist(
-                probabilities[labels == label], edges, color=color, alpha=0.6, hatch=hatch,
-                edgecolor="white", linewidth=0.3, label=name,
-            )  # fmt: skip
+                probabilities[labels == label],
+                edges,
+                color=color,
+                alpha=0.6,
+                hatch=hatch,
+                edgecolor="white",
+                linewidth=0.3,
+                label=name,
+            )
         axes.set(xlabel="probability of tumour", ylabel="patches")
         axes.legend()
     return done[0]

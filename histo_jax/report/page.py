@@ -333,9 +333,10 @@ def _counts(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, list[int
     return {
         name: [int((chosen >= position / _POSITIONS).sum()) for position in range(_POSITIONS + 1)]
         for name, chosen in (
-            ("positives", probabilities[labels == 1]), ("negatives", probabilities[labels == 0]),
+            ("positives", probabilities[labels == 1]),
+            ("negatives", probabilities[labels == 0]),
         )
-    }  # fmt: skip
+    }
 
 
 def _operating_points(scores: dict[str, Any]) -> Iterator[tuple[str, float, Callable[..., Any]]]:

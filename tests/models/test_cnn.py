@@ -46,9 +46,12 @@ def test_equals_the_blocks_written_out_in_the_usual_order():
     def written_out(x):
         for block in range(5):
             x = jax.lax.conv_general_dilated(
-                x, params[f"Block_{block}"]["kernel"], (1, 1), "SAME",
+                x,
+                params[f"Block_{block}"]["kernel"],
+                (1, 1),
+                "SAME",
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )  # fmt: skip
+            )
             norm, running = params[f"Block_{block}"], stats[f"Block_{block}"]
             x = (x - running["mean"]) / jnp.sqrt(running["var"] + 1e-5)
             x = jnp.maximum(x * norm["scale"] + norm["bias"], 0)
@@ -70,9 +73,12 @@ def test_running_statistics_move_a_tenth_of_the_way():
         variables, images, train=True, mutable=("batch_stats",)
     )
     x = jax.lax.conv_general_dilated(
-        images, variables["params"]["Block_0"]["kernel"], (1, 1), "SAME",
+        images,
+        variables["params"]["Block_0"]["kernel"],
+        (1, 1),
+        "SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
+    )
     got = changed["batch_stats"]["Block_0"]
     np.testing.assert_allclose(got["mean"], 0.1 * x.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got["var"], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-4)

@@ -49,10 +49,13 @@ def test_each_layer_is_equivariant_and_the_logit_invariant(of, use_winograd, tra
     @jax.jit
     def layers(x):
         logits, changed = model.apply(
-            variables, x, train=train, mutable=["intermediates", "batch_stats"],
+            variables,
+            x,
+            train=train,
+            mutable=["intermediates", "batch_stats"],
             capture_intermediates=lambda module, _: isinstance(module, P4MBlock),
             rngs={"dropout": jax.random.key(0)},
-        )  # fmt: skip
+        )
         blocks = changed["intermediates"]
         return logits, [blocks[f"Block_{i}"]["__call__"][0] for i in range(5)]
 
@@ -119,9 +122,13 @@ def test_statistics_and_gradients_are_shared_by_the_orientations(use_winograd):
     def plain(params):
         kernel = block.make_kernel(params["kernel"])
         y = jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=jax.lax.Precision.HIGHEST,
-        ).reshape(4, 12, 12, 8, 3)  # fmt: skip
+        ).reshape(4, 12, 12, 8, 3)
         mean, variance = y.mean((0, 1, 2, 3)), y.var((0, 1, 2, 3))
         y = (y - mean) / jnp.sqrt(variance + 1e-5) * params["scale"] + params["bias"]
         output = nn.relu(nn.max_pool(y.reshape(4, 12, 12, 24), (2, 2), (2, 2)))

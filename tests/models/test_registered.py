@@ -58,9 +58,14 @@ def train(config, steps):
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     batch_sharding = mesh.batch_sharding()
     train_step = step.make_train_step(
-        model, optimizer, batch_sharding, make_augment(config.augment), get_loss(config.fit.loss),
-        config.optimizer.ema_decay, config.augment.mixup,
-    )  # fmt: skip
+        model,
+        optimizer,
+        batch_sharding,
+        make_augment(config.augment),
+        get_loss(config.fit.loss),
+        config.optimizer.ema_decay,
+        config.augment.mixup,
+    )
     mean, std = np.full(3, 0.5), np.full(3, 0.25)
     state = create_state(model, optimizer, 0, mean, std, config.optimizer.ema_decay > 0)
     state = jax.device_put(state, mesh.replicated(batch_sharding))
@@ -261,7 +266,7 @@ class Fields(Pixel):
         ({"width": 3, "anything": max}, ["config.model.kwargs = ", "finite"]),
         ({"width": 3, "anything": {1: 2}}, ["config.model.kwargs = ", "finite"]),
     ],
-)  # fmt: skip
+)
 def test_kwargs_are_checked_against_the_networks_fields(kwargs, words, tmp_path):
     histo_jax.register_model("mine")(Fields)
     config = Config()

@@ -15,8 +15,9 @@ def make(**kwargs):
 
 @pytest.mark.parametrize(
     # torchvision's resnet18 has 11,689,512 parameters, 512,487 of them for 999 more classes.
-    ("stem", "size", "parameters"), [("small", 12, 11_169_345), ("imagenet", 3, 11_177_025)]
-)  # fmt: skip
+    ("stem", "size", "parameters"),
+    [("small", 12, 11_169_345), ("imagenet", 3, 11_177_025)],
+)
 def test_it_is_the_published_network(stem, size, parameters):
     model = make(stem=stem)
     variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
@@ -42,9 +43,12 @@ def test_blocks_begin_as_the_identity_and_statistics_move_a_tenth_of_the_way():
     @jax.jit
     def train(variables):
         return model.apply(
-            variables, images, train=True, capture_intermediates=True,
+            variables,
+            images,
+            train=True,
+            capture_intermediates=True,
             mutable=["intermediates", "batch_stats"],
-        )[1]  # fmt: skip
+        )[1]
 
     changed = train(variables)
     blocks = [

@@ -17,9 +17,13 @@ SHAPES = [(32, 3, 16), (24, 16, 8), (12, 8, 16), (6, 16, 24)]
 
 def convolve(x, kernel):
     return lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        x,
+        kernel,
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=lax.Precision.HIGHEST,
-    )  # fmt: skip
+    )
 
 
 def plain_train(x, kernel, scale, bias):

@@ -57,13 +57,23 @@ def facts():
             "probability_at_95_sensitivity": 0.2718,
         }
         return {
-            "workdir": "w", "source": "kaggle", "split": "validation", "scores": scores,
-            "history": None, "table": table, "galleries": {"Highest loss": [patch]},
-            "settings": {"seed": 0}, "records": "r", "fingerprint": "f", "audit": None,
-            "leak": False, "audit_knows_slides": True,
-            "trained_on": {"patches": 4000, "slides": 9}, "parameters": [5000],
+            "workdir": "w",
+            "source": "kaggle",
+            "split": "validation",
+            "scores": scores,
+            "history": None,
+            "table": table,
+            "galleries": {"Highest loss": [patch]},
+            "settings": {"seed": 0},
+            "records": "r",
+            "fingerprint": "f",
+            "audit": None,
+            "leak": False,
+            "audit_knows_slides": True,
+            "trained_on": {"patches": 4000, "slides": 9},
+            "parameters": [5000],
             "trained_with": None,
-        } | changes  # fmt: skip
+        } | changes
 
     return make
 
@@ -75,11 +85,12 @@ def many(facts):
     labels = (rng.random(30_000) < 0.5).astype(int)
     table = pd.DataFrame(
         {
-            "id": [f"{number:040x}" for number in range(30_000)], "label": labels,
+            "id": [f"{number:040x}" for number in range(30_000)],
+            "label": labels,
             "slide": [f"slide {number % 100}" for number in range(30_000)],
             "logit": 2 * labels - 1 + rng.normal(size=30_000),
         }
-    )  # fmt: skip
+    )
     # Noise, which no picture format makes small.
     patch = facts()["galleries"]["Highest loss"][0]
     return facts(table=table, galleries={"Highest loss": [patch] * 36})
@@ -94,7 +105,11 @@ def evil_page(facts):
     made = facts()
     patch = made["galleries"]["Highest loss"][0]._replace(id=EVIL, slide=EVIL)
     changes = {
-        "table": made["table"].assign(slide=EVIL), "galleries": {"Highest loss": [patch]},
-        "workdir": EVIL, "settings": {EVIL: EVIL}, "records": EVIL, "audit": EVIL,
-    }  # fmt: skip
+        "table": made["table"].assign(slide=EVIL),
+        "galleries": {"Highest loss": [patch]},
+        "workdir": EVIL,
+        "settings": {EVIL: EVIL},
+        "records": EVIL,
+        "audit": EVIL,
+    }
     return page.render(**made | changes)[0]
