@@ -1,4 +1,4 @@
-"""What people look at: the page `report.html`, and pictures of where the network looked.
+"""Reports for people: the page `report.html`, and attribution images of single patches.
 
 As a function, `histo_jax.report(config, workdir)` writes the page; see `histo_jax.report.report`.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from histo_jax.config import Config
 from histo_jax.report.explanation import explain
-from histo_jax.report.page import report
+from histo_jax.report.reporting import report
 
 __all__ = ["explain", "report"]
 

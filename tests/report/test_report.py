@@ -238,8 +238,8 @@ def test_the_legend_tells_colours_frame_and_size(facts):
 def test_thresholds_are_said_so_that_their_levels_hold(facts):
     made = facts()
     made["scores"] |= {
-        "probability_at_95_specificity": 0.9996341,
-        "probability_at_95_sensitivity": 0.00040378,
+        "threshold_at_95_specificity": 0.9996341,
+        "threshold_at_95_sensitivity": 0.00040378,
     }
     made["table"].loc[1, "logit"] = 20.0
     text, _ = page.render(**made)
@@ -249,8 +249,8 @@ def test_thresholds_are_said_so_that_their_levels_hold(facts):
     # The slider knows no such values; it would call none, or all.
     assert "data-position=" not in text
     made["scores"] |= {
-        "probability_at_95_specificity": None,
-        "probability_at_95_sensitivity": 0.25,
+        "threshold_at_95_specificity": None,
+        "threshold_at_95_sensitivity": 0.25,
     }
     text, _ = page.render(**made)
     assert re.findall(r'data-position="(\d+)">([^<]+)<', text) == [("250", "95% sensitivity")]
@@ -262,7 +262,7 @@ def test_what_was_evaluated_by_an_earlier_version_has_a_page(config, run, tmp_pa
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "evaluation_validation.json"
     scores = json.loads(path.read_text())
-    for name in ("tta", "probability_at_95_specificity", "probability_at_95_sensitivity"):
+    for name in ("tta", "threshold_at_95_specificity", "threshold_at_95_sensitivity"):
         del scores[name]
     path.write_text(json.dumps(scores))
     report(config, tmp_path / "run")
@@ -443,7 +443,7 @@ def test_curves_are_those_of_scikit_learn_and_points_those_of_the_evaluation(dra
     )
     assert (roc.get_xlabel(), roc.get_ylabel()) == ("1 - specificity", "sensitivity")
     for level in ("specificity", "sensitivity"):
-        called = probabilities >= scores[f"probability_at_95_{level}"]
+        called = probabilities >= scores[f"threshold_at_95_{level}"]
         reached = called[labels == 1].mean()
         # Drawn at the level itself, which whole patches may only come near to.
         point = lines(roc)[f"95% {level}"][0]
