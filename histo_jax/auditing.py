@@ -3,13 +3,12 @@
 import os
 from typing import Any
 
-from histo_jax import environment
-from histo_jax.config import Config, validate
+from histo_jax import command, environment
+from histo_jax.config import Config
 from histo_jax.data import leakage as audits
 from histo_jax.data.records import prepare
 from histo_jax.data.splits import make_subsets
-from histo_jax.run import files, progress, signals
-from histo_jax.run import workdir as workdirs
+from histo_jax.run import progress, signals
 
 
 @environment.defaults()
@@ -33,12 +32,10 @@ def audit(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         UserError: a setting, the data or the folder is wrong; the message names the remedy.
         OSError: a file cannot be written.
     """
-    validate(config)
-    folder = files.expand(workdir, "--workdir")
-    workdirs.check_compatible(folder, config)
+    run = command.open_workdir(config, workdir)
     with signals.watch():
-        prepared = prepare(config, folder, raw_may_be_gone=True)
+        prepared = prepare(config, run.path, raw_may_be_gone=True)
         report = audits.audit(prepared, make_subsets(prepared.tables, config), config.seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        workdirs.write_json(folder / "audit.json", report)
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.write_json("audit.json", report)
     return report

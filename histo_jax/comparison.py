@@ -9,10 +9,11 @@ import pandas as pd
 
 from histo_jax import environment, evaluation_files
 from histo_jax.config import Config, folders, validate
+from histo_jax.distributed import processes
 from histo_jax.errors import UserError
 from histo_jax.metrics import difference
 from histo_jax.run import files
-from histo_jax.run import workdir as workdirs
+from histo_jax.run.workdir import Workdir
 
 # What decides: the ranking of the patches and their probabilities, each with the sign of a gain.
 # Eight scores at 95% each would often name a winner by chance alone.
@@ -38,14 +39,15 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
         OSError: a file cannot be written.
     """
     validate(config)
-    folder = None if workdir is None else files.expand(workdir, "--workdir")
-    if folder is not None:
-        workdirs.check_path(folder)
+    run = None
+    if workdir is not None:
+        run = Workdir(files.expand(workdir, "--workdir"), processes.is_primary())
+        run.check_path()
     runs = folders(config.compare.runs)
     if len(runs) != 2:
         raise UserError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
     split = config.evaluate.split
-    places = [files.expand(run, "--config.compare.runs") for run in runs]
+    places = [files.expand(name, "--config.compare.runs") for name in runs]
     first, second = (evaluation_files.read(place, split) for place in places)
     if not first[["id", "label"]].equals(second[["id", "label"]]):
         raise UserError(
@@ -72,9 +74,9 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
         ),
     }
     result["verdict"] = _verdict(result, any(optimistic))
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        workdirs.write_json(folder / "compare.json", result)
+    if run is not None:
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.write_json("compare.json", result)
     return result
 
 

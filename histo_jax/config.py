@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from histo_jax.errors import UserError, closest
-from histo_jax.registry import AUGMENTATIONS, LOSSES, MODELS
+from histo_jax.registry import AUGMENTATIONS, LOSSES, MODELS, Registry
 
 SOURCES = ("synthetic", "kaggle", "pcam")
 ON_DAMAGED = ("stop", "skip")
@@ -289,6 +289,23 @@ class ExplainConfig:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class ConfigFile:
+    """The Python file that settings come from.
+
+    Attributes:
+        path: absolute.
+        recipe: its name, if it is one of the package's.
+        argument: of `get_config`, if it was given one.
+        code_hash: SHA-256 of the code in it that registers or changes something; '' without any.
+    """
+
+    path: str
+    recipe: str | None = None
+    argument: str | None = None
+    code_hash: str = ""
+
+
 @dataclasses.dataclass
 class Config:
     """All settings of one run."""
@@ -311,7 +328,17 @@ class Config:
         """The seed of sampling, split and synthetic slides."""
         return self.seed if self.data.split_seed is None else self.data.split_seed
 
+    @property
+    def config_file(self) -> ConfigFile | None:
+        """The file that these settings come from; not a setting itself."""
+        return vars(self).get(_CONFIG_FILE)
 
+    @config_file.setter
+    def config_file(self, file: ConfigFile | None) -> None:
+        vars(self)[_CONFIG_FILE] = file
+
+
+_CONFIG_FILE = "_config_file"  # attribute that is not a field
 _FRACTION = "above 0 and below 1"
 _BELOW_ONE = "at least 0 and below 1"
 _NOT_NEGATIVE = "at least 0 and finite"
@@ -500,7 +527,7 @@ def check_types(node: Any, prefix: str = "") -> None:
     """
     # A subclass of the user's own may have other defaults, not other fields.
     own = next(kind for kind in type(node).__mro__ if kind.__module__ == __name__)
-    unknown = vars(node).keys() - {field.name for field in dataclasses.fields(own)}
+    unknown = vars(node).keys() - {field.name for field in dataclasses.fields(own)} - {_CONFIG_FILE}
     if unknown:
         raise UserError(unknown_field(prefix + min(unknown)))
     for field in dataclasses.fields(own):
@@ -542,7 +569,20 @@ def validate(config: Config, typed: Mapping[str, str] = types.MappingProxyType({
         if values[name] is not None and not holds(values[name]):
             value = typed.get(name) or repr(values[name])
             raise UserError(f"config.{name} = {value} must be {wanted}")
-    MODELS.check("model.name", config.model.name)
-    LOSSES.check("fit.loss", config.fit.loss)
-    for name in config.augment.extra:
-        AUGMENTATIONS.check("augment.extra", name)
+    for registry, field, name in _registered_names(config):
+        registry.check(field, name)
+
+
+def unregistered(config: Config) -> list[tuple[str, str]]:
+    """Returns the field and the name of what a config names and nobody has registered."""
+    return [
+        (f, name) for registry, f, name in _registered_names(config) if name not in registry.names()
+    ]
+
+
+def _registered_names(config: Config) -> list[tuple[Registry, str, str]]:
+    return [
+        (MODELS, "model.name", config.model.name),
+        (LOSSES, "fit.loss", config.fit.loss),
+        *((AUGMENTATIONS, "augment.extra", name) for name in config.augment.extra),
+    ]

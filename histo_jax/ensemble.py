@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Sharding
 
+from histo_jax import settings
 from histo_jax.config import Config, folders, parse_fold
 from histo_jax.data import splits
 from histo_jax.data.records import Prepared, existing
@@ -15,7 +16,6 @@ from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration
 from histo_jax.models import create_model
 from histo_jax.run import files
-from histo_jax.run import workdir as workdirs
 from histo_jax.training.checkpoints import Checkpoints
 from histo_jax.training.state import Weights
 
@@ -69,7 +69,7 @@ def restore(config: Config, folder: Path, place: Sharding) -> list[TrainedModel]
         )
     members = []
     for run in runs or [folder]:
-        own = workdirs.load_config(run) if runs else config
+        own = settings.load_run_config(run) if runs else config
         # The folders of other runs are not held: they may be training.
         with Checkpoints.of(run, read_only=bool(runs)) as checkpoints:
             best = checkpoints.restore_best(own, place)

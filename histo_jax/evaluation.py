@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from histo_jax import ensemble, evaluation_files
-from histo_jax.config import Config, validate
+from histo_jax import command, ensemble, evaluation_files
+from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.example import UNLABELLED
 from histo_jax.data.records import Prepared, prepare
-from histo_jax.distributed import consensus, mesh, runtime
+from histo_jax.distributed import consensus, mesh
 from histo_jax.errors import UserError
 from histo_jax.metrics import binary_scores, confidence_intervals, operating_points
-from histo_jax.run import files, progress, signals
-from histo_jax.run import workdir as workdirs
+from histo_jax.run import progress, signals
+from histo_jax.run.workdir import Workdir
 from histo_jax.training import placement
 from histo_jax.training import step as steps
 
@@ -25,7 +25,6 @@ log = logging.getLogger("histo_jax")
 _SELECTED = "these patches chose the checkpoint and fitted its calibration"
 
 
-@runtime.session
 def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Scores the best checkpoint of `workdir` on `config.evaluate.split`.
 
@@ -55,71 +54,73 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             ensemble that has trained on these patches, or a fold that is missing.
         OSError: a file cannot be written.
     """
-    validate(config)
-    runtime.set_up()
-    folder = files.expand(workdir, "--workdir")
-    workdirs.check_compatible(folder, config)
-    with workdirs.session(folder, "evaluate"):
-        batch_sharding = mesh.batch_sharding()
-        trained = ensemble.restore(config, folder, mesh.replicated(batch_sharding))
-        prepared = prepare(config, folder, raw_may_be_gone=True)
-        consensus.check_records(config, prepared.tables)
-        name = config.evaluate.split
-        is_folds = ensemble.are_folds(trained, config)
-        chosen = (_out_of_fold if is_folds else _of_split)(trained, config, prepared)
-        subset, slide_disjoint = chosen.subset, chosen.slide_disjoint
-        table = prepared.tables[subset.records].iloc[subset.rows]
-        labels = table["label"].to_numpy(np.float64)
-        if config.predict.checkpoints:
-            workdirs.acquire(folder, config)
-            workdirs.save_config(folder, config)
-            workdirs.update_status(folder, records=prepared.name)
-        slides = evaluation_files.slides(table)
-        log.info("compiling the evaluation step")
-        raw = [
-            _logits(config, member, prepared, subset._replace(rows=subset.rows[places]))
-            for member, places in zip(trained, chosen.places, strict=True)
+    with command.start(config, workdir, "evaluate") as run:
+        return evaluate_in(run, config)
+
+
+def evaluate_in(run: Workdir, config: Config) -> dict[str, Any]:
+    """Does the work of `evaluate` in an open folder."""
+    folder = run.path
+    batch_sharding = mesh.batch_sharding()
+    trained = ensemble.restore(config, folder, mesh.replicated(batch_sharding))
+    prepared = prepare(config, folder, raw_may_be_gone=True)
+    consensus.check_records(config, prepared.tables)
+    name = config.evaluate.split
+    is_folds = ensemble.are_folds(trained, config)
+    chosen = (_out_of_fold if is_folds else _of_split)(trained, config, prepared)
+    subset, slide_disjoint = chosen.subset, chosen.slide_disjoint
+    table = prepared.tables[subset.records].iloc[subset.rows]
+    labels = table["label"].to_numpy(np.float64)
+    if config.predict.checkpoints:
+        run.acquire(config)
+        run.save_config(config)
+        run.update_status(records=prepared.name)
+    slides = evaluation_files.slides(table)
+    log.info("compiling the evaluation step")
+    raw = [
+        _logits(run, config, member, prepared, subset._replace(rows=subset.rows[places]))
+        for member, places in zip(trained, chosen.places, strict=True)
+    ]
+    calibrated = [m.calibration.apply(z) for m, z in zip(trained, raw, strict=True)]
+    logits, uncalibrated = (
+        np.concatenate(parts)[np.argsort(np.concatenate(chosen.places))]
+        if is_folds
+        else np.mean(parts, axis=0)
+        for parts in (calibrated, raw)
+    )
+    scores = binary_scores(logits, labels)
+    ends = confidence_intervals(logits, labels, slides, config.seed)
+    notes = [splits.caveat(slide_disjoint)] * (not slide_disjoint) + [_SELECTED] * (
+        name == "validation"
+    )
+    result: dict[str, Any] = {
+        "split": name,
+        **scores,
+        **{f"{score}_low": low for score, (low, _) in ends.items()},
+        **{f"{score}_high": high for score, (_, high) in ends.items()},
+        **operating_points(logits, labels),
+        "interval_over": "patches" if slides is None else "slides",
+        "resampled": len(labels) if slides is None else len(np.unique(slides)),
+        "nll_uncalibrated": binary_scores(uncalibrated, labels)["nll"],
+        "prior": float(labels.mean()),
+        "tta": config.predict.tta,
+        "split_by": chosen.by,
+        "slide_disjoint": slide_disjoint,
+        "out_of_fold": is_folds,
+        "note": "; ".join(notes),
+    }
+    if config.predict.checkpoints:
+        result["members"] = [
+            {"run": m.run, "checkpoint_step": m.step, **binary_scores(z, labels[places])}
+            for m, z, places in zip(trained, calibrated, chosen.places, strict=True)
         ]
-        calibrated = [m.calibration.apply(z) for m, z in zip(trained, raw, strict=True)]
-        logits, uncalibrated = (
-            np.concatenate(parts)[np.argsort(np.concatenate(chosen.places))]
-            if is_folds
-            else np.mean(parts, axis=0)
-            for parts in (calibrated, raw)
-        )
-        scores = binary_scores(logits, labels)
-        ends = confidence_intervals(logits, labels, slides, config.seed)
-        notes = [splits.caveat(slide_disjoint)] * (not slide_disjoint) + [_SELECTED] * (
-            name == "validation"
-        )
-        result: dict[str, Any] = {
-            "split": name,
-            **scores,
-            **{f"{score}_low": low for score, (low, _) in ends.items()},
-            **{f"{score}_high": high for score, (_, high) in ends.items()},
-            **operating_points(logits, labels),
-            "interval_over": "patches" if slides is None else "slides",
-            "resampled": len(labels) if slides is None else len(np.unique(slides)),
-            "nll_uncalibrated": binary_scores(uncalibrated, labels)["nll"],
-            "prior": float(labels.mean()),
-            "tta": config.predict.tta,
-            "split_by": chosen.by,
-            "slide_disjoint": slide_disjoint,
-            "out_of_fold": is_folds,
-            "note": "; ".join(notes),
-        }
-        if config.predict.checkpoints:
-            result["members"] = [
-                {"run": m.run, "checkpoint_step": m.step, **binary_scores(z, labels[places])}
-                for m, z, places in zip(trained, calibrated, chosen.places, strict=True)
-            ]
-        else:
-            calibration = dataclasses.asdict(trained[0].calibration)
-            result["checkpoint_step"] = trained[0].step
-            result |= {f"calibration_{key}": calibration[key] for key in ("scale", "shift")}
-        evaluation_files.write(folder, name, table[["id", "label", "slide"]].assign(logit=logits))
-        workdirs.write_json(folder / f"evaluation_{name}.json", result)
-        workdirs.write_json(folder / "evaluation.json", result)
+    else:
+        calibration = dataclasses.asdict(trained[0].calibration)
+        result["checkpoint_step"] = trained[0].step
+        result |= {f"calibration_{key}": calibration[key] for key in ("scale", "bias")}
+    evaluation_files.write(run, name, table[["id", "label", "slide"]].assign(logit=logits))
+    run.write_json(f"evaluation_{name}.json", result)
+    run.write_json("evaluation.json", result)
     log.info(
         "%s%s: AUC %.4f (95%% %.4f to %.4f, over %s), NLL %.4f, accuracy %.4f on %d patches",
         name, ", out of fold" if is_folds else "", scores["auc"], *ends["auc"],
@@ -193,7 +194,11 @@ def _out_of_fold(
 
 
 def _logits(
-    config: Config, member: ensemble.TrainedModel, prepared: Prepared, subset: splits.Subset
+    run: Workdir,
+    config: Config,
+    member: ensemble.TrainedModel,
+    prepared: Prepared,
+    subset: splits.Subset,
 ) -> np.ndarray:
     batch_sharding = mesh.batch_sharding()
     examples = placement.on_disk(prepared.records(*subset), batch_sharding)
@@ -204,7 +209,7 @@ def _logits(
     )
     count = len(subset.rows)
     with progress.bar(
-        "evaluating", count, unit=" img", leave=False, is_shown=workdirs.is_primary()
+        "evaluating", count, unit=" img", leave=False, is_shown=run.is_primary
     ) as bar:
         batches = progress.counted(bar, batches, size, count)
         return steps.collect_logits(eval_step, member.weights, batches)[0]

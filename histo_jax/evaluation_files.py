@@ -13,7 +13,7 @@ from histo_jax.data import splits
 from histo_jax.data.records import Prepared
 from histo_jax.errors import UserError
 from histo_jax.metrics import binary_scores
-from histo_jax.run import workdir as workdirs
+from histo_jax.run.workdir import Workdir
 
 
 def slides(table: pd.DataFrame) -> np.ndarray | None:
@@ -25,12 +25,12 @@ def slides(table: pd.DataFrame) -> np.ndarray | None:
     return table["slide"].to_numpy() if is_known else None
 
 
-def write(folder: Path, split: str, table: pd.DataFrame) -> None:
+def write(run: Workdir, split: str, table: pd.DataFrame) -> None:
     """Writes `id`, `label`, `slide` and the calibrated `logit`, with all digits.
 
     Rounding would make equal what the scores tell apart.
     """
-    workdirs.write_text(folder / f"predictions_{split}.csv", table.to_csv(index=False))
+    run.write_text(f"predictions_{split}.csv", table.to_csv(index=False))
 
 
 def read(folder: Path, split: str) -> pd.DataFrame:

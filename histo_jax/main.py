@@ -2,7 +2,6 @@
 
 import collections
 import faulthandler
-import importlib.metadata
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from histo_jax import environment, settings, startup, streams
 from histo_jax.config import Config, describe, likely_field, names, unknown_field, validate
 from histo_jax.errors import UserError, closest
 from histo_jax.run import files, signals
+from histo_jax.version import VERSION
 
 try:
     from absl import app, flags
@@ -163,10 +163,7 @@ def _answer_questions(argv: list[str]) -> None:
         sys.stdout.write(_USAGE + "".join(fields))
         sys.exit(0)
     if {"--version", "-version"} & set(argv[1:]):
-        try:
-            print(f"histo_jax {importlib.metadata.version('histo_jax')}")
-        except importlib.metadata.PackageNotFoundError:
-            print("histo_jax, not installed: its version is unknown")
+        print(f"histo_jax {VERSION}")
         sys.exit(0)
 
 
@@ -344,26 +341,24 @@ def _audit(config: Config, workdir: Path) -> None:
 
 
 def _run(config: Config, workdir: Path) -> None:
-    from histo_jax.run import workdir as workdirs
+    from histo_jax import command, fitting
+    from histo_jax.evaluation import evaluate_in
+    from histo_jax.prediction import NoTestPatchesError, predict_in
+    from histo_jax.report.reporting import report_in
 
-    workdirs.check_compatible(workdir, config)
-    if workdirs.is_finished(workdir, config, "run"):
+    if command.open_workdir(config, workdir).is_finished(config, "run"):
         print(f"{workdir} is already complete; for another run choose another --workdir")
         return
-    from histo_jax.fitting import fit
-
-    with workdirs.session(workdir, "run"):
-        fit(config, workdir, followed_by=("evaluate", "predict", "report"))
-        _evaluate(config, workdir)
-        from histo_jax.prediction import NoTestPatchesError
-
+    with command.start(config, workdir, "run", lambda _: fitting.check(config)) as run:
+        fitting.fit_in(run, config, followed_by=("evaluate", "predict", "report"))
+        evaluate_in(run, config)
         try:
-            _predict(config, workdir)
+            predict_in(run, config)
         except NoTestPatchesError as error:
             print(f"no submission.csv: {error}")
-        _report(config, workdir)
+        report_in(run, config)
         # What only evaluation and prediction depend on may be other than `fit` has saved.
-        workdirs.save_config(workdir, config)
+        run.save_config(config)
 
 
 # Each verb imports what it needs, so that --help and mistakes answer at once.

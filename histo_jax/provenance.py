@@ -1,8 +1,6 @@
 """What code a run is trained by, so that a change of it is noticed when the run goes on."""
 
-import contextlib
 import hashlib
-import importlib.metadata
 import inspect
 import logging
 import sys
@@ -12,10 +10,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from histo_jax import symmetries
-from histo_jax.run import workdir as workdirs
-from histo_jax.settings import CONFIG_FILE_MODULE, config_file_code
+from histo_jax import config_files, symmetries
+from histo_jax.config import ConfigFile
+from histo_jax.run.workdir import Workdir
 from histo_jax.training import augmentation, losses, optimizer, state, step
+from histo_jax.version import VERSION
 
 log = logging.getLogger("histo_jax")
 
@@ -27,7 +26,7 @@ _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 _MOST_NAMED = 4
 
 
-def source_hashes(*parts: Any) -> dict[str, str]:
+def source_hashes(*parts: Any, config_file: ConfigFile | None = None) -> dict[str, str]:
     """Returns the SHA-256 of the source of everything that a run is trained by, by its name.
 
     These are the modules of the parts and of the network, augmentation, loss and optimizer that
@@ -37,25 +36,27 @@ def source_hashes(*parts: Any) -> dict[str, str]:
 
     Args:
         parts: functions and classes that a run is built from.
+        config_file: the file that the settings come from.
     """
     found = _find_parts(parts)
-    found.pop(CONFIG_FILE_MODULE, None)  # its settings are compared one by one
-    hashes = {name: _hash(part) for name, part in found.items()} | config_file_code()
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        hashes[_PACKAGE] = importlib.metadata.version(_PACKAGE)
-    return {name: value for name, value in sorted(hashes.items()) if value}
+    found.pop(config_files.MODULE, None)  # its settings are compared one by one
+    hashes = {name: _hash(part) for name, part in found.items()}
+    if config_file and config_file.code_hash:
+        hashes[Path(config_file.path).name] = config_file.code_hash
+    return {name: value for name, value in sorted((hashes | {_PACKAGE: VERSION}).items()) if value}
 
 
-def warn_of_changes(workdir: Path, hashes: dict[str, str]) -> None:
+def warn_of_changes(run: Workdir, hashes: dict[str, str]) -> None:
     """Logs in one line what has changed since `config.json` was written, if it holds hashes.
 
     Args:
-        workdir: folder of a run that goes on.
+        run: folder of a run that resumes.
         hashes: what `source_hashes` returns now.
     """
-    old = workdirs.read_source(workdir)
+    saved = run.saved_config()
+    old = saved.source if saved else {}
     changed = [name for name in sorted(old | hashes) if old.get(name) != hashes.get(name)]
-    if not old or not changed or not workdirs.is_primary():
+    if not old or not changed or not run.is_primary:
         return
     named = ", ".join(_describe(name, old, hashes) for name in changed[:_MOST_NAMED])
     more = len(changed) - _MOST_NAMED

@@ -22,7 +22,8 @@ from PIL import Image
 
 from histo_jax import main as cli
 from histo_jax.config import Config
-from histo_jax.run import workdir as workdirs
+from histo_jax.errors import UserError
+from histo_jax.run.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -74,8 +75,9 @@ class Place:
 
     def begin(self) -> "Place":
         """Puts there what an earlier run would have left."""
-        with workdirs.session(self.workdir, "fit"):
-            workdirs.acquire(self.workdir, self.config())
+        run = Workdir(self.workdir)
+        with run.session("fit"):
+            run.acquire(self.config())
         (self.workdir / "submission.csv").write_text("id,label\nold,0.5\n")
         (self.workdir / "evaluation.json").write_text('{"auc": 0.5}\n')
         return self
@@ -336,20 +338,21 @@ def test_lengths_and_folders_may_change(place: Place) -> None:
     config.data.placement = "disk"
     config.early_stopping.patience, config.evaluate.split = 9, "test"
     config.predict.batch_size, config.predict.tta = 9, True
-    workdirs.check_compatible(place.workdir, config)
+    Workdir(place.workdir).check_compatible(config)
     config.seed = 1
-    with pytest.raises(workdirs.UserError, match="seed"):
-        workdirs.check_compatible(place.workdir, config)
+    with pytest.raises(UserError, match="seed"):
+        Workdir(place.workdir).check_compatible(config)
 
 
 def test_a_schedule_ties_the_run_to_its_length(place: Place) -> None:
     config = place.config()
     config.optimizer.schedule = "one_cycle"
-    with workdirs.session(place.workdir, "fit"):
-        workdirs.acquire(place.workdir, config)
+    run = Workdir(place.workdir)
+    with run.session("fit"):
+        run.acquire(config)
     config.fit.epochs = 9
-    with pytest.raises(workdirs.UserError, match=r"fit\.epochs was .* and is 9"):
-        workdirs.check_compatible(place.workdir, config)
+    with pytest.raises(UserError, match=r"fit\.epochs was .* and is 9"):
+        Workdir(place.workdir).check_compatible(config)
 
 
 def parse(argv: list[str]) -> Config:
@@ -538,7 +541,7 @@ def test_records_of_other_files(place: Place) -> None:
     """A new run would get records of its own; this one began with others."""
     place.begin().prepare()
     (records,) = (path.name for path in (place.tfds / "histopathology").iterdir())
-    workdirs.update_status(place.workdir, records=records)
+    Workdir(place.workdir).update_status(records=records)
     content(LABELS, lambda old: old[:-43])(place.raw)
     refuses(here, place, place.argv(), "other files", str(place.raw), records, "--workdir")
 

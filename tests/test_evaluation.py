@@ -18,7 +18,7 @@ from histo_jax.distributed import mesh
 from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration, binary_scores, confidence_intervals
 from histo_jax.report import patches
-from histo_jax.run import workdir
+from histo_jax.settings import load_run_config
 from histo_jax.training.checkpoints import Checkpoints
 
 
@@ -123,7 +123,7 @@ def test_an_ensemble_is_the_equal_mean_of_its_members(make, runs, tmp_path, monk
     together = make(predict_checkpoints="plain, symmetric")
     scores = histo_jax.evaluate(together, tmp_path / "ensemble")
     # What was last asked for is what a command without settings of its own means, from anywhere.
-    kept = workdir.load_config(tmp_path / "ensemble").predict.checkpoints
+    kept = load_run_config(tmp_path / "ensemble").predict.checkpoints
     assert kept == f"{runs / 'plain'},{runs / 'symmetric'}"
     each = {
         "plain": histo_jax.evaluate(make(optimizer_ema_decay=0.5), runs / "plain"),

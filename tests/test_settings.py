@@ -10,7 +10,7 @@ import pytest
 from histo_jax import settings
 from histo_jax.config import Config
 from histo_jax.errors import UserError
-from histo_jax.run import workdir as workdirs
+from histo_jax.run.workdir import Workdir
 
 HEAD = "from histo_jax.config import Config\n"
 GOOD = HEAD + "def get_config(seed=3):\n    return Config(seed=int(seed))\n"
@@ -84,9 +84,9 @@ BROKEN = {
     "exit": ("import sys\nsys.exit('no GPU')", "tiny.py, line 2", "SystemExit: no GPU"),
     "exit without a word": ("raise SystemExit", "line 1", "SystemExit"),
     "error without a word": ("assert False", "line 1", "AssertionError"),
-    "relative file": ("open('ids.txt')", "line 1", "'ids.txt', looked for from /"),
+    "relative file": ("open('ids.txt')", "line 1", "'ids.txt', relative to /"),
     "missing": ("", "get_config() is missing"),
-    "no function": (HEAD + "get_config = Config()", "get_config() is no function"),
+    "no function": (HEAD + "get_config = Config()", "get_config() is not a function"),
     "argument": (NEEDS, "get_config() needs an argument", "tiny.py:ARGUMENT"),
     "class": (HEAD + "def get_config(): return Config", "histo_jax.Config, not type"),
     "group": (HEAD + "def get_config():\n c = Config()\n c.fit = 3\n return c", "config.fit = 3"),
@@ -94,8 +94,8 @@ BROKEN = {
               "tiny.py: unknown", "did you mean config.fit.epochs?"),
     "subclass": (HEAD + "import dataclasses\n@dataclasses.dataclass\nclass Mine(Config):\n"
                  "  more: 'int' = 1\ndef get_config(): return Mine()", "config.more"),
-    "latin-1": (b"# caf\xe9\n" + GOOD.encode(), "tiny.py is no text in UTF-8"),
-    "utf-16": (GOOD.encode("utf-16"), "tiny.py is no text in UTF-8"),
+    "latin-1": (b"# caf\xe9\n" + GOOD.encode(), "tiny.py is not UTF-8 text"),
+    "utf-16": (GOOD.encode("utf-16"), "tiny.py is not UTF-8 text"),
 }  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def run(file):
     config.predict.tta, config.data.slide_map = True, str(file.parent / "slides.csv")
     folder = file.parent / "run"
     folder.mkdir()
-    workdirs.save_config(folder, config)
+    Workdir(folder).save_config(config)
     file.write_text(
         HEAD + "def get_config():\n    config = Config(seed=7)\n"
         "    config.data.source, config.model.dense = 'kaggle', 5\n"
@@ -168,14 +168,14 @@ def run(file):
 @pytest.mark.parametrize("mode", ["run", "fit", "prepare", "compare", *settings.READING_MODES])
 def test_without_a_file_the_run_gives_all_settings(run, mode):
     config, notes = settings.resolve(None, run, mode, ())
-    assert config == workdirs.load_config(run)
+    assert config == settings.load_run_config(run)
     assert not notes
     assert settings.load("run/config.json") == config
 
 
 @pytest.mark.parametrize("mode", settings.READING_MODES)
 def test_a_mode_that_reads_takes_what_the_run_is_from_the_run(run, mode):
-    own = workdirs.load_config(run)
+    own = settings.load_run_config(run)
     config, [note] = settings.resolve("tiny.py", run, mode, ("model.dense",))
     assert (config.model, config.fit.epochs, config.seed) == (own.model, 9, 7)
     # A folder is the file's where it names one, else the run's, which is saved as an absolute path.
@@ -193,15 +193,15 @@ def test_a_mode_that_trains_takes_the_file_as_it_is(run, mode):
 
 
 def test_a_mode_that_reads_refuses_a_file_about_other_data(run):
-    with pytest.raises(UserError, match=r"'synthetic' and 'kaggle' in .*leave --config out"):
+    with pytest.raises(UserError, match=r"'synthetic' there and 'kaggle' in .*leave --config out"):
         settings.resolve("quickstart", run, "predict", ())
     assert settings.resolve("quickstart", run, "predict", ("data.source",))[0].seed == 7
 
 
 def test_an_ensemble_remains_one_where_the_file_says_nothing_of_it(run):
-    own = workdirs.load_config(run)
+    own = settings.load_run_config(run)
     own.predict.checkpoints = "/runs/a,/runs/b"
-    workdirs.save_config(run, own)
+    Workdir(run).save_config(own)
     config, _ = settings.resolve("tiny.py", run, "predict", ())
     assert config.predict.checkpoints == "/runs/a,/runs/b"
 
@@ -218,13 +218,13 @@ def test_settings_that_are_nowhere(file):
         ({"model.features": 5}, "model.features = 5 must be five whole numbers"),
         ({"fit.epochs": "3"}, "fit.epochs = '3' must be a whole number"),
         ({"fit.epochs": 0}, "fit.epochs = 0 must be at least 1"),
-        ({"data": {"source": "kaggle"}}, "another version of histo_jax: it holds data"),
+        ({"data": {"source": "kaggle"}}, "this one has no setting data"),
         ({"source": 3}, ""),
         ({"source": {"a": "b"}}, ""),
     ],
 )
 def test_a_config_json_of_somebody_else(run, values, words):
-    (run / "config.json").write_text("\ufeff" + json.dumps(values))
+    (run / "config.json").write_text("\ufeff" + json.dumps({"version": "0.2.0"} | values))
     if not words:
         assert settings.resolve(None, run, "predict", ())[0] == Config()
         return

@@ -36,7 +36,7 @@ from histo_jax.data.loader import Records, Source
 from histo_jax.data.sources import kaggle, pcam, synthetic
 from histo_jax.errors import UserError
 from histo_jax.run import files, progress, signals
-from histo_jax.run import workdir as workdirs
+from histo_jax.run.workdir import Workdir
 
 log = logging.getLogger("histo_jax")
 
@@ -377,7 +377,7 @@ def existing(config: Config, workdir: Path) -> Iterator[Prepared]:
         workdir: its folder.
     """
     reader, dataset = _reader(config), _dataset_folder(config.data)
-    names = (config.data.records, workdirs.status(workdir).get("records"))
+    names = (config.data.records, Workdir(workdir).status().get("records"))
     for found in sorted(_finished(dataset, reader.name), key=lambda found: found.name not in names):
         reader.name = found.name
         yield Prepared(reader, found.directory, config.data)
@@ -451,7 +451,7 @@ def _choose(
 ) -> _Finished | None:
     """Returns the records to use, None where they must be written; see `prepare` and `_look`."""
     finished = _finished(dataset, source)
-    name = data.records or (workdirs.status(workdir).get("records") if workdir else None)
+    name = data.records or (Workdir(workdir).status().get("records") if workdir else None)
     own = next((found for found in finished if found.name == name), None)
     if data.records and not own:
         raise UserError(
@@ -460,9 +460,8 @@ def _choose(
         )
     if data.raw_dir is None:
         return own or _only(finished, dataset)
-    is_lenient = bool(
-        raw_may_be_gone and workdir and workdirs.is_saved(workdir, "data.raw_dir", data.raw_dir)
-    )
+    saved = Workdir(workdir).saved_config() if raw_may_be_gone and workdir else None
+    is_lenient = bool(saved and saved.holds("data.raw_dir", data.raw_dir))
     if problem:
         if not finished:
             raise problem

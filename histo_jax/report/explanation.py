@@ -12,23 +12,20 @@ import pandas as pd
 from jax.sharding import SingleDeviceSharding
 from PIL import Image, ImageDraw
 
-from histo_jax import ensemble, evaluation_files
-from histo_jax.config import Config, names, validate
+from histo_jax import command, ensemble, evaluation_files
+from histo_jax.config import Config, names
 from histo_jax.data.records import Prepared, prepare
-from histo_jax.distributed import runtime
 from histo_jax.ensemble import TrainedModel
 from histo_jax.errors import UserError
 from histo_jax.report import folder as folders
 from histo_jax.report import patches
-from histo_jax.run import files
-from histo_jax.run import workdir as workdirs
+from histo_jax.run.workdir import Workdir
 
 log = logging.getLogger("histo_jax")
 
 _ENLARGED = 4
 
 
-@runtime.session
 def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """Writes `explain/<id>.png` for the patches of `config.explain.ids`.
 
@@ -53,36 +50,37 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
             evaluated, or another checkpoint.
         OSError: a file cannot be written.
     """
-    validate(config)
-    runtime.set_up()
-    folder = files.expand(workdir, "--workdir")
-    workdirs.check_compatible(folder, config)
-    tta = False
-    with workdirs.session(folder, "explain"):
-        trained = ensemble.restore(config, folder, SingleDeviceSharding(jax.local_devices()[0]))
-        prepared = prepare(config, folder, raw_may_be_gone=True)
-        if config.explain.ids:
-            found = _gather_by_id(trained, config, prepared)
-        else:
-            split = config.evaluate.split
-            table = evaluation_files.read(folder, split)
-            scores = evaluation_files.read_scores(folder, split)
-            ensemble.check_evaluated(trained, scores, split)
-            tta = scores.get("tta", False)
-            subsets = evaluation_files.make_subsets(prepared, config, scores)
-            subset = evaluation_files.subset(prepared, subsets, split, table)
-            evaluation_files.check_scores(folder, split, table, scores)
-            chosen = pd.unique(np.concatenate(list(patches.galleries(table, config.seed).values())))
-            logits = table["logit"].to_numpy()[chosen]
-            rows = subset.rows[chosen]
-            owners = patches.owners(trained, config, prepared, scores, rows)
-            found = patches.gather(prepared, subset.records, rows, trained, logits, owners)
-        table = pd.DataFrame([patch[:4] for patch in found], columns=patches.Patch._fields[:4])
-        table = table.assign(tta=tta, checkpoint=_identify(trained, folder))
-        if workdirs.is_primary():
-            drawn = {f"{patch.id}.png": _draw(patch) for patch in found}
-            ours = {name for rows in prepared.tables.values() for name in rows["id"]}
-            _add(folder / "explain", table, drawn, ours)
+    with command.start(config, workdir, "explain") as run:
+        return explain_in(run, config)
+
+
+def explain_in(run: Workdir, config: Config) -> pd.DataFrame:
+    """Does the work of `explain` in an open folder."""
+    folder, tta = run.path, False
+    trained = ensemble.restore(config, folder, SingleDeviceSharding(jax.local_devices()[0]))
+    prepared = prepare(config, folder, raw_may_be_gone=True)
+    if config.explain.ids:
+        found = _gather_by_id(trained, config, prepared)
+    else:
+        split = config.evaluate.split
+        table = evaluation_files.read(folder, split)
+        scores = evaluation_files.read_scores(folder, split)
+        ensemble.check_evaluated(trained, scores, split)
+        tta = scores.get("tta", False)
+        subsets = evaluation_files.make_subsets(prepared, config, scores)
+        subset = evaluation_files.subset(prepared, subsets, split, table)
+        evaluation_files.check_scores(folder, split, table, scores)
+        chosen = pd.unique(np.concatenate(list(patches.galleries(table, config.seed).values())))
+        logits = table["logit"].to_numpy()[chosen]
+        rows = subset.rows[chosen]
+        owners = patches.owners(trained, config, prepared, scores, rows)
+        found = patches.gather(prepared, subset.records, rows, trained, logits, owners)
+    table = pd.DataFrame([patch[:4] for patch in found], columns=patches.Patch._fields[:4])
+    table = table.assign(tta=tta, checkpoint=_identify(trained, folder))
+    if run.is_primary:
+        drawn = {f"{patch.id}.png": _draw(patch) for patch in found}
+        ours = {name for rows in prepared.tables.values() for name in rows["id"]}
+        _add(folder / "explain", table, drawn, ours)
     log.info("%d patches in %s", len(table), folder / "explain")
     return table
 

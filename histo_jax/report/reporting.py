@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from jax.sharding import SingleDeviceSharding
 
-from histo_jax import ensemble, evaluation_files
-from histo_jax.config import Config, validate
+from histo_jax import command, ensemble, evaluation_files
+from histo_jax.config import Config
 from histo_jax.data import leakage, splits
 from histo_jax.data.records import Prepared, prepare
 from histo_jax.distributed import runtime
@@ -23,8 +23,8 @@ from histo_jax.ensemble import TrainedModel
 from histo_jax.errors import UserError
 from histo_jax.report import folder as folders
 from histo_jax.report import page, patches
-from histo_jax.run import files
-from histo_jax.run import workdir as workdirs
+from histo_jax.run import saved_config
+from histo_jax.run.workdir import Workdir
 
 log = logging.getLogger("histo_jax")
 
@@ -39,7 +39,6 @@ class _Evaluation(NamedTuple):
     subset: splits.Subset
 
 
-@runtime.session
 def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
     """Writes `report.html`, a single self-contained page, and its figures into `report/`.
 
@@ -57,27 +56,28 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
         UserError: the split was not evaluated, or with another checkpoint or on other patches.
         OSError: a file cannot be written.
     """
-    validate(config)
-    runtime.set_up()
-    folder = files.expand(workdir, "--workdir")
-    workdirs.check_compatible(folder, config)
-    evaluation_files.read(folder, config.evaluate.split)
-    evaluation_files.read_scores(folder, config.evaluate.split)
-    with workdirs.session(folder, "report"):
-        return _write(config, folder)
+
+    def check(run: Workdir) -> None:
+        evaluation_files.read(run.path, config.evaluate.split)
+        evaluation_files.read_scores(run.path, config.evaluate.split)
+
+    with command.start(config, workdir, "report", check) as run:
+        return report_in(run, config)
 
 
-def _write(config: Config, folder: Path) -> Path:
-    evaluation = _read_evaluation(config, folder)
-    trained = _restore_networks(config, folder, evaluation.scores)
+def report_in(run: Workdir, config: Config) -> Path:
+    """Does the work of `report` in an open folder."""
+    evaluation = _read_evaluation(config, run.path)
+    trained = _restore_networks(config, run.path, evaluation.scores)
     ensemble.check_evaluated(trained, evaluation.scores, config.evaluate.split)
-    text, svgs = page.render(_collect(config, folder, evaluation, trained))
-    if workdirs.is_primary():
+    text, svgs = page.render(_collect(config, run, evaluation, trained))
+    if run.is_primary:
         contents = {f"{name}.svg": svg.encode() for name, svg in svgs.items()}
-        folders.update(folder / "report", contents, {f"{name}.svg" for name in page.FIGURES})
-    workdirs.write_text(folder / "report.html", text)
-    log.info("report in %s", folder / "report.html")
-    return folder / "report.html"
+        folders.update(run.path / "report", contents, {f"{name}.svg" for name in page.FIGURES})
+    run.write_text("report.html", text)
+    path = run.path / "report.html"
+    log.info("report in %s", path)
+    return path
 
 
 def _read_evaluation(config: Config, folder: Path) -> _Evaluation:
@@ -107,10 +107,10 @@ def _runs(scores: dict[str, Any]) -> str:
 
 
 def _collect(
-    config: Config, folder: Path, evaluation: _Evaluation, trained: list[TrainedModel]
+    config: Config, run: Workdir, evaluation: _Evaluation, trained: list[TrainedModel]
 ) -> page.Contents:
     table, scores, prepared, subsets, _ = evaluation
-    split = config.evaluate.split
+    folder, split = run.path, config.evaluate.split
     train = prepared.tables[subsets.train.records].iloc[subsets.train.rows]
     validation = prepared.tables[subsets.validation.records].iloc[subsets.validation.rows]
     # The runs of an ensemble have a history each.
@@ -137,7 +137,7 @@ def _collect(
             patches=len(train),
             slides=train["slide"][train["slide"] != ""].nunique(),
             parameters=[_count_parameters(model) for model in trained],
-            versions=workdirs.status(folder).get("trained_with"),
+            versions=run.status().get("trained_with"),
         ),
         settings=settings,
         changed_settings=_changed_settings(settings),
@@ -186,7 +186,7 @@ def _summarise_audit(audit: dict[str, Any]) -> page.Audit:
 
 def _settings(config: Config, folder: Path, scores: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings of training as `fit` saved them, and of evaluation as they were."""
-    settings = workdirs.plain(config)
+    settings = saved_config.plain(config)
     saved = _read_json(folder / "config.json") or {}
     is_training = {key: not key.startswith(("evaluate.", "predict.")) for key in settings}
     settings |= {key: value for key, value in saved.items() if is_training.get(key)}
@@ -197,7 +197,7 @@ def _settings(config: Config, folder: Path, scores: dict[str, Any]) -> dict[str,
 
 def _changed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings that differ from the default, without folders."""
-    default = workdirs.plain(Config())
+    default = saved_config.plain(Config())
     return {
         name: value
         for name, value in settings.items()

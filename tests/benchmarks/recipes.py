@@ -26,7 +26,7 @@ from histo_jax.config import Config, flat
 from histo_jax.data.records import prepare
 from histo_jax.data.splits import make_subsets
 from histo_jax.models import create_model
-from histo_jax.run.workdir import status
+from histo_jax.run.workdir import Workdir
 
 TABLE = Path(__file__).with_name("recipes.csv")
 BASE = {
@@ -140,7 +140,7 @@ def run(stage: str, name: str, changes: dict[str, Any], workdir: Path) -> dict[s
         "last_auc": round(history["validation_auc"].iloc[-1], 4),
         "last_nll": round(history["validation_loss"].iloc[-1], 4),
         "minutes": round(minutes, 1),
-        "images_per_second": status(workdir)["images_per_second"],
+        "images_per_second": Workdir(workdir).status()["images_per_second"],
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])),
         "config": " ".join(f"{k}={v}".replace(" ", "") for k, v in told.items()),
     }

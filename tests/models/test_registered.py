@@ -21,7 +21,9 @@ from histo_jax.ensemble import TrainedModel, uses_tta
 from histo_jax.errors import UserError
 from histo_jax.models import create_model
 from histo_jax.report.attribution import integrated_gradients
-from histo_jax.run import workdir
+from histo_jax.run.saved_config import plain
+from histo_jax.run.workdir import Workdir
+from histo_jax.settings import load_run_config
 from histo_jax.training import step
 from histo_jax.training.augmentation import make_augment
 from histo_jax.training.check import check_parts
@@ -91,8 +93,8 @@ def test_a_network_of_a_config_file_trains_saves_predicts_and_explains(tmp_path)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.ema.params, state.weights.params)
     assert max(jax.tree.leaves(moved)) > 0
 
-    workdir.save_config(tmp_path, config)
-    assert workdir.load_config(tmp_path).model == config.model
+    Workdir(tmp_path).save_config(config)
+    assert load_run_config(tmp_path).model == config.model
     early_stopping = EarlyStopping.create(config.early_stopping)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(Checkpoint(trained.state, early_stopping, {}, []), 0.5)
@@ -277,12 +279,12 @@ def test_kwargs_are_checked_against_the_networks_fields(kwargs, words, tmp_path)
     if words:
         return refuses(config, words)
     check(config)
-    workdir.save_config(tmp_path, config)
-    assert workdir.plain(workdir.load_config(tmp_path)) == workdir.plain(config)
-    assert workdir.load_config(tmp_path).model.kwargs == json.loads(json.dumps(kwargs))
+    Workdir(tmp_path).save_config(config)
+    assert plain(load_run_config(tmp_path)) == plain(config)
+    assert load_run_config(tmp_path).model.kwargs == json.loads(json.dumps(kwargs))
     config.model.kwargs = kwargs | {"width": 4}
     with pytest.raises(UserError, match=r"model\.kwargs was .*'width': 3.* there"):
-        workdir.check_compatible(tmp_path, config)
+        Workdir(tmp_path).check_compatible(config)
 
 
 @pytest.mark.parametrize(
@@ -356,10 +358,10 @@ def test_a_registered_loss_is_what_training_minimises(tmp_path):
     check(config)
     first = train(config, 1).metrics
     assert 0 < float(first.loss) < 1
-    workdir.save_config(tmp_path, config)
+    Workdir(tmp_path).save_config(config)
     config.fit.loss = "binary_cross_entropy"
     with pytest.raises(UserError, match=r"fit\.loss was 'brier' there"):
-        workdir.check_compatible(tmp_path, config)
+        Workdir(tmp_path).check_compatible(config)
     assert float(train(config, 1).metrics.loss) > 1.5 * float(first.loss)
 
     histo_jax.register_loss("mean")(lambda logits, labels: brier(logits, labels).mean())
