@@ -6,7 +6,7 @@ from histo_jax import command, fitting
 from histo_jax.config import Config
 from histo_jax.evaluation import evaluate_in
 from histo_jax.prediction import NoTestPatchesError, predict_in
-from histo_jax.report.page import report_in
+from histo_jax.report.reporting import report_in
 
 
 def run(config: Config, workdir: str | os.PathLike[str]) -> None:
