@@ -41,13 +41,14 @@ BATCH = {
 
 
 @pytest.fixture(autouse=True)
-def forget():
-    """What a test registers is forgotten after it."""
+def unregister():
+    """Removes what a test registers."""
+    registries = (registry.MODELS, registry.LOSSES, registry.AUGMENTATIONS)
+    names = [known.names() for known in registries]
     yield
-    for known in (registry.MODELS, registry.LOSSES, registry.AUGMENTATIONS):
-        for name in known.names():
-            if not known.is_built_in(name):
-                del known._entries[name]
+    for known, before in zip(registries, names, strict=True):
+        for name in set(known.names()) - set(before):
+            del known._entries[name]
 
 
 def check(config):
