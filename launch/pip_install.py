@@ -3,8 +3,8 @@
 usage: .venv/bin/python launch/pip_install.py OPTION ...
 
 Uses the user's settings of indexes, proxies, certificates and cache. Ignores all others, such as
-`user`, `target`, `constraint` or `require-hashes`, which are meant for other environments. Writes the
-output of pip to .venv/pip.log, and the reason of a failure, in one line, to stderr.
+`user`, `target`, `constraint` or `require-hashes`, which are meant for other environments. The
+output of pip goes to .venv/pip.log; the reason of a failure is printed in one line.
 """
 
 import ast

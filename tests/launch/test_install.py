@@ -284,8 +284,8 @@ def test_an_unusable_interpreter_is_named(clone):
     status, output, message = clone.install(PYTHON="./none")
     assert (status, output) == (2, "")
     assert message == (
-        f"launch/install.sh: PYTHON={clone.folder}/./none is not Python 3.11 to 3.13: name another, "
-        "or unset it\n"
+        f"launch/install.sh: PYTHON={clone.folder}/./none is not Python 3.11 to 3.13: "
+        "name another, or unset it\n"
     )
     (clone.folder / "venv-fails").touch()
     status, output, message = clone.install()

@@ -43,8 +43,8 @@ KNOWN = {
     "scontrol requeue": [],
     "squeue": ["--noheader", "--jobs", "--format"],
 }
-# Refuses unknown commands and options, records its calls, and answers them as the file `answers` beside
-# it says.
+# Refuses unknown commands and options, records its calls, and answers as the file `answers` beside it
+# says.
 FAKE = f"""#!{sys.executable} -IS
 import contextlib, json, os, pathlib, shutil, signal, subprocess, sys, time
 known = {KNOWN!r}
@@ -89,7 +89,7 @@ for rank, status in enumerate(statuses):
         print(f"srun: error: node{rank}: task {rank}: {how}", file=sys.stderr)
 sys.exit(128 - min(statuses) if min(statuses) < 0 else max(statuses))
 """
-# Has WORKERS, each with its own home folder and the programs of `vm`. As gcloud does, it repeats each
+# Has WORKERS, each with its own home folder and the programs of `vm`. Like gcloud, it repeats each
 # command BROKEN times, while the first still runs. The end of a connection sends SIGHUP.
 GCLOUD = """
 def option(name):
@@ -246,7 +246,7 @@ def test_help_prints_the_usage_and_does_nothing(fakes, tmp_path, script):
             ".venv/bin/python -m histo_jax.main",
         ),
         ("bench.sh", "--row=train", "unrecognized arguments: --row=train (see --help)"),
-        ("bench.sh", "--rows=train,trian", "no such row: trian (see --help)"),
+        ("bench.sh", "--rows=train,trian", "unknown row: trian (see --help)"),
     ],
 )
 def test_an_unknown_option_is_refused_before_installing(fakes, script, option, message):
