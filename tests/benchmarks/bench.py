@@ -89,6 +89,8 @@ class Sizes:
     predict_batches: tuple[int, ...] = (256,)
     calls: int = 2
     files: int = 2048
+    matrix: int = 2048
+    copy: int = 2**26
     growth: tuple[int, ...] = (1_000, 3_000, 10_000, 30_000, 100_000)
 
 
@@ -102,6 +104,8 @@ GPU = Sizes(
     files=8192,
     large_batches=(64, 256, 512, 1024, 2048),
     predict_batches=(1024,),
+    matrix=8192,
+    copy=2**29,
 )
 SHORT = Sizes(
     features=(4, 4, 4, 4, 4),
@@ -113,7 +117,9 @@ SHORT = Sizes(
     large_batches=(8,),
     predict_batches=(8,),
     files=24,
-    growth=(100, 200),
+    matrix=256,
+    copy=2**20,
+    growth=(50, 100),
 )
 
 
@@ -227,7 +233,10 @@ class Bench:
 
     def _train(self) -> None:
         sizes, histo = self._sizes, self._workers["histo"]
-        rates = {name: histo.call(f"{name}_rate")["result"] for name in ("matrix", "copy")}
+        rates = {
+            "matrix": histo.call("matrix_rate", sizes.matrix)["result"],
+            "copy": histo.call("copy_rate", sizes.copy)["result"],
+        }
         self._report.note("roofline", None, "matrix product", rates["matrix"] / 1e12, "TFLOP/s")
         self._report.note("roofline", None, "copy", rates["copy"] / 1e9, "GB/s")
         for batch in sizes.batches:

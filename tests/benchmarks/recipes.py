@@ -3,7 +3,7 @@
     .venv/bin/python tests/benchmarks/recipes.py --data=FOLDER --stage=screen [NAME ...]
 
 FOLDER contains the HDF5 files of PatchCamelyon, or a sample of them. Scores are those of the
-official validation split. Runs that are in the CSV are skipped; interrupted ones are resumed. Stages:
+official validation split. Skips the runs that are in the CSV, and resumes interrupted ones. Stages:
 
     screen   `BASE`, and each of `FACTORS` alone, on 5,000 patches, for 15 epochs
     full     the recipes of `FULL`, on all patches; --seeds=0,1,2

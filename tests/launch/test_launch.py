@@ -43,8 +43,8 @@ KNOWN = {
     "scontrol requeue": [],
     "squeue": ["--noheader", "--jobs", "--format"],
 }
-# Refuses unknown commands and options, records its calls, and answers as the file `answers` beside it
-# says.
+# Refuses unknown commands and options, records its calls, and takes its answers from the file
+# `answers` beside it.
 FAKE = f"""#!{sys.executable} -IS
 import contextlib, json, os, pathlib, shutil, signal, subprocess, sys, time
 known = {KNOWN!r}

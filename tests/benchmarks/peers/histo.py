@@ -24,7 +24,7 @@ from histo_jax.models import create_model
 from histo_jax.training.augmentation import make_augment
 from histo_jax.training.losses import get_loss
 from histo_jax.training.optimizer import create_optimizer
-from histo_jax.training.placement import Examples, place
+from histo_jax.training.placement import Dataset, place
 from histo_jax.training.state import create_state
 from histo_jax.training.step import make_forward, make_train_step
 
@@ -89,7 +89,7 @@ class Peer:
         self._training[1] = jax.block_until_ready(state)
 
     @functools.cache  # noqa: B019
-    def _placed(self, placement: str, epoch: int) -> Examples:
+    def _placed(self, placement: str, epoch: int) -> Dataset:
         rows = np.resize(np.arange(self._task.epoch), epoch)
         return place(placement, [self._prepared.records("train", rows)], self._batch_sharding)[0]
 
@@ -151,16 +151,16 @@ class Peer:
         for _ in range(steps):
             next(batches)
 
-    def matrix_rate(self) -> float:
+    def matrix_rate(self, size: int) -> float:
         """Operations per second of a large matrix product, in the dtype of the network."""
-        size, times = (8192, 20) if self._task.gpu else (2048, 10)
+        times = 20 if self._task.gpu else 10
         dtype = jnp.bfloat16 if self._task.gpu else jnp.float32
         matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
         return 2 * size**3 * times / _seconds(jax.jit(jnp.dot), times, matrix, matrix)
 
-    def copy_rate(self) -> float:
+    def copy_rate(self, count: int) -> float:
         """Bytes per second, read and written, of a copy much larger than the caches."""
-        count, times = (2**29, 20) if self._task.gpu else (2**26, 5)
+        times = 20 if self._task.gpu else 5
         source = jnp.ones(count, jnp.float32)
         return 8 * count * times / _seconds(jax.jit(jnp.negative), times, source)
 
