@@ -9,7 +9,8 @@ from flax import linen as nn
 from jax.sharding import Sharding
 
 from histo_jax import settings
-from histo_jax.config import Config, folders, parse_fold
+from histo_jax.config import Config
+from histo_jax.config_values import folders, parse_fold
 from histo_jax.data import splits
 from histo_jax.data.records import Prepared, existing
 from histo_jax.errors import UserError
@@ -215,7 +216,9 @@ def fold_subsets(
                 "this command the config.data of that run, without its fold"
             )
     rows = np.sort(np.concatenate([subsets.validation.rows for _, subsets in divided]))
-    sample = splits.draw_sample(prepared.tables, members[0].config)
+    sample = splits.draw_sample(
+        prepared.tables, members[0].config.data, members[0].config.data_seed
+    )
     if not np.array_equal(rows, sample.rows):
         raise UserError(
             "the runs of config.predict.checkpoints have not divided the same patches into folds: "
@@ -230,8 +233,10 @@ def _origin(
     """Returns the records that a member comes from, and its sides of them."""
 
     def divided(records: Prepared) -> tuple[Prepared, splits.Subsets]:
-        subsets = splits.make_subsets(records.tables, member.config)
-        splits.check_fingerprint(member.fingerprint, records.tables, subsets, member.config)
+        own = member.config
+        subsets = splits.make_subsets(records.tables, own.data, own.data_seed)
+        actual = splits.fingerprint(records.tables, subsets, own.seed, own.fit.batch_size)
+        splits.check_fingerprint(member.fingerprint, actual, own.data.tfds_dir)
         return records, subsets
 
     # The command's are looked at first: the member's own may have been moved since.
@@ -240,7 +245,7 @@ def _origin(
             return divided(prepared)
     reason: Exception = UserError(f"{member.config.data.tfds_dir} holds none of its records")
     try:
-        for records in existing(member.config, Path(member.run)):
+        for records in existing(member.config.data, member.config.data_seed, Path(member.run)):
             try:
                 return divided(records)
             except UserError as error:

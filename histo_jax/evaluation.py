@@ -63,7 +63,7 @@ def evaluate_in(run: Workdir, config: Config) -> dict[str, Any]:
     folder = run.path
     batch_sharding = mesh.batch_sharding()
     trained = ensemble.restore(config, folder, mesh.replicated(batch_sharding))
-    prepared = prepare(config, folder, raw_may_be_gone=True)
+    prepared = prepare(config.data, config.data_seed, folder, raw_may_be_gone=True)
     consensus.check_records(config, prepared.tables)
     name = config.evaluate.split
     is_folds = ensemble.are_folds(trained, config)
@@ -150,7 +150,7 @@ class _Chosen(NamedTuple):
 def _of_split(trained: list[ensemble.TrainedModel], config: Config, prepared: Prepared) -> _Chosen:
     """Every network scores all patches of `config.evaluate.split`."""
     name = config.evaluate.split
-    subsets = splits.make_subsets(prepared.tables, config)
+    subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
     subset = subsets.validation if name == "validation" else subsets.test
     if subset is None or (prepared.tables[subset.records]["label"] == UNLABELLED).any():
         raise UserError(
@@ -166,7 +166,8 @@ def _of_split(trained: list[ensemble.TrainedModel], config: Config, prepared: Pr
     if config.predict.checkpoints:
         slide_disjoint = ensemble.refuse_trained_on(trained, config, prepared, subset)
     else:
-        splits.check_fingerprint(trained[0].fingerprint, prepared.tables, subsets, config)
+        actual = splits.fingerprint(prepared.tables, subsets, config.seed, config.fit.batch_size)
+        splits.check_fingerprint(trained[0].fingerprint, actual, config.data.tfds_dir)
         parts = [(prepared.tables[part.records], part.rows) for part in (subsets.train, subset)]
         slide_disjoint = subsets.slide_disjoint if name == "validation" else splits.disjoint(*parts)
     return _Chosen(subset, [np.arange(len(labels))] * len(trained), subsets.by, slide_disjoint)
@@ -178,10 +179,11 @@ def _out_of_fold(
     """Each network scores the fold that it has validated on."""
     folds = ensemble.fold_subsets(trained, config, prepared)
     own = trained[0].config
-    subset = splits.draw_sample(prepared.tables, own)
+    subset = splits.draw_sample(prepared.tables, own.data, own.data_seed)
     asked = dataclasses.replace(config, data=dataclasses.replace(config.data, fold=own.data.fold))
     # The report draws them by this command's settings, which the workdir keeps.
-    if not np.array_equal(splits.draw_sample(prepared.tables, asked).rows, subset.rows):
+    sample = splits.draw_sample(prepared.tables, asked.data, asked.data_seed)
+    if not np.array_equal(sample.rows, subset.rows):
         raise UserError(
             f"{trained[0].run} was trained on other patches than this command draws: set "
             f"--config.data.samples_per_class={own.data.samples_per_class} and "

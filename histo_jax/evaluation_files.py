@@ -93,10 +93,10 @@ def make_subsets(prepared: Prepared, config: Config, scores: dict[str, Any]) -> 
         scores: what `read_scores` returns; out of fold, all patches of the folds validate.
     """
     if not scores.get("out_of_fold"):
-        return splits.make_subsets(prepared.tables, config)
+        return splits.make_subsets(prepared.tables, config.data, config.data_seed)
     # Any fold will do: the patches that are divided are the same for all.
     folded = dataclasses.replace(config, data=dataclasses.replace(config.data, fold="1/2"))
-    everything = splits.draw_sample(prepared.tables, folded)
+    everything = splits.draw_sample(prepared.tables, folded.data, folded.data_seed)
     return splits.Subsets(
         everything, everything, None, scores["split_by"], scores["slide_disjoint"]
     )

@@ -56,7 +56,7 @@ def predict_in(run: Workdir, config: Config) -> pd.DataFrame:
     folder = run.path
     devices = jax.local_devices()
     trained = ensemble.restore(config, folder, SingleDeviceSharding(devices[0]))
-    prepared = prepare(config, folder, raw_may_be_gone=True)
+    prepared = prepare(config.data, config.data_seed, folder, raw_may_be_gone=True)
     consensus.check_records(config, prepared.tables)
     if "test" not in prepared.tables:
         raise NoTestPatchesError(

@@ -297,7 +297,7 @@ def test_folds_are_scored_each_patch_by_the_run_that_has_not_trained_on_it(
         assert member["run"] == str(folds / run)
         assert (member["count"], member["auc"]) == (own["count"], pytest.approx(own["auc"]))
         assert own["out_of_fold"] is False
-    order = records.prepare(config).tables["train"]["id"].tolist()
+    order = histo_jax.prepare(config).tables["train"]["id"].tolist()
     assert [row for row in order if row in set(table["id"])] == table["id"].tolist()
 
     monkeypatch.setattr(patches, "look", by_the_only_one)
@@ -315,7 +315,7 @@ def test_folds_are_scored_each_patch_by_the_run_that_has_not_trained_on_it(
 
 def test_what_explains_a_patch_is_the_run_that_has_scored_it(make, folds, monkeypatch):
     config = fold_config(make, folds / "1", folds / "2")
-    prepared = records.prepare(config)
+    prepared = histo_jax.prepare(config)
     trained = ensemble.restore(config, folds, mesh.replicated(mesh.batch_sharding()))
     subsets = ensemble.fold_subsets(trained, config, prepared)
     rows = np.concatenate([subsets[1].validation.rows[:2], subsets[0].validation.rows[:1]])

@@ -11,10 +11,10 @@ from PIL import Image
 
 import histo_jax
 from histo_jax.data import leakage
-from histo_jax.data.records import prepare
 from histo_jax.data.splits import make_subsets
 from histo_jax.errors import UserError
 from histo_jax.prediction import NoTestPatchesError
+from histo_jax.preparation import prepare
 from histo_jax.report import patches, report
 
 
@@ -75,7 +75,9 @@ def test_what_the_data_does_not_say_is_not_known_anywhere(pcam_config, tmp_path,
         assert (scores["split_by"], scores["interval_over"]) == ("official", "patches")
         assert "was not checked" in scores["note"]
     prepared = prepare(pcam_config)
-    audited = leakage.audit(prepared, make_subsets(prepared.tables, pcam_config), seed=0)
+    audited = leakage.audit(
+        prepared, make_subsets(prepared.tables, pcam_config.data, pcam_config.data_seed), seed=0
+    )
     assert audited["slide_disjoint"] is None
     assert "was not checked" in leakage.table(audited)
     assert not leakage.has_leak(audited)

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from histo_jax.config import fits
+from histo_jax.config_checks import fits
 from histo_jax.errors import ConfigError, did_you_mean
 
 Fields = dict[str, dataclasses.Field[Any]]

@@ -13,7 +13,8 @@ from jax.sharding import SingleDeviceSharding
 from PIL import Image, ImageDraw
 
 from histo_jax import command, ensemble, evaluation_files
-from histo_jax.config import Config, names
+from histo_jax.config import Config
+from histo_jax.config_values import names
 from histo_jax.data.records import Prepared, prepare
 from histo_jax.ensemble import TrainedModel
 from histo_jax.errors import UserError
@@ -58,7 +59,7 @@ def explain_in(run: Workdir, config: Config) -> pd.DataFrame:
     """Does the work of `explain` in an open folder."""
     folder, tta = run.path, False
     trained = ensemble.restore(config, folder, SingleDeviceSharding(jax.local_devices()[0]))
-    prepared = prepare(config, folder, raw_may_be_gone=True)
+    prepared = prepare(config.data, config.data_seed, folder, raw_may_be_gone=True)
     if config.explain.ids:
         found = _gather_by_id(trained, config, prepared)
     else:

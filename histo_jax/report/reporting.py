@@ -23,6 +23,7 @@ from histo_jax.ensemble import TrainedModel
 from histo_jax.errors import UserError
 from histo_jax.report import folder as folders
 from histo_jax.report import page, patches
+from histo_jax.report.result import Report
 from histo_jax.run import saved_config
 from histo_jax.run.workdir import Workdir
 
@@ -39,7 +40,7 @@ class _Evaluation(NamedTuple):
     subset: splits.Subset
 
 
-def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
+def report(config: Config, workdir: str | os.PathLike[str]) -> Report:
     """Writes `report.html`, a single self-contained page, and its figures into `report/`.
 
     Shows the last evaluation of `config.evaluate.split`, with an attribution of example patches by
@@ -50,7 +51,7 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
         workdir: folder of the run.
 
     Returns:
-        The path of the page.
+        The path of the page, which notebooks display.
 
     Raises:
         UserError: the split was not evaluated, or with another checkpoint or on other patches.
@@ -62,7 +63,7 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Path:
         evaluation_files.read_scores(run.path, config.evaluate.split)
 
     with command.start(config, workdir, "report", check) as run:
-        return report_in(run, config)
+        return Report(report_in(run, config))
 
 
 def report_in(run: Workdir, config: Config) -> Path:
@@ -84,7 +85,7 @@ def _read_evaluation(config: Config, folder: Path) -> _Evaluation:
     split = config.evaluate.split
     table = evaluation_files.read(folder, split)
     scores = evaluation_files.read_scores(folder, split)
-    prepared = prepare(config, folder, raw_may_be_gone=True)
+    prepared = prepare(config.data, config.data_seed, folder, raw_may_be_gone=True)
     subsets = evaluation_files.make_subsets(prepared, config, scores)
     subset = evaluation_files.subset(prepared, subsets, split, table)
     evaluation_files.check_scores(folder, split, table, scores)
@@ -133,7 +134,9 @@ def _collect(
         has_other_audit=bool(audit and not is_own_audit and not scores.get("out_of_fold")),
         training=page.Training(
             records=f"{prepared.directory.parent.name} {prepared.directory.name}",
-            fingerprint=splits.fingerprint(prepared.tables, subsets, config)[:16],
+            fingerprint=splits.fingerprint(
+                prepared.tables, subsets, config.seed, config.fit.batch_size
+            )[:16],
             patches=len(train),
             slides=train["slide"][train["slide"] != ""].nunique(),
             parameters=[_count_parameters(model) for model in trained],
@@ -167,7 +170,7 @@ def _is_audit_of(
     audit: dict[str, Any] | None, train: pd.DataFrame, validation: pd.DataFrame
 ) -> bool:
     """Whether these patches were audited."""
-    audited = audit.get("sides", {}) if audit else {}
+    audited = audit.get("subsets", {}) if audit else {}
     return all(
         audited.get(name, {}).get("digest") == leakage.digest(table)
         for name, table in {"train": train, "validation": validation}.items()
@@ -180,7 +183,7 @@ def _summarise_audit(audit: dict[str, Any]) -> page.Audit:
         text=leakage.table(audit | {"note": ""}),
         has_leak=leakage.has_leak(audit),
         knows_slides=all(pair["shared_slides"] for pair in audit["pairs"].values()),
-        color_auc=audit["control"]["validation_auc"],
+        color_auc=audit["colour_histogram_baseline"]["validation_auc"],
     )
 
 

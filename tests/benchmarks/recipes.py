@@ -23,9 +23,9 @@ from absl import logging
 
 import histo_jax
 from histo_jax.config import Config, flat
-from histo_jax.data.records import prepare
 from histo_jax.data.splits import make_subsets
 from histo_jax.models import create_model
+from histo_jax.preparation import prepare
 from histo_jax.run.workdir import Workdir
 
 TABLE = Path(__file__).with_name("recipes.csv")
@@ -115,7 +115,7 @@ def run(stage: str, name: str, changes: dict[str, Any], workdir: Path) -> dict[s
     """Trains or resumes a run, and evaluates it; returns the row of the table."""
     config = configure(changes)
     prepared = prepare(config)
-    patches = len(make_subsets(prepared.tables, config).train.rows)
+    patches = len(make_subsets(prepared.tables, config.data, config.data_seed).train.rows)
     start = time.monotonic()
     history = histo_jax.fit(config, workdir)
     scores = histo_jax.evaluate(config, workdir)

@@ -15,7 +15,8 @@ from jax.sharding import SingleDeviceSharding
 
 import histo_jax
 from histo_jax import registry, settings
-from histo_jax.config import AugmentConfig, Config, validate
+from histo_jax.config import AugmentConfig, Config
+from histo_jax.config_checks import validate
 from histo_jax.distributed import mesh
 from histo_jax.ensemble import TrainedModel, uses_tta
 from histo_jax.errors import UserError

@@ -13,9 +13,9 @@ from jax.sharding import SingleDeviceSharding
 import histo_jax
 from histo_jax import ensemble
 from histo_jax.config import Config
-from histo_jax.data.records import prepare
 from histo_jax.data.splits import make_subsets
 from histo_jax.models.cnn import FiveBlockCNN
+from histo_jax.preparation import prepare
 from histo_jax.report.attribution import STEPS, integrated_gradients
 from histo_jax.report.patches import look
 from histo_jax.training.state import Weights
@@ -95,7 +95,7 @@ def trained(request, tmp_path_factory):
     histo_jax.fit(config, folder / "run")
     (member,) = ensemble.restore(config, folder / "run", SingleDeviceSharding(jax.devices()[0]))
     prepared = prepare(config)
-    subset = make_subsets(prepared.tables, config).validation
+    subset = make_subsets(prepared.tables, config.data, config.data_seed).validation
     labels = prepared.tables[subset.records]["label"].to_numpy()[subset.rows]
     return member, prepared.records(subset.records, subset.rows[labels == 1][:36]).images(
         np.arange(36)

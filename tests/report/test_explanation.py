@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.special import expit
 
 from histo_jax import evaluation_files
-from histo_jax.data.records import prepare
 from histo_jax.errors import UserError
+from histo_jax.preparation import prepare
 from histo_jax.report import explain, patches
 
 

@@ -18,9 +18,9 @@ import histo_jax
 from histo_jax import evaluation_files
 from histo_jax.data import splits
 from histo_jax.data.leakage import audit
-from histo_jax.data.records import prepare
 from histo_jax.ensemble import TrainedModel, check_evaluated
 from histo_jax.errors import UserError
+from histo_jax.preparation import prepare
 from histo_jax.report import explain, page, patches, report, reporting
 
 
@@ -196,15 +196,15 @@ def test_only_an_audit_of_the_evaluated_patches_is_shown(config, run_copy):
         return words_of(html_of(run_copy))
 
     prepared = prepare(config)
-    result = audit(prepared, splits.make_subsets(prepared.tables, config), 0)
+    result = audit(prepared, splits.make_subsets(prepared.tables, config.data, config.data_seed), 0)
     result["note"] = "optimistic, which the page states in its own words"
     text = report_with(result)
-    auc = result["control"]["validation_auc"]
+    auc = result["colour_histogram_baseline"]["validation_auc"]
     assert re.search(rf"[Cc]olour histograms.{{1,40}}reaches AUC {auc:.3f}", text)
     assert "The audit found no patches or slides shared between splits." in text
     assert result["note"] not in text
-    for older in (result["sides"]["train"] | {"digest": "x"}, {"patches": 1}):
-        text = report_with(result | {"sides": result["sides"] | {"train": older}})
+    for older in (result["subsets"]["train"] | {"digest": "x"}, {"patches": 1}):
+        text = report_with(result | {"subsets": result["subsets"] | {"train": older}})
         assert "is of other patches or from an earlier version: run --mode=audit" in text
         assert "The audit found" not in text
         assert f"{auc:.3f}" not in text

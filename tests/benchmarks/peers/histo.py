@@ -18,9 +18,10 @@ from absl import logging
 from worker import Task
 
 from histo_jax.config import Config
-from histo_jax.data.records import Prepared, prepare
+from histo_jax.data.records import Prepared
 from histo_jax.distributed import mesh
 from histo_jax.models import create_model
+from histo_jax.preparation import prepare
 from histo_jax.training.augmentation import make_augment
 from histo_jax.training.losses import get_loss
 from histo_jax.training.optimizer import create_optimizer
