@@ -5,7 +5,7 @@ from typing import Any
 
 from histo_jax import command, environment
 from histo_jax.config import Config
-from histo_jax.data import leakage as audits
+from histo_jax.data import leakage
 from histo_jax.data.records import prepare
 from histo_jax.data.splits import make_subsets
 from histo_jax.run import progress, signals
@@ -34,8 +34,9 @@ def audit(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """
     run = command.open_workdir(config, workdir)
     with signals.watch():
-        prepared = prepare(config, run.path, raw_may_be_gone=True)
-        report = audits.audit(prepared, make_subsets(prepared.tables, config), config.seed)
+        prepared = prepare(config.data, config.data_seed, run.path, raw_may_be_gone=True)
+        subsets = make_subsets(prepared.tables, config.data, config.data_seed)
+        report = leakage.audit(prepared, subsets, config.seed)
         run.path.mkdir(parents=True, exist_ok=True)
         run.write_json("audit.json", report)
     return report

@@ -120,8 +120,8 @@ def fit_in(run: Workdir, config: Config, followed_by: Sequence[str] = ()) -> pd.
             is logged includes them.
     """
     folder = run.path
-    prepared = prepare(config, folder)
-    subsets = splits.make_subsets(prepared.tables, config)
+    prepared = prepare(config.data, config.data_seed, folder)
+    subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
     consensus.check_records(config, prepared.tables)
     _check_subsets(config, prepared, subsets)
     run.acquire(config)
@@ -185,6 +185,7 @@ def _start(
     subsets: splits.Subsets,
 ) -> Checkpoint:
     """The newest checkpoint that is whole, or the state before the first step."""
+    fingerprint = splits.fingerprint(tables, subsets, config.seed, config.fit.batch_size)
     place = mesh.replicated(mesh.batch_sharding())
     early_stopping = EarlyStopping.create(config.early_stopping)
     checkpoint = checkpoints.restore_latest(abstract_state(config, place), early_stopping)
@@ -200,10 +201,10 @@ def _start(
             # On all devices at once: what lies on one of them cannot go to other processes'.
             state=jax.jit(create, out_shardings=place)(),
             early_stopping=early_stopping,
-            data={"step": 0, "fingerprint": splits.fingerprint(tables, subsets, config)},
+            data={"step": 0, "fingerprint": fingerprint},
             history=[],
         )
-    splits.check_fingerprint(checkpoint.data["fingerprint"], tables, subsets, config)
+    splits.check_fingerprint(checkpoint.data["fingerprint"], fingerprint, config.data.tfds_dir)
     log.info("resumed from step %d", checkpoint.state.step)
     return checkpoint
 

@@ -1,4 +1,4 @@
-"""What a config selects by name: networks, losses and augmentations, each registered once.
+"""What a config selects by name: networks, sources, losses and augmentations.
 
 A config file, or a module that it imports, adds its own:
 
@@ -112,6 +112,14 @@ MODELS = Registry(
 )
 LOSSES = Registry("loss", {"binary_cross_entropy": "histo_jax.training.losses"})
 AUGMENTATIONS = Registry("augmentation", {})
+SOURCES = Registry(
+    "source",
+    {
+        "synthetic": "histo_jax.data.sources.synthetic",
+        "kaggle": "histo_jax.data.sources.kaggle",
+        "pcam": "histo_jax.data.sources.pcam",
+    },
+)
 
 
 def register_model(name: str) -> Callable[[Entry], Entry]:
@@ -142,3 +150,17 @@ def register_augmentation(name: str) -> Callable[[Entry], Entry]:
     of the same shape and range.
     """
     return AUGMENTATIONS.register(name)
+
+
+def register_source(name: str) -> Callable[[Entry], Entry]:
+    """Registers a source of patches under a name for `config.data.source`.
+
+    A class that is created with `config.data`, in which `split_seed` is never None. Its method
+    `splits()` returns a dict of iterables of `histo_jax.Example`: "train", and optionally
+    "validation" and "test". Where an iterable has a length, the progress bar shows it.
+
+    Its method `fingerprint()` is optional. It returns a hash of what the source reads, so that
+    changed data is noticed, or None where that is not known. Without the method, the source's code
+    and `data.raw_dir` stand for the data. `histo_jax.data.sources` lists further optional members.
+    """
+    return SOURCES.register(name)

@@ -132,8 +132,8 @@ def save_run():
 def _save_run(config: Config, folder: Path, calibration: Calibration) -> Path:
     folder.mkdir()
     Workdir(folder).save_config(config)
-    prepared = prepare(config, folder)
-    subsets = splits.make_subsets(prepared.tables, config)
+    prepared = prepare(config.data, config.data_seed, folder)
+    subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
     state = create_state(
         create_model(config.model),
         create_optimizer(config.optimizer),
@@ -142,7 +142,9 @@ def _save_run(config: Config, folder: Path, calibration: Calibration) -> Path:
         config.optimizer.ema_decay > 0,
     )
     data = {
-        "fingerprint": splits.fingerprint(prepared.tables, subsets, config),
+        "fingerprint": splits.fingerprint(
+            prepared.tables, subsets, config.seed, config.fit.batch_size
+        ),
         "calibration": dataclasses.asdict(calibration),
     }
     early_stopping = EarlyStopping.create(config.early_stopping)

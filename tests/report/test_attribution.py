@@ -11,11 +11,11 @@ from flax import linen as nn
 
 import histo_jax
 from histo_jax.config import Config
-from histo_jax.data.records import prepare
 from histo_jax.data.splits import make_subsets
 from histo_jax.metrics import Calibration
 from histo_jax.models.forward import make_forward, normalise
 from histo_jax.predictor import Predictor, TrainedModel
+from histo_jax.preparation import prepare
 from histo_jax.report.attribution import STEPS, attribute, integrated_gradients
 from histo_jax.training.state import init_weights
 
@@ -120,7 +120,7 @@ def trained(request, tmp_path_factory):
     config.optimizer.learning_rate, config.fit.epochs = 3e-3, 4
     histo_jax.fit(config, folder / "run")
     prepared = prepare(config)
-    subset = make_subsets(prepared.tables, config).validation
+    subset = make_subsets(prepared.tables, config.data, config.data_seed).validation
     labels = prepared.tables[subset.records]["label"].to_numpy()[subset.rows]
     rows = subset.rows[labels == 1][:36]
     return histo_jax.load(folder / "run"), prepared.records(subset.records, rows).images(
