@@ -119,7 +119,6 @@ def test_defaults_hold_until_the_last_of_several_threads_leaves():
 
 def test_a_warning_is_logged_once_a_command(caplog):
     logger = logging.getLogger("histo_jax")
-    caplog.set_level(logging.INFO, "histo_jax")
     logger.addHandler(caplog.handler)
     try:
         for _ in range(2):

@@ -127,7 +127,7 @@ def test_records_and_runs_in_folders_with_patterns_in_their_names(make_tiny_conf
     shutil.copytree(runs[0], runs[1])
     config.predict.checkpoints = ", ".join(map(str, runs))
     scores = histo_jax.evaluate(config, place / "both")
-    assert [member["run"] for member in scores["members"]] == [str(run) for run in runs]
+    assert [run["run"] for run in scores["runs"]] == [str(run) for run in runs]
     assert [path.name for path in tmp_path.iterdir()] == [place.name]
     written = [p for p in place.rglob("*") if p.suffix in (".json", ".csv")]
     assert not any("/proc/" in p.read_text() for p in written)
