@@ -98,7 +98,7 @@ def test_scores_of_other_predictions_are_refused(scored, changes):
         verdict_of(*runs)
     for text in ("{", "[1]"):
         Path(runs[1], "evaluation_validation.json").write_text(text)
-        with pytest.raises(UserError, match=r"b/evaluation_validation.json is damaged: run"):
+        with pytest.raises(UserError, match=r"b/evaluation_validation.json is corrupt: "):
             verdict_of(*runs)
     Path(runs[1], "evaluation_validation.json").unlink()
     assert verdict_of(*runs)[1]
