@@ -463,7 +463,7 @@ def gone(name: str, *, and_back: bool = False) -> Spoiler:
 
 
 ROW, HEX = f"{LABELS}, line 2", "40 hex digits"
-TIFF = (FILE, "no readable TIFF", "download it again")
+TIFF = (FILE, "not a readable TIFF", "download it again")
 SIZE = (FILE, "96x96 RGB", "download it")
 RAW: dict[str, tuple] = {
     "no-folder": (gone("."), "raw: no such folder", "--config.data.raw_dir"),
@@ -471,28 +471,28 @@ RAW: dict[str, tuple] = {
     "no-test-csv": (gone(SAMPLE), SAMPLE, "missing", "unpack"),
     "no-test-folder": (gone("test"), "raw/test", "missing", "unpack"),
     "empty-test-folder": (gone("test", and_back=True), "raw/test", "empty", "unpack"),
-    "no-header": (content(LABELS, lambda old: old[9:]), LABELS, "id,label", "mend the header"),
+    "no-header": (content(LABELS, lambda old: old[9:]), LABELS, "id,label", "correct the header"),
     "other-header": (
         content(SAMPLE, lambda old: b"x" + old),
         SAMPLE,
-        "must be id,",
+        "columns id",
         "xid,label",
-        "mend the header",
+        "correct the header",
     ),
     "header-alone": (content(SAMPLE, lambda old: old[:9]), SAMPLE, "no patches", "again"),
-    "empty-csv": (content(LABELS, lambda _: b""), LABELS, "no readable CSV"),
+    "empty-csv": (content(LABELS, lambda _: b""), LABELS, "not a readable CSV"),
     "zeros-csv": (content(LABELS, lambda _: bytes(999)), LABELS),
     "binary-csv": (content(LABELS, lambda _: bytes(range(256)) * 9), LABELS),
     "not-utf-8-csv": (content(SAMPLE, lambda old: old + b"\xe9,0\n"), SAMPLE, "save it as UTF-8"),
-    "ragged-csv": (content(LABELS, lambda old: old + b"a,b,c\n"), LABELS, "no readable CSV"),
-    "label-2": (row(f"{ID},2"), ROW, "'2'", "0 or 1", "mend"),
-    "label-half": (row(f"{ID},0.5"), ROW, "'0.5'", "0 or 1", "mend"),
-    "label-empty": (row(f"{ID},"), ROW, "0 or 1", "mend"),
-    "label-left-out": (row(ID), ROW, "0 or 1", "mend"),
-    "id-a-path": (row("../../etc/passwd,0"), ROW, "../../etc/passwd", HEX, "mend"),
-    "id-too-short": (row(f"{ID[1:]},0"), ROW, ID[1:], HEX, "mend"),
-    "id-empty": (row(",0"), ROW, HEX, "mend"),
-    "id-twice": (row(f"{SECOND},1"), f"{LABELS}, line 3", SECOND, "remove one row"),
+    "ragged-csv": (content(LABELS, lambda old: old + b"a,b,c\n"), LABELS, "not a readable CSV"),
+    "label-2": (row(f"{ID},2"), ROW, "'2'", "0 or 1", "correct"),
+    "label-half": (row(f"{ID},0.5"), ROW, "'0.5'", "0 or 1", "correct"),
+    "label-empty": (row(f"{ID},"), ROW, "0 or 1", "correct"),
+    "label-left-out": (row(ID), ROW, "0 or 1", "correct"),
+    "id-a-path": (row("../../etc/passwd,0"), ROW, "../../etc/passwd", HEX, "correct"),
+    "id-too-short": (row(f"{ID[1:]},0"), ROW, ID[1:], HEX, "correct"),
+    "id-empty": (row(",0"), ROW, HEX, "correct"),
+    "id-twice": (row(f"{SECOND},1"), f"{LABELS}, line 3", SECOND, "remove the row"),
     "no-file": (gone(FILE), ROW, FILE, "missing", "restore it"),
     "cut-in-half": (content(FILE, lambda old: old[: len(old) // 2]), *TIFF),
     "cut-in-header": (content(FILE, lambda old: old[:100]), *TIFF),
@@ -503,7 +503,7 @@ RAW: dict[str, tuple] = {
     "wrong-size": (image("TIFF", "RGB", 96, 95), "96x95", *SIZE),
     "grey": (image("TIFF", "L", 96, 96), "96x96 L", *SIZE),
     "transparent": (image("TIFF", "RGBA", 96, 96), "RGBA", *SIZE),
-    "cut-test-file": (content(TEST_FILE, lambda old: old[:9999]), TEST_FILE, "no readable TIFF"),
+    "cut-test-file": (content(TEST_FILE, lambda old: old[:9999]), TEST_FILE, "not a readable TIFF"),
 }
 
 
