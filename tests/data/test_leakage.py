@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import io
 import json
@@ -17,7 +18,6 @@ from histo_jax.config import Config
 from histo_jax.data import leakage
 from histo_jax.data.record_files import SQUARES, SUMS
 from histo_jax.data.record_reader import Prepared
-from histo_jax.data.sources import synthetic
 from histo_jax.data.splits import OPTIMISTIC, Subset, Subsets, make_subsets
 from histo_jax.run import signals
 
@@ -77,10 +77,16 @@ def recompress(image: np.ndarray, quality: int = 90) -> np.ndarray:
 def clean() -> Memory:
     """Three subsets that share nothing; each row names its slide."""
     memory = Memory()
-    for seed, (split, count) in enumerate({"train": 60, "validation": 20, "test": 12}.items()):
-        slides = [f"{split}-{k // 5}" for k in range(count)]
-        memory.add(split, draw_textures(count, seed), slides=slides)
+    for split, textures in clean_textures().items():
+        slides = [f"{split}-{k // 5}" for k in range(len(textures))]
+        memory.add(split, textures.copy(), slides=slides)
     return memory
+
+
+@functools.cache
+def clean_textures() -> dict[str, np.ndarray]:
+    counts = {"train": 60, "validation": 20, "test": 12}
+    return {split: draw_textures(count, k) for k, (split, count) in enumerate(counts.items())}
 
 
 def counts(report: dict[str, Any], key: str) -> list[int]:
@@ -229,32 +235,32 @@ def test_flat_patches_are_named(clean):
 
 def test_rows_of_subsets_are_audited_not_whole_records(clean):
     """Two subsets of the same records, over several batches."""
-    images = draw_textures(600, seed=7)
-    images[300] = recompress(images[400], 60)
-    images[555] = recompress(np.rot90(images[31]), 95)
+    images = draw_textures(300, seed=7)
+    images[260] = recompress(images[40], 60)
+    images[299] = recompress(np.rot90(images[31]), 95)
     clean.add("train", images)
-    inside = np.isin(np.arange(600), [0, 100, 300, 555, 599])
+    inside = np.isin(np.arange(300), [0, 100, 260, 280, 299])
     train, validation = (Subset("train", np.flatnonzero(mask)) for mask in (~inside, inside))
     report = leakage.audit(clean, Subsets(train, validation, None, "image", False), seed=0)
     assert list(report["pairs"]) == ["train/validation"]
-    assert [subset["patches"] for subset in report["subsets"].values()] == [595, 5]
+    assert [subset["patches"] for subset in report["subsets"].values()] == [295, 5]
     near = report["pairs"]["train/validation"]["near_duplicates"]
     # The nearest comes first.
     ids = [found["ids"] for found in near["examples"]]
-    assert ids == [[sha1(images[31]), sha1(images[555])], [sha1(images[400]), sha1(images[300])]]
+    assert ids == [[sha1(images[31]), sha1(images[299])], [sha1(images[40]), sha1(images[260])]]
     assert near["count"] == 2
 
 
 def test_the_baseline_uses_colour(clean, monkeypatch):
     rng = np.random.default_rng(8)
-    for split, count in (("train", 600), ("validation", 300)):
+    for split, count in (("train", 300), ("validation", 200)):
         images, labels = draw_textures(count, count), rng.integers(0, 2, count)
         images[labels == 1, :, :, 1] //= 2
         clean.add(split, images, labels)
     # A subset must keep its own labels.
-    monkeypatch.setattr(leakage, "BASELINE_PATCHES", 280)
+    monkeypatch.setattr(leakage, "BASELINE_PATCHES", 180)
     baseline = leakage.audit(clean, clean.subsets(), seed=0)["colour_histogram_baseline"]
-    assert baseline["train_patches"] == 280
+    assert baseline["train_patches"] == 180
     assert baseline["validation_auc"] > 0.99
     for split in ("train", "validation"):
         clean.tables[split]["label"] = rng.permutation(clean.tables[split]["label"])
@@ -262,12 +268,11 @@ def test_the_baseline_uses_colour(clean, monkeypatch):
     assert 0.4 < baseline["validation_auc"] < 0.6
 
 
-def test_synthetic_slides_are_shared_only_when_split_by_image():
+def test_slides_are_shared_only_when_split_by_image():
     memory, config = Memory(), Config()
     for split, slides in (("train", 3), ("test", 1)):
-        examples = [e for k in range(slides) for e in synthetic.generate_slide(0, split, k)]
-        labels, names = [e.label for e in examples], [e.slide for e in examples]
-        memory.add(split, np.stack([e.image for e in examples]), labels, names)
+        names = [f"{split}-{k // 16}" for k in range(16 * slides)]
+        memory.add(split, draw_textures(16 * slides, slides), slides=names)
     config.data.validation_fraction = 0.3
     report = leakage.audit(memory, make_subsets(memory.tables, config.data, 0), seed=0)
     assert report["subsets"]["validation"]["slides"] == 1

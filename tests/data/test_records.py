@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from histo_jax import environment
 from histo_jax.data import record_writer, records, splits
 from histo_jax.data.record_files import SQUARES, SUMS
-from histo_jax.data.sources import kaggle
+from histo_jax.data.sources import kaggle, synthetic
 from histo_jax.errors import UserError
 from histo_jax.run.workdir import Workdir
 from histo_jax.settings import load_run_config
@@ -325,7 +325,7 @@ CHILDREN = """
 import os, sys
 from histo_jax.config import Config
 from histo_jax.data import record_files, records
-from histo_jax.data.sources import kaggle
+from histo_jax.data.sources import kaggle, synthetic
 
 raw, folder, *moments = sys.argv[1:]
 read = kaggle.read
@@ -364,7 +364,8 @@ def wait(child):
 
 print(wait(start("whole")))
 for moment in moments:
-    print(wait(start("killed", moment)), len(list(records.Path(folder, "killed").glob("*/*/1.0.0"))))
+    complete = records.Path(folder, "killed").glob("*/*/1.0.0")
+    print(wait(start("killed", moment)), len(list(complete)))
 print(wait(start("killed")))
 both = [start("both"), start("both")]
 print(*map(wait, both))
@@ -392,7 +393,14 @@ def test_records_are_complete_or_absent_and_have_the_same_bytes(make_kaggle, tmp
     assert contents("whole") == contents("killed") == contents("both")
 
 
-def test_synthetic_records_are_kept_apart_by_seed_and_size(tiny_config, tmp_path):
+def test_synthetic_records_are_kept_apart_by_seed_and_size(tiny_config, tmp_path, monkeypatch):
+    def generate_patches(seed, split, number):
+        rng = np.random.default_rng([seed, number, len(split)])
+        masks = np.zeros((64, 96, 96), bool)
+        masks[::2] = True
+        return rng.integers(0, 256, (64, 96, 96, 3), np.uint8), masks
+
+    monkeypatch.setattr(synthetic, "generate_patches", generate_patches)
     tiny_config.data.source, tiny_config.data.raw_dir = "synthetic", None
     tiny_config.data.tfds_dir = str(tmp_path)
     tiny_config.data.synthetic_slides = 2
