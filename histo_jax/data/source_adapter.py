@@ -125,13 +125,13 @@ class SourceAdapter:
                 "train on"
             )
 
-    def _checked(self, split: str, examples: Iterable[Example]) -> Iterable[Example]:
+    def _checked(self, split: str, examples: Any) -> Iterable[Example]:
         checked = self._check_examples(split, examples)
         with contextlib.suppress(TypeError):
-            return SizedExamples(checked, len(examples))  # type: ignore[arg-type]
+            return SizedExamples(checked, len(examples))
         return checked
 
-    def _check_examples(self, split: str, examples: Iterable[Example]) -> Iterator[Example]:
+    def _check_examples(self, split: str, examples: Any) -> Iterator[Example]:
         """Yields the examples with plain values; refuses the first bad one."""
         place = f"source {self.name!r}, {split} split"
         ids: set[str] = set()
@@ -154,7 +154,7 @@ class SourceAdapter:
                 "none"
             )
 
-    def _guarded(self, split: str, examples: Iterable[Example]) -> Iterator[Example]:
+    def _guarded(self, split: str, examples: Any) -> Iterator[Any]:
         """Yields the examples; errors of the source itself become one line."""
         with self._errors(f"splits()[{split!r}]"):
             iterator = iter(examples)
