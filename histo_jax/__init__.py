@@ -1,7 +1,7 @@
-"""Train, judge and run patch classifiers for histopathology, in Keras's words.
+"""Trains, evaluates and applies patch classifiers for histopathology, in Keras's words.
 
 The commands, such as `fit`, `evaluate` and `predict`, take a `Config` and the folder of a run;
-they are loaded on first use, so that `import histo_jax` is quick.
+they are imported on first use, so that `import histo_jax` is fast.
 """
 
 from histo_jax import startup
@@ -9,6 +9,7 @@ from histo_jax import startup
 startup.check()
 
 # isort: split
+import importlib
 import logging
 import typing
 
@@ -55,15 +56,8 @@ __all__ = [
     "report",
 ]
 
-# Like Keras, and unlike most libraries, this one shows its progress unasked; silence it with
-# `logging.getLogger("histo_jax").setLevel("WARNING")`.
-_log = logging.getLogger("histo_jax")
-if not _log.handlers:
-    _handler = logging.StreamHandler()
-    _handler.setFormatter(logging.Formatter("%(message)s"))
-    _log.addHandler(_handler)
-    _log.setLevel(logging.INFO)
-    _log.propagate = False
+# A program chooses where this package logs; the command line shows it on stderr.
+logging.getLogger("histo_jax").addHandler(logging.NullHandler())
 
 _HOMES = {
     "Example": "histo_jax.data.example",
@@ -77,6 +71,7 @@ _HOMES = {
     "recipe": "histo_jax.recipes",
     "report": "histo_jax.report",
 }
+_WITHOUT_JAX = ("histo_jax.data.example", "histo_jax.recipes")
 
 
 def __dir__() -> list[str]:
@@ -86,4 +81,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> typing.Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'histo_jax' has no attribute {name!r}")
-    return getattr(environment.load(_HOMES[name]), name)
+    module = _HOMES[name]
+    is_light = module in _WITHOUT_JAX
+    loaded = importlib.import_module(module) if is_light else environment.load(module)
+    return getattr(loaded, name)

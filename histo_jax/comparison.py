@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 
 from histo_jax import environment, evaluation_files
-from histo_jax.config import Config, folders, validate
+from histo_jax.config import Config
+from histo_jax.config_checks import validate
+from histo_jax.config_values import folders
 from histo_jax.distributed import processes
 from histo_jax.errors import UserError
 from histo_jax.metrics import difference

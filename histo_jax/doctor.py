@@ -219,9 +219,10 @@ def main() -> int:
     """Prints every finding and returns the exit status."""
     parser = argparse.ArgumentParser(prog="histo_jax.doctor", description=__doc__)
     parser.add_argument(
-        "--multihost", choices=("auto", "slurm", "tpu", "manual"),
+        "--multihost",
+        choices=("auto", "slurm", "tpu", "manual"),
         help="as histo_jax.main takes it, also the next three",
-    )  # fmt: skip
+    )
     parser.add_argument("--coordinator")
     parser.add_argument("--process_count", type=int)
     parser.add_argument("--process_index", type=int)
@@ -232,9 +233,12 @@ def main() -> int:
 
         try:
             processes.initialize(
-                options.multihost, options.coordinator, options.process_count,
-                options.process_index, alone=("FAIL ", 1),
-            )  # fmt: skip
+                options.multihost,
+                options.coordinator,
+                options.process_count,
+                options.process_index,
+                alone=("FAIL ", 1),
+            )
         except UserError as error:
             print(f"FAIL  {error}")
             return 1

@@ -9,7 +9,8 @@ from flax import linen as nn
 from jax.sharding import Sharding
 
 from histo_jax import settings
-from histo_jax.config import Config, folders, parse_fold
+from histo_jax.config import Config
+from histo_jax.config_values import folders, parse_fold
 from histo_jax.data import splits
 from histo_jax.data.records import Prepared, existing
 from histo_jax.errors import UserError

@@ -124,20 +124,22 @@ def defaults() -> Iterator[None]:
 
 
 def load(module: str) -> types.ModuleType:
-    """Imports a module that imports JAX.
+    """Imports a module that imports JAX and tqdm.
 
     Raises:
-        UserError: a variable of the environment keeps JAX from being imported or would abort
-            the process; names the variable.
+        UserError: an environment variable makes the import of a library fail, or would abort the
+            process; names the variable.
     """
     _check_xla_flags(os.environ.get("XLA_FLAGS", "").strip())
     with defaults():
-        try:
-            importlib.import_module("jax")
-        except (ValueError, AttributeError) as error:
-            raise UserError(
-                f"JAX cannot be imported ({one_line(error)}): correct or unset {variables('JAX_')}"
-            ) from None
+        for library, prefix in (("jax", "JAX_"), ("tqdm", "TQDM_")):
+            try:
+                importlib.import_module(library)
+            except (ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{library} cannot be imported ({one_line(error)}): correct or unset "
+                    f"{variables(prefix)}"
+                ) from None
         return importlib.import_module(module)
 
 

@@ -14,7 +14,7 @@ from histo_jax.data.example import UNLABELLED
 from histo_jax.data.records import Prepared, prepare
 from histo_jax.distributed import consensus, mesh
 from histo_jax.errors import UserError
-from histo_jax.metrics import binary_scores, operating_points, with_intervals
+from histo_jax.metrics import binary_scores, confidence_intervals, operating_points
 from histo_jax.run import progress, signals
 from histo_jax.run.workdir import Workdir
 from histo_jax.training import placement
@@ -46,7 +46,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         tumour; `tta` as set; `split_by`, 'slide', 'image' or 'official'; `honest`, whether the
         score speaks of slides that training has not seen (None = not known), and a `note`;
         `out_of_fold`, whether each patch was scored by one fold's run; `checkpoint_step`;
-        `calibration_scale` and `calibration_shift`; `members`, for each run of an ensemble its
+        `calibration_scale` and `calibration_bias`; `members`, for each run of an ensemble its
         scores on what it has scored.
 
     Raises:
@@ -89,7 +89,7 @@ def evaluate_in(run: Workdir, config: Config) -> dict[str, Any]:
         for parts in (calibrated, raw)
     )
     scores = binary_scores(logits, labels)
-    ends = with_intervals(logits, labels, slides, config.seed)
+    ends = confidence_intervals(logits, labels, slides, config.seed)
     notes = [splits.caveat(slide_disjoint)] * (not slide_disjoint) + [_SELECTED] * (
         name == "validation"
     )
@@ -117,7 +117,7 @@ def evaluate_in(run: Workdir, config: Config) -> dict[str, Any]:
     else:
         calibration = dataclasses.asdict(trained[0].calibration)
         result["checkpoint_step"] = trained[0].step
-        result |= {f"calibration_{key}": calibration[key] for key in ("scale", "shift")}
+        result |= {f"calibration_{key}": calibration[key] for key in ("scale", "bias")}
     evaluation_files.write(run, name, table[["id", "label", "slide"]].assign(logit=logits))
     run.write_json(f"evaluation_{name}.json", result)
     run.write_json("evaluation.json", result)

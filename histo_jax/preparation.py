@@ -1,6 +1,7 @@
 """Writes the records of a config's data."""
 
-from histo_jax.config import Config, validate
+from histo_jax.config import Config
+from histo_jax.config_checks import validate
 from histo_jax.data import records
 
 

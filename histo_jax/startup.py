@@ -6,6 +6,7 @@
 import sys
 
 _MODULES = ("histo_jax.main", "histo_jax.doctor")
+_SCRIPTS = ("histo_jax", "histo_jax.exe")  # the console script
 _EXPECTED_FAILURE = 2
 
 
@@ -15,7 +16,7 @@ def check() -> None:
     Raises:
         ImportError: another program imports the package on a Python that is too old.
     """
-    name = _command()
+    name = command()
     if sys.version_info < (3, 11):  # noqa: UP036 - it may come from the clone, not from pip
         version = ".".join(map(str, sys.version_info[:2]))
         text = f"Python {version} is too old, 3.11 to 3.13 is needed"
@@ -52,12 +53,20 @@ def fail(text: str) -> None:
     sys.exit(_EXPECTED_FAILURE)
 
 
-def _command() -> str:
-    """Returns which module of this package `python -m` is starting, '' for none."""
-    if sys.argv[:1] != ["-m"]:  # which it is until Python has found the module
-        return ""
+def command() -> str:
+    """Returns which module of this package is being started, '' if another program imports it."""
+    script = sys.argv[0] if sys.argv else ""
+    if script.replace("\\", "/").rpartition("/")[2] in _SCRIPTS:
+        return _MODULES[0]
+    if script != "-m":  # which it is until Python has found the module
+        return _MODULES[0] if _is_main_module() else ""
     words = getattr(sys, "orig_argv", _MODULES[:1])  # new in Python 3.10
     return next((name for name in _MODULES for word in words if word.endswith(name)), "")
+
+
+def _is_main_module() -> bool:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return getattr(spec, "name", "") == _MODULES[0]
 
 
 def _is_own(module: str) -> bool:
@@ -71,7 +80,10 @@ def _prefer_packages_to_the_current_folder() -> None:
     """
     if getattr(sys.flags, "safe_path", False):
         return  # the folder is not on the path
-    folder = sys.path.pop(0)
+    import os
+
+    first = sys.path.pop(0)  # the current folder, or that of the console script
+    folder = first if sys.argv[0] == "-m" else os.getcwd()
     ends = ("site-packages", "dist-packages", "lib-dynload")
     last = max((at for at, path in enumerate(sys.path) if path.endswith(ends)), default=-1)
     # Before the clone, which an editable installation adds.

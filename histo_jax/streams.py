@@ -45,9 +45,16 @@ def make_robust() -> None:
     is_unbuffered = getattr(sys.stdout, "write_through", False)
     sys.stdout = _robust(1, sys.stdout, by_line=is_unbuffered or os.isatty(1))
     sys.stderr = _robust(2, sys.stderr, by_line=True)
-    for handler in logging.getLogger("histo_jax").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+
+
+def log_to_stderr() -> None:
+    """Shows what this package logs, from INFO on, as plain lines; for programs."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("histo_jax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _robust(number: int, stream: TextIO | None, by_line: bool) -> io.TextIOWrapper:

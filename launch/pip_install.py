@@ -97,9 +97,12 @@ def main(options: list[str]) -> int:
     }
     # `user = true` would be an option of `config list`, too, and hide the other files.
     done = subprocess.run(
-        [*pip, "config", "list"], env={**plain, "PIP_USER": "0"}, text=True, capture_output=True,
+        [*pip, "config", "list"],
+        env={**plain, "PIP_USER": "0"},
+        text=True,
+        capture_output=True,
         check=False,
-    )  # fmt: skip
+    )
     log = Path(sys.prefix) / "pip.log"
     if done.returncode:
         log.write_text(done.stdout + done.stderr)
@@ -109,8 +112,10 @@ def main(options: list[str]) -> int:
         with log.open("w") as file:
             done = subprocess.run(
                 [*pip, "install", "--quiet", "--disable-pip-version-check", *options],
-                env=settings(done.stdout, dict(os.environ)), stderr=file, check=False,
-            )  # fmt: skip
+                env=settings(done.stdout, dict(os.environ)),
+                stderr=file,
+                check=False,
+            )
     if done.returncode:
         print(
             f"launch/install.sh: pip failed: {reason(log.read_text(errors='replace'))} "

@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from histo_jax.config import Config, flat, set_field, type_name, unknown_field, validate
+from histo_jax.config import Config, flat, set_field
+from histo_jax.config_checks import type_name, unknown_field, validate
 from histo_jax.errors import UserError
 
 MISSPELT = {

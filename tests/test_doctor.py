@@ -11,9 +11,12 @@ from histo_jax.distributed import memory
 
 def run(*arguments, **variables):
     return subprocess.run(
-        [sys.executable, "-m", "histo_jax.doctor", *arguments], env=os.environ | variables,
-        text=True, capture_output=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "histo_jax.doctor", *arguments],
+        env=os.environ | variables,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
 
 
 def test_every_line_is_a_verdict_and_this_machine_is_well():
@@ -108,8 +111,9 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
 def test_another_python_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 2))
     assert next(doctor._python()) == (
-        "FAIL", "Python 3.10.2: use 3.11 to 3.13, PYTHON=/path/to/python launch/install.sh",
-    )  # fmt: skip
+        "FAIL",
+        "Python 3.10.2: use 3.11 to 3.13, PYTHON=/path/to/python launch/install.sh",
+    )
 
 
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):

@@ -16,7 +16,7 @@ from histo_jax.config import Config
 from histo_jax.data import records
 from histo_jax.distributed import mesh
 from histo_jax.errors import UserError
-from histo_jax.metrics import Calibration, binary_scores, with_intervals
+from histo_jax.metrics import Calibration, binary_scores, confidence_intervals
 from histo_jax.report import patches
 from histo_jax.settings import load_run_config
 from histo_jax.training.checkpoints import Checkpoints
@@ -73,13 +73,13 @@ def test_scores_are_those_of_the_calibrated_predictions(make, runs):
         assert scores[name] == pytest.approx(value, rel=1e-6), name
     slides = table["slide"].to_numpy()
     assert (scores["interval_over"], scores["resampled"]) == ("slides", len(set(slides)))
-    for name, (low, high) in with_intervals(logits, labels, slides).items():
+    for name, (low, high) in confidence_intervals(logits, labels, slides).items():
         assert scores[f"{name}_low"] == pytest.approx(low, rel=1e-6), name
         assert scores[f"{name}_high"] == pytest.approx(high, rel=1e-6), name
     calibration = calibration_of(config, folder)
     assert scores["calibration_scale"] == calibration.scale
     assert scores["prior"] == calibration.prior == labels.mean()
-    raw = (logits - calibration.shift) / calibration.scale
+    raw = (logits - calibration.bias) / calibration.scale
     assert scores["nll_uncalibrated"] == pytest.approx(binary_scores(raw, labels)["nll"], rel=1e-4)
     assert scores["nll"] <= scores["nll_uncalibrated"]
     assert "chose the checkpoint" in scores["note"]

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import histo_jax
-from histo_jax.config import Config, folders, validate
+from histo_jax.config import Config
+from histo_jax.config_checks import validate
+from histo_jax.config_values import folders
 from histo_jax.errors import UserError
 from histo_jax.run import files, workdir
 

@@ -5,7 +5,8 @@ import logging
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
 
-from histo_jax.config import DataConfig, parse_fold
+from histo_jax.config import DataConfig
+from histo_jax.config_values import parse_fold
 from histo_jax.errors import DataError
 
 log = logging.getLogger("histo_jax")

@@ -13,7 +13,8 @@ from jax.sharding import SingleDeviceSharding
 from PIL import Image, ImageDraw
 
 from histo_jax import command, ensemble, evaluation_files
-from histo_jax.config import Config, names
+from histo_jax.config import Config
+from histo_jax.config_values import names
 from histo_jax.data.records import Prepared, prepare
 from histo_jax.ensemble import TrainedModel
 from histo_jax.errors import UserError

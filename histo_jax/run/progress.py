@@ -12,6 +12,9 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tqdm import tqdm
 
+from histo_jax import environment
+from histo_jax.errors import UserError, one_line
+
 log = logging.getLogger("histo_jax")
 
 # Between two lines in a log.
@@ -106,9 +109,15 @@ def bar(desc: str, total: int | None = None, *, is_shown: bool = True, **options
         return LogLines(desc, total, options.get("unit", ""), options.get("initial", 0))
     make = _notebook_tqdm() if _is_notebook() else tqdm
     is_hidden = not is_shown or bool(os.environ.get("CI"))
-    made = make(desc=desc, total=total, disable=is_hidden, **options)
+    try:
+        made = make(desc=desc, total=total, disable=is_hidden, **options)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        variables = environment.variables("TQDM_")
+        raise UserError(
+            f"the progress bar cannot be shown ({one_line(error)}): correct or unset {variables}"
+        ) from None
     if not made.disable and hasattr(made, "_time"):
-        # By the time of day, which it counts by, a clock that is set back stops it.
+        # tqdm counts by the time of day: a clock that is set back would stop the bar.
         made._time, made.start_t, made.last_print_t = time.monotonic, *[time.monotonic()] * 2
     return made
 

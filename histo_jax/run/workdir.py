@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from histo_jax.config import NO_URL, Config, is_url
+from histo_jax.config import Config
+from histo_jax.config_values import NO_URL, is_url
 from histo_jax.errors import UserError
 from histo_jax.run import files
 from histo_jax.run.saved_config import LOCATIONS, SavedConfig, is_identity, plain

@@ -51,8 +51,10 @@ ROOT = HERE.parents[1]
 # guide advises such an allocator on CPU.
 TUNED = "pytorch_tuned"
 TUNED_MALLOC = {
-    "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_ARENA_MAX": "1",
-}  # fmt: skip
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "2147483647",
+    "MALLOC_ARENA_MAX": "1",
+}
 PEERS = ("histo", "pytorch", TUNED, "keras_jax", "teaching")
 PYTORCH = [
     (f"PyTorch {way}{', tuned malloc' if peer == TUNED else ''}", peer, way)
@@ -93,13 +95,27 @@ class Sizes:
 
 CPU = Sizes()
 GPU = Sizes(
-    batches=(64, 512), steps=100, epoch=8192, large=160_000, calls=20, files=8192,
-    large_batches=(64, 256, 512, 1024, 2048), predict_batches=(1024,),
-)  # fmt: skip
+    batches=(64, 512),
+    steps=100,
+    epoch=8192,
+    large=160_000,
+    calls=20,
+    files=8192,
+    large_batches=(64, 256, 512, 1024, 2048),
+    predict_batches=(1024,),
+)
 SHORT = Sizes(
-    features=(4, 4, 4, 4, 4), dense=8, batches=(8,), steps=2, epoch=16, large=32,
-    large_batches=(8,), predict_batches=(8,), files=24, growth=(100, 200),
-)  # fmt: skip
+    features=(4, 4, 4, 4, 4),
+    dense=8,
+    batches=(8,),
+    steps=2,
+    epoch=16,
+    large=32,
+    large_batches=(8,),
+    predict_batches=(8,),
+    files=24,
+    growth=(100, 200),
+)
 
 
 class Bench:
@@ -123,17 +139,26 @@ class Bench:
         gpu = self._process("-c", backend).stdout.strip() == "gpu"
         self._sizes = SHORT if options.short else GPU if gpu else CPU
         self._task = Task(
-            self._sizes.features, self._sizes.dense, 0.4, 1.5e-4, cores, gpu, str(folder),
+            self._sizes.features,
+            self._sizes.dense,
+            0.4,
+            1.5e-4,
+            cores,
+            gpu,
+            str(folder),
             self._sizes.epoch,
-        )  # fmt: skip
+        )
         self._torch = PYTORCH[0]  # its fastest way, as soon as that is known
         self._report = Report(
-            options.json, options.rounds,
+            options.json,
+            options.rounds,
             command=" ".join(["tests/benchmarks/bench.py", *sys.argv[1:]]),
             date=datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-            cores=cores, machine=platform.machine(), parameters={},
+            cores=cores,
+            machine=platform.machine(),
+            parameters={},
             versions={"python": platform.python_version()},
-        )  # fmt: skip
+        )
 
     def run(self) -> None:
         self._start_workers()
@@ -183,9 +208,13 @@ class Bench:
 
     def _process(self, *command: str) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=self._environment, text=True,
-            capture_output=True, check=False,
-        )  # fmt: skip
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=self._environment,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
         if done.returncode:
             raise PeerError(done.stderr.strip())
         return done
@@ -285,13 +314,15 @@ class Bench:
     def _start(self) -> None:
         runs = self._folder / "runs"
         fit = [
-            "--config=configs/kaggle.py", "--mode=fit", "--config.data.samples_per_class=None",
+            "--config=configs/kaggle.py",
+            "--mode=fit",
+            "--config.data.samples_per_class=None",
             f"--config.data.raw_dir={self._folder / 'kaggle'}",
             f"--config.data.tfds_dir={self._folder / 'start'}",
             f"--config.model.features={self._sizes.features}",
             f"--config.model.dense={self._sizes.dense}",
             f"--config.fit.batch_size={self._sizes.batches[0]}",
-        ]  # fmt: skip
+        ]
 
         def seconds(*command: str) -> float:
             began = time.perf_counter()
@@ -303,10 +334,13 @@ class Bench:
             return seconds("-c", FIRST_STEP, *fit, f"--workdir={tempfile.mkdtemp(dir=runs)}")
 
         self._report.measure(
-            "start", None,
-            [Entry("--help", lambda: seconds("-m", "histo_jax.main", "--help"), 0),
-             Entry("fit to its first step", first_step, 0)],
-        )  # fmt: skip
+            "start",
+            None,
+            [
+                Entry("--help", lambda: seconds("-m", "histo_jax.main", "--help"), 0),
+                Entry("fit to its first step", first_step, 0),
+            ],
+        )
 
     def _memory(self) -> None:
         """One process each, with the caches of compilation filled by the rows before."""

@@ -50,31 +50,43 @@ FACTORS: dict[str, dict[str, Any]] = {
     "rate_1e-2": {"optimizer.learning_rate": 1e-2},
     "batch_128": {"fit.batch_size": 128, "optimizer.learning_rate": 8e-3},
     "constant_ema": {
-        "optimizer.schedule": "constant", "optimizer.learning_rate": 1e-3,
+        "optimizer.schedule": "constant",
+        "optimizer.learning_rate": 1e-3,
         "optimizer.ema_decay": 0.998,
     },
     "plain": {
-        "model.name": "five_block", "model.features": (32, 64, 128, 256, 512),
-        "model.dense": 1024, "optimizer.learning_rate": 1e-3,
+        "model.name": "five_block",
+        "model.features": (32, 64, 128, 256, 512),
+        "model.dense": 1024,
+        "optimizer.learning_rate": 1e-3,
     },
-}  # fmt: skip
+}
 FULL: dict[str, dict[str, Any]] = {
     "stain_ema": {
-        **FACTORS["stain"], "optimizer.ema_decay": 0.999, "fit.epochs": 20,
+        **FACTORS["stain"],
+        "optimizer.ema_decay": 0.999,
+        "fit.epochs": 20,
     },
     "strong": {
-        "augment.stain": 0.3, "augment.brightness": 0.15, "augment.shift": 4,
-        "augment.mixup": 0.2, "optimizer.weight_decay": 0.05, "optimizer.ema_decay": 0.999,
+        "augment.stain": 0.3,
+        "augment.brightness": 0.15,
+        "augment.shift": 4,
+        "augment.mixup": 0.2,
+        "optimizer.weight_decay": 0.05,
+        "optimizer.ema_decay": 0.999,
         "fit.epochs": 16,
     },
     # As `configs/pcam.py`.
     "original": {
-        "model.name": "five_block", "model.features": (32, 64, 128, 256, 512),
-        "model.dense": 1024, "optimizer.learning_rate": 1.5e-4,
-        "optimizer.schedule": "constant", "optimizer.weight_decay": 0.0,
+        "model.name": "five_block",
+        "model.features": (32, 64, 128, 256, 512),
+        "model.dense": 1024,
+        "optimizer.learning_rate": 1.5e-4,
+        "optimizer.schedule": "constant",
+        "optimizer.weight_decay": 0.0,
         "early_stopping.patience": 4,
     },
-}  # fmt: skip
+}
 BEST = "strong"
 FULL[f"{BEST}_plain"] = FULL[BEST] | FACTORS["plain"]
 # Of each network the full run, whose recipe the runs on fewer patches share.
@@ -146,10 +158,14 @@ def main() -> None:
     for name in options.names or STAGES[options.stage]:
         for seed in map(int, options.seeds.split(",")):
             changes = {
-                "early_stopping.patience": 1000, **BASE, **STAGES[options.stage][name],
-                "seed": seed, "data.source": "pcam", "data.raw_dir": options.data,
+                "early_stopping.patience": 1000,
+                **BASE,
+                **STAGES[options.stage][name],
+                "seed": seed,
+                "data.source": "pcam",
+                "data.raw_dir": options.data,
                 "data.tfds_dir": str(options.runs / "records"),
-            }  # fmt: skip
+            }
             if options.stage == "screen":
                 changes |= {"data.samples_per_class": 2500, "fit.epochs": 15}
             done = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame()

@@ -42,9 +42,15 @@ class Report:
         print(f"left out: {what}: {why}", flush=True)
 
     def note(
-        self, row: str, batch: int | None, who: str, value: float, unit: str = "",
-        ratios: Sequence[float] = (), seconds: Sequence[float] = (),
-    ) -> None:  # fmt: skip
+        self,
+        row: str,
+        batch: int | None,
+        who: str,
+        value: float,
+        unit: str = "",
+        ratios: Sequence[float] = (),
+        seconds: Sequence[float] = (),
+    ) -> None:
         """Adds a result; `ratios` are those of the rounds, of which median and spread are kept."""
         spread = [statistics.median(ratios), min(ratios), max(ratios)] if ratios else None
         result = {"row": row, "batch": batch, "who": who, "value": value, "unit": unit}

@@ -27,19 +27,26 @@ def rate(folder: Path, count: int, number: int) -> float:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "histo_jax.main", f"--config={ROOT / 'configs' / 'quickstart.py'}",
-        f"--workdir={workdir}", "--mode=fit", "--config.fit.epochs=3",
+        sys.executable,
+        "-m",
+        "histo_jax.main",
+        f"--config={ROOT / 'configs' / 'quickstart.py'}",
+        f"--workdir={workdir}",
+        "--mode=fit",
+        "--config.fit.epochs=3",
         f"--config.data.tfds_dir={folder / 'records'}",
-    ]  # fmt: skip
+    ]
     hosts = ["--multihost=manual", f"--coordinator=127.0.0.1:{port}", f"--process_count={count}"]
     processes = [
         subprocess.Popen(
             [*command, *((*hosts, f"--process_index={index}") if count > 1 else ())],
-            cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         for index in range(count)
-    ]  # fmt: skip
+    ]
     statuses = [process.wait() for process in processes]
     if any(statuses):
         raise RuntimeError(f"{count} processes failed")

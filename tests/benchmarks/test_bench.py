@@ -11,9 +11,18 @@ from pathlib import Path
 import pytest
 
 ROWS = {
-    "floors", "train", "epoch", "large", "predict", "averaging", "input", "prepare", "start",
-    "memory", "growth",
-}  # fmt: skip
+    "floors",
+    "train",
+    "epoch",
+    "large",
+    "predict",
+    "averaging",
+    "input",
+    "prepare",
+    "start",
+    "memory",
+    "growth",
+}
 NEEDS = {
     "pytorch": ["torch"],
     "pytorch_tuned": ["torch"],
@@ -32,10 +41,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
         if not name.startswith(("XLA_FLAGS", "JAX_COMPILATION", "JAX_PERSISTENT"))
     }
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("bench.py"), "--short", "--growth",
-         f"--json={path}"],
-        capture_output=True, text=True, check=False, env=environment,
-    )  # fmt: skip
+        [
+            sys.executable,
+            Path(__file__).with_name("bench.py"),
+            "--short",
+            "--growth",
+            f"--json={path}",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(path.read_text()), done.stdout
 

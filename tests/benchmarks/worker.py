@@ -65,8 +65,11 @@ class Worker:
     def __init__(self, peer: str, task: Task, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, __file__, peer, json.dumps(dataclasses.asdict(task))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
 
     def ask(self, method: str, *arguments: Any) -> None:
         try:

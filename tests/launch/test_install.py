@@ -72,8 +72,11 @@ class Clone:
         return subprocess.Popen(
             [shell, self.path / "launch" / "install.sh", *arguments],
             env={**ENVIRONMENT, "PYTHON": str(self.python), **variables},
-            cwd=self.folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            cwd=self.folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def install(self, *arguments: str, **variables: str) -> tuple[int, str, str]:
         process = self.start(*arguments, **variables)
@@ -90,9 +93,12 @@ class Clone:
         code = "import histo_jax; print(histo_jax.__file__)"
         done = subprocess.run(
             [self.path / ".venv" / "bin" / "python", "-c", code],
-            cwd="/", text=True, capture_output=True, check=False,
+            cwd="/",
+            text=True,
+            capture_output=True,
+            check=False,
             env=ENVIRONMENT,
-        )  # fmt: skip
+        )
         return done.stdout.strip() == str(self.path.resolve() / "histo_jax" / "__init__.py")
 
 
@@ -111,18 +117,27 @@ def test_installs_once_whatever_the_surroundings(tmp_path, shell):
     for name in ("re", "pip", "histo_jax"):
         (tmp_path / "modules" / f"{name}.py").write_text("raise SystemExit('hidden')")
     surroundings = {
-        "PIP_USER": "1", "PIP_TARGET": "/nowhere", "PIP_REQUIRE_HASHES": "1", "PIP_NO_INDEX": "1",
-        "PYTHONPATH": f"{tmp_path}/modules", "PYTHONHOME": "/nowhere", "PYTHONINSPECT": "1",
-        "PYTHON_KEYRING_BACKEND": "mine", "CDPATH": "/tmp:/", "VIRTUAL_ENV": "/nowhere",
-    }  # fmt: skip
+        "PIP_USER": "1",
+        "PIP_TARGET": "/nowhere",
+        "PIP_REQUIRE_HASHES": "1",
+        "PIP_NO_INDEX": "1",
+        "PYTHONPATH": f"{tmp_path}/modules",
+        "PYTHONHOME": "/nowhere",
+        "PYTHONINSPECT": "1",
+        "PYTHON_KEYRING_BACKEND": "mine",
+        "CDPATH": "/tmp:/",
+        "VIRTUAL_ENV": "/nowhere",
+    }
     assert clone.install(shell=shell, **surroundings) == (0, INSTALLING, "")
     ((arguments, environment),) = clone.calls()
     assert arguments[0] == "install"
     assert arguments[-2:] == ["--editable", "."]
     pip = {name: value for name, value in environment.items() if name.startswith("PIP_")}
     assert pip == {
-        "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": "https://mirror", "PIP_NO_INDEX": "1",
-    }  # fmt: skip
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_INDEX_URL": "https://mirror",
+        "PIP_NO_INDEX": "1",
+    }
     python = {name for name in environment if name.startswith("PYTHON")}
     assert python == {"PYTHON", "PYTHON_KEYRING_BACKEND"}
     assert clone.works()
@@ -210,17 +225,27 @@ def test_two_at_once_install_once(clone):
 @pytest.mark.parametrize(
     ("log", "why"),
     [
-        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
-         "no space left: free some"),
-        ("WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError(...)'\n"
-         "ERROR: No matching distribution found for x", "the package index cannot be reached"),
-        ("SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))",
-         "the certificate of the package index is not trusted: set PIP_CERT"),
-        ("error: subprocess-exited-with-error\n      ERROR: No matching distribution found for x>=1"
-         "\nERROR: subprocess-exited-with-error", "No matching distribution found for x>=1"),
+        (
+            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+            "no space left: free some",
+        ),
+        (
+            "WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError(...)'\n"
+            "ERROR: No matching distribution found for x",
+            "the package index cannot be reached",
+        ),
+        (
+            "SSLError(SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED]'))",
+            "the certificate of the package index is not trusted: set PIP_CERT",
+        ),
+        (
+            "error: subprocess-exited-with-error\n      ERROR: No matching distribution found for x>=1"
+            "\nERROR: subprocess-exited-with-error",
+            "No matching distribution found for x>=1",
+        ),
         ("killed", "see the log"),
     ],
-)  # fmt: skip
+)
 def test_why_pip_failed_is_one_line(clone, log, why):
     (clone.folder / "error").write_text(log)
     status, _, said = clone.install()
@@ -244,9 +269,12 @@ def test_only_where_packages_come_from_is_taken_from_the_settings_of_pip():
     )
     variables = {"HOME": "/h", "PIP_CERT": "mine", "PIP_PROXY": "", "PIP_CONSTRAINT": "x"}
     assert module.settings(listing, variables) == {
-        "HOME": "/h", "PIP_CONFIG_FILE": os.devnull, "PIP_CERT": "mine",
-        "PIP_EXTRA_INDEX_URL": "\nhttps://a\nhttps://b", "PIP_INDEX_URL": "https://y",
-    }  # fmt: skip
+        "HOME": "/h",
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_CERT": "mine",
+        "PIP_EXTRA_INDEX_URL": "\nhttps://a\nhttps://b",
+        "PIP_INDEX_URL": "https://y",
+    }
 
 
 def test_an_interpreter_that_does_not_do_is_named(clone):
@@ -267,8 +295,9 @@ def test_an_interpreter_that_does_not_do_is_named(clone):
 def test_one_extra_at_a_time(clone):
     status, _, wrong = clone.install("test", "cuda")
     assert (status, wrong) == (
-        2, "launch/install.sh: one extra at a time; start it again for cuda\n",
-    )  # fmt: skip
+        2,
+        "launch/install.sh: one extra at a time; start it again for cuda\n",
+    )
 
 
 def test_scripts_keep_their_line_ends_in_a_clone_of_git_for_windows(tmp_path):
@@ -327,7 +356,11 @@ def test_an_editable_installation_is_found_from_the_folder_above_the_clone(hatch
         "import histo_jax; print(histo_jax.Config().seed)"
     )
     done = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=tmp_path / "src", text=True, capture_output=True,
-        check=False, env=ENVIRONMENT,
-    )  # fmt: skip
+        [sys.executable, "-S", "-c", code],
+        cwd=tmp_path / "src",
+        text=True,
+        capture_output=True,
+        check=False,
+        env=ENVIRONMENT,
+    )
     assert (done.stdout, done.stderr) == ("0\n", "")

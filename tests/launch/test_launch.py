@@ -26,7 +26,11 @@ ACTIVE = {"queued-resources describe": ["ACTIVE"]}
 # Of each command, the options that its manual names and the scripts use.
 KNOWN = {
     "gcloud compute tpus queued-resources create": [
-        "--node-id", "--accelerator-type", "--runtime-version", "--spot", "--zone",
+        "--node-id",
+        "--accelerator-type",
+        "--runtime-version",
+        "--spot",
+        "--zone",
     ],
     "gcloud compute tpus queued-resources describe": ["--zone", "--format"],
     "gcloud compute tpus queued-resources delete": ["--force", "--quiet", "--zone"],
@@ -38,7 +42,7 @@ KNOWN = {
     "srun": ["--kill-on-bad-exit", "--ntasks-per-node"],
     "scontrol requeue": [],
     "squeue": ["--noheader", "--jobs", "--format"],
-}  # fmt: skip
+}
 # Refuses what the program would refuse, notes how it was called, and answers as the file `answers`
 # beside it says for that call.
 STAND_IN = f"""#!{sys.executable}
@@ -173,16 +177,22 @@ class Door:
 
     def run(self, script: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
         environment = {
-            **os.environ, "PATH": f"{self.folder}:{os.environ['PATH']}",
-            "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "77", "HISTO_JAX_POLL_SECONDS": "0",
+            **os.environ,
+            "PATH": f"{self.folder}:{os.environ['PATH']}",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_JOB_ID": "77",
+            "HISTO_JAX_POLL_SECONDS": "0",
             **variables,
-        }  # fmt: skip
+        }
         process = subprocess.Popen(
             # Tests that run in the background ignore Ctrl-C, and bash cannot undo that.
             ["env", "--default-signal=INT", "bash", str(script), *arguments],
             start_new_session=True,
-            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         self.started.append(process)
         try:
             said = process.communicate(timeout=60)
@@ -228,12 +238,16 @@ def test_help_says_how_it_is_used_and_does_nothing(door, tmp_path, script, optio
 @pytest.mark.parametrize(
     ("script", "option", "said"),
     [
-        ("quickstart.sh", "--mode=fit", "unknown option --mode=fit; for another config or mode use "
-         ".venv/bin/python -m histo_jax.main"),
+        (
+            "quickstart.sh",
+            "--mode=fit",
+            "unknown option --mode=fit; for another config or mode use "
+            ".venv/bin/python -m histo_jax.main",
+        ),
         ("bench.sh", "--row=train", "unrecognized arguments: --row=train (see --help)"),
         ("bench.sh", "--rows=train,trian", "no such row: trian (see --help)"),
     ],
-)  # fmt: skip
+)
 def test_an_unknown_option_is_named_before_anything_is_installed(door, script, option, said):
     done = door.run(LAUNCH / script, option, PYTHON="/nowhere")
     assert (done.returncode, done.stdout) == (2, "")
@@ -322,9 +336,11 @@ def test_gpu_vm_copies_records_from_a_folder(door, repository, tmp_path):
         (tmp_path / "records" / name / "shard").write_text("patches")
     for _ in range(2):
         done = door.run(
-            repository / "launch" / "gpu_vm.sh", f"--records={tmp_path / 'records'}", *OPTIONS,
+            repository / "launch" / "gpu_vm.sh",
+            f"--records={tmp_path / 'records'}",
+            *OPTIONS,
             HOME=str(tmp_path),
-        )  # fmt: skip
+        )
         assert done.returncode == 75, done.stderr
     copied = tmp_path / "tensorflow_datasets"
     assert [path.name for path in copied.rglob("*")] == ["histopathology", "shard"]
@@ -340,9 +356,13 @@ def slurm(door, repository):
             f'TASK=$SLURM_PROCID\necho "$@" > "{door.folder}/task$TASK"\n{what}',
         )
         return door.run(
-            LAUNCH / "slurm.sbatch", *options, *OPTIONS,
-            SLURM_SUBMIT_DIR=str(repository), SLURM_NTASKS=str(tasks), **variables,
-        )  # fmt: skip
+            LAUNCH / "slurm.sbatch",
+            *options,
+            *OPTIONS,
+            SLURM_SUBMIT_DIR=str(repository),
+            SLURM_NTASKS=str(tasks),
+            **variables,
+        )
 
     return submit
 
@@ -370,7 +390,7 @@ def test_slurm_queues_the_job_again_where_that_helps(door, slurm, statuses, stat
         f'statuses=({statuses}); s=${{statuses[$TASK]}}; case $s in [0-9]*) exit "$s" ;; '
         '*) ulimit -c 0; kill -"$s" $$ ;; esac',
         tasks=len(statuses.split()),
-    )  # fmt: skip
+    )
     assert done.returncode == status, done.stderr
     calls = [call for call in door.calls() if call[0] != "squeue"]
     assert calls[0][0] == "srun"
@@ -381,9 +401,7 @@ def test_slurm_queues_the_job_again_where_that_helps(door, slurm, statuses, stat
 
 def test_slurm_is_not_misled_by_what_the_processes_say(door, slurm):
     program(door.folder / "tee", f'sleep 0.3; exec {shutil.which("tee")} "$@"')
-    done = slurm(
-        'printf "50%%\\r" >&2; printf "Exited with exit code 2\\n" >&2; exit 75', tasks=1
-    )  # fmt: skip
+    done = slurm('printf "50%%\\r" >&2; printf "Exited with exit code 2\\n" >&2; exit 75', tasks=1)
     assert done.returncode == 75
     assert door.calls()[-1] == REQUEUE
     # A bar that has ended no line stands before srun's words.
@@ -391,9 +409,7 @@ def test_slurm_is_not_misled_by_what_the_processes_say(door, slurm):
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize(
-    ("state", "again"), [("RUNNING", True), ("COMPLETING", False), (1, True)]
-)  # fmt: skip
+@pytest.mark.parametrize(("state", "again"), [("RUNNING", True), ("COMPLETING", False), (1, True)])
 def test_slurm_does_not_queue_again_what_was_cancelled(door, slurm, state, again):
     door.answer(squeue=[state])
     done = slurm("exit 75")
@@ -479,7 +495,7 @@ def tpu(door, repository):
         # Two at a time would break it.
         'mkdir "$HOME/installing" || exit 3; echo "install.sh $*" >> "$HOME/calls"; sleep 0.5; '
         'mkdir -p .venv/bin runs; cp launch/what .venv/bin/python; rm -r "$HOME/installing"',
-    )  # fmt: skip
+    )
     shutil.copy(LAUNCH / "tpu_worker.sh", repository / "launch")
     subprocess.run(["git", "init", "--quiet"], cwd=repository, check=True)
     subprocess.run(["git", "add", "launch/tpu_worker.sh"], cwd=repository, check=True)
@@ -488,9 +504,15 @@ def tpu(door, repository):
     def start(what, *settings, workers=1, broken=0):
         program(repository / "launch" / "what", f'echo $$ >> "$HOME/started"; {what}')
         return door.run(
-            repository / "launch" / "tpu_vm.sh", *TPU, *settings, "--", *OPTIONS,
-            WORKERS=str(workers), BROKEN=str(broken), HISTO_JAX_POLL_SECONDS="0.1",
-        )  # fmt: skip
+            repository / "launch" / "tpu_vm.sh",
+            *TPU,
+            *settings,
+            "--",
+            *OPTIONS,
+            WORKERS=str(workers),
+            BROKEN=str(broken),
+            HISTO_JAX_POLL_SECONDS="0.1",
+        )
 
     start.homes = [door.folder / f"worker{index}" for index in range(2)]
     start.repository = repository
@@ -510,9 +532,13 @@ def test_tpu_vm_is_made_awaited_used_and_fetched(door, tpu, tmp_path):
     done = tpu(
         'for word in "$@"; do echo "<$word>"; done; printf "half a "; sleep 0.5; echo line; '
         '[ "$PYTHONUNBUFFERED" ] && touch runs/report.html',
-        "--type=v5litepod-16", "--spot", "--records=gs://b/the records", "--workdirs=gs://bucket/",
-        f"--fetch={fetched}", workers=2,
-    )  # fmt: skip
+        "--type=v5litepod-16",
+        "--spot",
+        "--records=gs://b/the records",
+        "--workdirs=gs://bucket/",
+        f"--fetch={fetched}",
+        workers=2,
+    )
     assert done.returncode == 0, done.stderr
     assert "waiting for mine: PROVISIONING" in done.stdout
     shown = [line for line in done.stdout.splitlines() if not line.startswith("waiting")]
@@ -559,8 +585,10 @@ def test_tpu_vm_installs_a_python_where_there_is_none(door, tpu):
 def test_tpu_vm_passes_the_status_on(door, tpu, tmp_path, first, second, status):
     done = tpu(
         f'echo "I am $HOME"; case $HOME in *0) exit {first} ;; esac; exit {second}',
-        "--workdirs=bucket", f"--fetch={tmp_path / 'fetched'}", workers=2,
-    )  # fmt: skip
+        "--workdirs=bucket",
+        f"--fetch={tmp_path / 'fetched'}",
+        workers=2,
+    )
     assert done.returncode == status, done.stderr
     assert not [call for call in door.calls() if "create" in call]
     # What the others have said is shown where something went wrong; results are fetched anyway.
@@ -768,9 +796,11 @@ def test_kubernetes_follows_the_schema_and_its_command_line_is_known():
         word.partition("=")[0] for word in [*prepares["command"], *command] if word[:2] == "--"
     ]
     known = subprocess.run(
-        [sys.executable, "-m", "histo_jax.main", "--help"], text=True, capture_output=True,
+        [sys.executable, "-m", "histo_jax.main", "--help"],
+        text=True,
+        capture_output=True,
         check=True,
-    ).stdout  # fmt: skip
+    ).stdout
     assert all(option in known for option in options)
     steps = [line.split() for line in (LAUNCH / "Dockerfile").read_text().splitlines()]
     assert ["WORKDIR", pod["containers"][0]["workingDir"]] in steps
@@ -801,9 +831,11 @@ def test_kubernetes_prepares_once_and_copies_to_the_node(pod, tmp_path):
     (prepares,) = pod["initContainers"]
     config = next(word for word in pod["containers"][0]["command"] if word[:9] == "--config=")
     changes = {
-        ".venv/bin/python": sys.executable, "/data": f"{tmp_path}/data",
-        "/records": f"{tmp_path}/records", config: "--config=configs/quickstart.py",
-    }  # fmt: skip
+        ".venv/bin/python": sys.executable,
+        "/data": f"{tmp_path}/data",
+        "/records": f"{tmp_path}/records",
+        config: "--config=configs/quickstart.py",
+    }
     command = prepares["command"]
     assert config in command
     for old, new in changes.items():
@@ -814,8 +846,11 @@ def test_kubernetes_prepares_once_and_copies_to_the_node(pod, tmp_path):
         (tmp_path / "records").mkdir()
         done = subprocess.run(
             [*command, "--config.data.synthetic_slides=2"],
-            cwd=ROOT, text=True, capture_output=True, check=False,
-        )  # fmt: skip
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         prepared |= {path.stat().st_mtime_ns for path in tmp_path.glob("data/**/prepared.json")}
         assert len(list((tmp_path / "records").rglob("prepared.json"))) == 1

@@ -54,9 +54,11 @@ for number in range(1, 1000):
 def test_killed_at_any_file_operation_the_folder_is_the_old_or_the_new_one(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, folders.__file__, str(tmp_path)],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True,
+        text=True,
+        timeout=120,
         env=os.environ | {"PYTHONPATH": str(Path(folders.__file__).parents[2])},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[0]) > 10
 
@@ -71,8 +73,9 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         folders.update(tmp_path / "f", {"a": b"2"}, ["b"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "f").iterdir()} == {
-        "a": b"1", "b": b"1",
-    }  # fmt: skip
+        "a": b"1",
+        "b": b"1",
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 

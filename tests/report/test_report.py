@@ -152,16 +152,23 @@ COLOR = {
     "Colour alone does better": {"auc": 0.8, "auc_low": 0.7, "color_auc": 0.81},
     "Colour alone does as well": {"auc": 0.8, "auc_low": 0.7, "color_auc": 0.8},
     "not proven, as that lies within its interval": {
-        "auc": 0.8, "auc_low": 0.7, "color_auc": 0.75,
+        "auc": 0.8,
+        "auc_low": 0.7,
+        "color_auc": 0.75,
     },
     "not proven, as it has no interval": {"auc": 0.8, "auc_low": None, "color_auc": 0.75},
     "better than colour histograms alone, which reach AUC 0.600": {
-        "auc": 0.8, "auc_low": 0.7, "color_auc": 0.6,
+        "auc": 0.8,
+        "auc_low": 0.7,
+        "color_auc": 0.6,
     },
     "Of the validation patches, colour histograms alone reach AUC 0.900": {
-        "auc": 0.8, "auc_low": 0.7, "color_auc": 0.9, "split": "test",
+        "auc": 0.8,
+        "auc_low": 0.7,
+        "color_auc": 0.9,
+        "split": "test",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("wanted", COLOR)
@@ -231,8 +238,9 @@ def test_the_legend_tells_colours_frame_and_size(facts):
 def test_thresholds_are_said_so_that_their_levels_hold(facts):
     made = facts()
     made["scores"] |= {
-        "probability_at_95_specificity": 0.9996341, "probability_at_95_sensitivity": 0.00040378,
-    }  # fmt: skip
+        "threshold_at_95_specificity": 0.9996341,
+        "threshold_at_95_sensitivity": 0.00040378,
+    }
     made["table"].loc[1, "logit"] = 20.0
     text, _ = page.render(**made)
     said = words_of(text)
@@ -241,8 +249,9 @@ def test_thresholds_are_said_so_that_their_levels_hold(facts):
     # The slider knows no such values; it would call none, or all.
     assert "data-position=" not in text
     made["scores"] |= {
-        "probability_at_95_specificity": None, "probability_at_95_sensitivity": 0.25,
-    }  # fmt: skip
+        "threshold_at_95_specificity": None,
+        "threshold_at_95_sensitivity": 0.25,
+    }
     text, _ = page.render(**made)
     assert re.findall(r'data-position="(\d+)">([^<]+)<', text) == [("250", "95% sensitivity")]
     assert "from probability 0.250 on" in words_of(text)
@@ -253,7 +262,7 @@ def test_what_was_evaluated_by_an_earlier_version_has_a_page(config, run, tmp_pa
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run" / "evaluation_validation.json"
     scores = json.loads(path.read_text())
-    for name in ("tta", "probability_at_95_specificity", "probability_at_95_sensitivity"):
+    for name in ("tta", "threshold_at_95_specificity", "threshold_at_95_sensitivity"):
         del scores[name]
     path.write_text(json.dumps(scores))
     report(config, tmp_path / "run")
@@ -269,8 +278,12 @@ def test_one_file_without_network(run):
     assert not found.open
     figures = {path.stem for path in (run / "report").iterdir()}
     assert figures == {
-        "learning_curves", "roc", "precision_recall", "calibration", "histogram",
-    }  # fmt: skip
+        "learning_curves",
+        "roc",
+        "precision_recall",
+        "calibration",
+        "histogram",
+    }
 
 
 def test_every_picture_has_a_text_and_every_control_a_label(run):
@@ -430,7 +443,7 @@ def test_curves_are_those_of_scikit_learn_and_points_those_of_the_evaluation(dra
     )
     assert (roc.get_xlabel(), roc.get_ylabel()) == ("1 - specificity", "sensitivity")
     for level in ("specificity", "sensitivity"):
-        called = probabilities >= scores[f"probability_at_95_{level}"]
+        called = probabilities >= scores[f"threshold_at_95_{level}"]
         reached = called[labels == 1].mean()
         # Drawn at the level itself, which whole patches may only come near to.
         point = lines(roc)[f"95% {level}"][0]
@@ -456,9 +469,13 @@ def test_curves_are_those_of_scikit_learn_and_points_those_of_the_evaluation(dra
 
 def test_learning_curves_mark_the_epoch_that_was_scored(drawn):
     history = pd.DataFrame(
-        {"epoch": [1, 2, 3], "step": [7, 14, 21], "train_loss": [0.7, 0.5, 0.3],
-         "validation_loss": [0.6, 0.4, 0.45]}
-    )  # fmt: skip
+        {
+            "epoch": [1, 2, 3],
+            "step": [7, 14, 21],
+            "train_loss": [0.7, 0.5, 0.3],
+            "validation_loss": [0.6, 0.4, 0.45],
+        }
+    )
     figures.learning_curves(history, history[history["step"] == 21])
     curves = lines(drawn[0])
     assert curves["training"].tolist() == [[1, 0.7], [2, 0.5], [3, 0.3]]

@@ -62,9 +62,13 @@ class Peer:
 
     def _loader(self, batch_size: int) -> DataLoader:
         return DataLoader(
-            self._patches, batch_size, shuffle=True, drop_last=True, num_workers=self._task.cores,
+            self._patches,
+            batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=self._task.cores,
             pin_memory=self._task.gpu,
-        )  # fmt: skip
+        )
 
     def epoch(self, way: str, batch_size: int, epoch: int) -> None:
         self._network.train()

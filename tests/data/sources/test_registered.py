@@ -12,7 +12,8 @@ from PIL import Image
 
 import histo_jax
 from histo_jax import registry
-from histo_jax.config import Config, validate
+from histo_jax.config import Config
+from histo_jax.config_checks import validate
 from histo_jax.data import leakage, records
 from histo_jax.data.example import Example
 from histo_jax.data.splits import make_subsets
