@@ -5,6 +5,7 @@ import re
 import runpy
 from pathlib import Path
 
+import flax.linen as nn
 import numpy as np
 import pandas as pd
 import pytest
@@ -27,9 +28,18 @@ IMAGES[::2, 32:64, 32:64] -= 90
 def forget():
     """What a test registers is forgotten after it."""
     yield
-    for name in registry.SOURCES.names():
-        if not registry.SOURCES.is_built_in(name):
-            del registry.SOURCES._entries[name]
+    for entries in (registry.SOURCES, registry.MODELS):
+        for name in entries.names():
+            if not entries.is_built_in(name):
+                del entries._entries[name]
+
+
+class Pixel(nn.Module):
+    """The smallest network, which compiles fast."""
+
+    @nn.compact
+    def __call__(self, images, train):
+        return nn.Dense(1)(images.mean((1, 2)))[:, 0]
 
 
 @pytest.fixture
@@ -78,7 +88,8 @@ def test_a_source_of_a_config_file_goes_through_every_command(tmp_path):
             Image.fromarray(IMAGES[k]).save(folder / f"{split}-{k // 4}_{k}.png")
     config = runpy.run_path(str(path))["get_config"]()
     config.data.raw_dir, config.data.tfds_dir = str(tmp_path / "raw"), str(tmp_path / "records")
-    config.model.features, config.model.dense = (4, 4, 4, 4, 4), 8
+    histo_jax.register_model("pixel")(Pixel)
+    config.model.name = "pixel"
     config.fit.batch_size, config.fit.epochs = 8, 1
     config.predict.batch_size = 8
     histo_jax.fit(config, tmp_path / "run")
