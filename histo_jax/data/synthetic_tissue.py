@@ -25,7 +25,7 @@ MARGIN = 24
 LYMPHOID, FOLLICLE, STROMA, FAT, TUMOUR, GLASS = range(6)
 
 # Unit stain vectors (R, G, B; hematoxylin, eosin): Ruifrok & Johnston 2001, Anal Quant Cytol
-# Histol 23(4), and the reference of Macenko et al. 2009 (ISBI). Labs lie between the two.
+# Histol 23(4), and the reference of Macenko et al. 2009 (ISBI). Labs are between the two.
 RUIFROK = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]])
 MACENKO = np.array([[0.5626, 0.7201, 0.4062], [0.2159, 0.8012, 0.5581]])
 
@@ -53,7 +53,7 @@ def generate_tile(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Noise(NamedTuple):
-    """Smooth noise, float32[side, side] each, by increasing scale."""
+    """Smooth noise, float32[size, size] each, by increasing scale."""
 
     grain: np.ndarray
     cracks: np.ndarray
@@ -62,9 +62,9 @@ class _Noise(NamedTuple):
 
 
 def _tissue(rng: np.random.Generator) -> np.ndarray:
-    """Returns regions and cells: float32[side, side, 3] (hematoxylin, eosin, tumour)."""
-    side = TILE + 2 * MARGIN
-    noise = _Noise(*(_field(rng, side, scale) for scale in (2.0, 4.0, 9.0, 40.0)))
+    """Returns regions and cells: float32[size, size, 3] (hematoxylin, eosin, tumour)."""
+    size = TILE + 2 * MARGIN
+    noise = _Noise(*(_field(rng, size, scale) for scale in (2.0, 4.0, 9.0, 40.0)))
     tissue = _regions(rng, noise.lumps)
     canvas, solid = _paint_regions(rng, tissue, noise)
     _add_lymphocytes(rng, canvas, tissue, solid)
@@ -75,16 +75,16 @@ def _tissue(rng: np.random.Generator) -> np.ndarray:
 
 
 def _regions(rng: np.random.Generator, lumps: np.ndarray) -> np.ndarray:
-    """Returns the tissue of each pixel, int[side, side]."""
+    """Returns the tissue of each pixel, int[size, size]."""
     # Borders by quantile, so that every slide has each kind and enough tumour to cut from.
-    side = len(lumps)
-    tissue = np.full((side, side), LYMPHOID)
-    order = _field(rng, side, 60.0) + 0.25 * lumps
+    size = len(lumps)
+    tissue = np.full((size, size), LYMPHOID)
+    order = _field(rng, size, 60.0) + 0.25 * lumps
     tissue[order < np.quantile(order, rng.uniform(0.15, 0.3))] = FOLLICLE
     tissue[order > np.quantile(order, rng.uniform(0.6, 0.8))] = STROMA
-    ground = _field(rng, side, 70.0)
+    ground = _field(rng, size, 70.0)
     tissue[ground > np.quantile(ground, rng.uniform(0.85, 0.95))] = FAT
-    nests = _field(rng, side, rng.uniform(20.0, 45.0)) + 0.12 * lumps
+    nests = _field(rng, size, rng.uniform(20.0, 45.0)) + 0.12 * lumps
     tissue[nests > np.quantile(nests, rng.uniform(0.5, 0.65))] = TUMOUR
     tissue[ground < np.quantile(ground, rng.uniform(0.02, 0.08))] = GLASS
     return tissue
@@ -93,7 +93,7 @@ def _regions(rng: np.random.Generator, lumps: np.ndarray) -> np.ndarray:
 def _paint_regions(
     rng: np.random.Generator, tissue: np.ndarray, noise: _Noise
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the canvas without cells, and float[side, side], how solid the tissue is, 0 to 1."""
+    """Returns the canvas without cells, and float[size, size], how solid the tissue is, 0 to 1."""
     grain, cracks, lumps, fibres = noise
     stroma, fat, tumour = (tissue == kind for kind in (STROMA, FAT, TUMOUR))
     # Stroma flows along the contours of a field; the rest is clotted.
@@ -252,11 +252,11 @@ def _scatter(
     A point exists with the probability `density[tissue]`, and never where `solid` is below 1/2.
     The order is random, so that no direction is always on top.
     """
-    side = len(tissue)
-    row, column = np.mgrid[0 : side / spacing / 0.866, 0 : side / spacing]
+    size = len(tissue)
+    row, column = np.mgrid[0 : size / spacing / 0.866, 0 : size / spacing]
     points = np.stack([row * 0.866, column + 0.5 * (row % 2)], -1).reshape(-1, 2) * spacing
     points = (points + rng.normal(0, 0.16 * spacing, points.shape)).round().astype(int)
-    points = points[((points >= MARGIN) & (points < side - MARGIN)).all(1)]
+    points = points[((points >= MARGIN) & (points < size - MARGIN)).all(1)]
     y, x = points.T
     exists = rng.random(len(points)) < np.asarray(density)[tissue[y, x]]
     if solid is not None:
@@ -264,10 +264,10 @@ def _scatter(
     return rng.permutation(points[exists])
 
 
-def _field(rng: np.random.Generator, side: int, scale: float) -> np.ndarray:
-    """Returns smooth normal noise float32[side, side] of unit variance, correlated over `scale`."""
-    knots = np.arange(-3 * scale, side + 3 * scale, scale)
-    kernel = np.exp(-0.5 * ((np.arange(side)[:, None] - knots) / scale) ** 2)
+def _field(rng: np.random.Generator, size: int, scale: float) -> np.ndarray:
+    """Returns smooth normal noise float32[size, size] of unit variance, correlated over `scale`."""
+    knots = np.arange(-3 * scale, size + 3 * scale, scale)
+    kernel = np.exp(-0.5 * ((np.arange(size)[:, None] - knots) / scale) ** 2)
     kernel = (kernel / np.linalg.norm(kernel, axis=1, keepdims=True)).astype(np.float32)
     return kernel @ rng.standard_normal((len(knots), len(knots)), dtype=np.float32) @ kernel.T
 
@@ -278,20 +278,20 @@ def _fat_gaps(rng: np.random.Generator, fat: np.ndarray) -> np.ndarray:
     Its zeros are the walls of a Voronoi diagram; cells are about 60 pixels wide. Valid where bool
     `fat` is true: elsewhere it is not computed.
     """
-    side = len(fat)
-    near = np.full((2, side, side), 1e3, np.float32)
-    down, across = np.ogrid[:side, :side]
+    size = len(fat)
+    distances = np.full((2, size, size), 1e3, np.float32)
+    down, across = np.ogrid[:size, :size]
     reach = 76
     everywhere = np.zeros(fat.shape, int)
     for y, x in _scatter(rng, everywhere, 60.0, [1]):
         rows, columns = (slice(max(0, c - reach), c + reach) for c in (y, x))
         if not fat[rows, columns].any():
             continue
-        first, second = near[:, rows, columns]
+        first, second = distances[:, rows, columns]
         far = np.hypot(down[rows] - y, across[:, columns] - x)
         np.minimum(second, np.maximum(first, far), out=second)
         np.minimum(first, far, out=first)
-    return near[1] - near[0]
+    return distances[1] - distances[0]
 
 
 def _scan(rng: np.random.Generator, stain: np.ndarray) -> np.ndarray:
