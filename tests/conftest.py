@@ -1,10 +1,15 @@
 """Four fake devices, shapes checked at run time, and small data."""
 
 import atexit
+import contextlib
+import dataclasses
 import hashlib
+import io
+import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +36,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from histo_jax import environment, main
 from histo_jax.config import Config
 
 # Grain reads flags, which nobody parses under pytest.
@@ -97,6 +103,44 @@ def _tiny_config(kaggle_dir: Path, records: Path) -> Config:
     config.fit.epochs = 2
     config.predict.batch_size = 8
     return config
+
+
+@dataclasses.dataclass
+class Ended:
+    """How a command ended in this process."""
+
+    status: int
+    stdout: str
+    stderr: str  # with what is logged, and warnings
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Callable[..., Ended]:
+    """Runs the command line in this process, which has the heavy imports behind it."""
+    return _run_command
+
+
+def _run_command(*options: object) -> Ended:
+    stdout, stderr, status = io.StringIO(), io.StringIO(), 0
+    logger, handler = logging.getLogger("histo_jax"), logging.StreamHandler(stderr)
+    with (
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        environment.reset_warnings()
+        level = logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            status = main.main(["histo_jax", *map(str, options)])
+        except SystemExit as leave:
+            status = leave.code if isinstance(leave.code, int) else 1
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+    messages = [f"{warning.message}\n" for warning in caught]
+    return Ended(status, stdout.getvalue(), "".join([stderr.getvalue(), *messages]))
 
 
 @pytest.fixture(scope="session")

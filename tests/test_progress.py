@@ -33,10 +33,12 @@ class Log(logging.Handler):
 @pytest.fixture
 def log(monkeypatch):
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.01)
-    handler = Log()
+    level, handler = progress.log.level, Log()
+    progress.log.setLevel(logging.INFO)
     progress.log.addHandler(handler)
     yield handler
     progress.log.removeHandler(handler)
+    progress.log.setLevel(level)
 
 
 def test_a_log_gets_lines_of_the_innermost_work_even_while_it_stands_still(log):

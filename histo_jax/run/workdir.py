@@ -199,7 +199,7 @@ class Workdir:
         self._set_state("running")
 
     def _set_state(self, state: str, reason: str | None = None, **values: Any) -> None:
-        # Without its lock the folder is nobody's yet, or another process's.
+        # Without the lock the folder is not a run's yet, or another process's.
         if self._lock:
             self.update_status(state=state, reason=reason, **values)
 
