@@ -5,7 +5,8 @@ import os
 from collections.abc import Callable, Iterator
 
 from histo_jax import environment, settings
-from histo_jax.config import Config, validate
+from histo_jax.config import Config
+from histo_jax.config_checks import validate
 from histo_jax.distributed import processes, restarts, runtime
 from histo_jax.run import files, progress
 from histo_jax.run.workdir import Workdir

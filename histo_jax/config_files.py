@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from histo_jax import recipes
-from histo_jax.config import Config, ConfigFile, check_types
+from histo_jax.config import Config, ConfigFile
+from histo_jax.config_checks import check_types
 from histo_jax.errors import ConfigError, UserError, closest, one_line
 
 MODULE = "histo_jax_config_file"  # name of the module that a config file becomes

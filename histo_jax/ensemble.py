@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from histo_jax.config import Config, parse_fold
+from histo_jax.config import Config
+from histo_jax.config_values import parse_fold
 from histo_jax.data import splits
 from histo_jax.data.records import Prepared, existing
 from histo_jax.errors import CheckpointError, DataError, UserError
@@ -154,7 +155,8 @@ def fold_subsets(
                 "this command the config.data of that run, without its fold"
             )
     rows = np.sort(np.concatenate([origin.subsets.validation.rows for origin in origins]))
-    sample = splits.draw_sample(prepared.tables, trained[0].config)
+    first = trained[0].config
+    sample = splits.draw_sample(prepared.tables, first.data, first.data_seed)
     if not np.array_equal(rows, sample.rows):
         raise UserError(
             "the runs of config.predict.checkpoints have not split the same patches into folds: "
@@ -206,7 +208,7 @@ def _training_data(model: TrainedModel, config: Config, prepared: Prepared) -> _
             return _split_as_trained(model, prepared)
     reason: Exception = DataError(f"{model.config.data.tfds_dir} has none of its records")
     try:
-        for records in existing(model.config, Path(model.run)):
+        for records in existing(model.config.data, model.config.data_seed, Path(model.run)):
             try:
                 return _split_as_trained(model, records)
             except UserError as error:
@@ -220,6 +222,8 @@ def _training_data(model: TrainedModel, config: Config, prepared: Prepared) -> _
 
 
 def _split_as_trained(model: TrainedModel, prepared: Prepared) -> _TrainingData:
-    subsets = splits.make_subsets(prepared.tables, model.config)
-    splits.check_fingerprint(model.fingerprint, prepared.tables, subsets, model.config)
+    config = model.config
+    subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
+    fingerprint = splits.fingerprint(prepared.tables, subsets, config.seed, config.fit.batch_size)
+    splits.check_fingerprint(model.fingerprint, fingerprint, config.data.tfds_dir)
     return _TrainingData(prepared, subsets)

@@ -15,7 +15,7 @@ from histo_jax.data.example import UNLABELLED
 from histo_jax.data.records import Prepared, prepare
 from histo_jax.distributed import consensus
 from histo_jax.errors import DataError, UserError
-from histo_jax.metrics import binary_scores, operating_points, with_intervals
+from histo_jax.metrics import binary_scores, confidence_intervals, operating_points
 from histo_jax.predictor import Predictor
 from histo_jax.run.workdir import Workdir
 
@@ -46,7 +46,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
         the fraction of tumour; `tta`; `split_by`, 'slide', 'image' or 'official'; `slide_disjoint`
         and `patient_disjoint`, whether no slide and no patient is shared with training (None = not
         known), and a `note`; `out_of_fold`, whether each patch was scored by the run of its fold;
-        `checkpoint_step`, `calibration_scale` and `calibration_shift`, or, for an ensemble, `runs`
+        `checkpoint_step`, `calibration_scale` and `calibration_bias`, or, for an ensemble, `runs`
         with the scores of each.
 
     Raises:
@@ -61,7 +61,7 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
 def evaluate_in(run: Workdir, config: Config) -> dict[str, Any]:
     """Does the work of `evaluate` in an open folder."""
     predictor = ensemble.load_predictor(config, run.path)
-    prepared = prepare(config, run.path, raw_may_be_gone=True)
+    prepared = prepare(config.data, config.data_seed, run.path, raw_may_be_gone=True)
     consensus.check_records(config, prepared.tables)
     task = _plan(predictor, config, prepared)
     ensemble.acquire(run, config, prepared)
@@ -121,7 +121,7 @@ def _plan(predictor: Predictor, config: Config, prepared: Prepared) -> _Task:
 def _plan_split(predictor: Predictor, config: Config, prepared: Prepared) -> _Task:
     """Every network scores all patches of `config.evaluate.split`."""
     name = config.evaluate.split
-    subsets = splits.make_subsets(prepared.tables, config)
+    subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
     subset = subsets.validation if name == "validation" else subsets.test
     if subset is None or (prepared.tables[subset.records]["label"] == UNLABELLED).any():
         raise DataError(
@@ -137,8 +137,11 @@ def _plan_split(predictor: Predictor, config: Config, prepared: Prepared) -> _Ta
     if config.predict.checkpoints:
         slide_disjoint = ensemble.check_unseen(predictor.trained, config, prepared, subset)
     else:
-        fingerprint = predictor.trained[0].fingerprint
-        splits.check_fingerprint(fingerprint, prepared.tables, subsets, config)
+        fingerprint = splits.fingerprint(
+            prepared.tables, subsets, config.seed, config.fit.batch_size
+        )
+        known = predictor.trained[0].fingerprint
+        splits.check_fingerprint(known, fingerprint, config.data.tfds_dir)
         parts = [(prepared.tables[part.records], part.rows) for part in (subsets.train, subset)]
         slide_disjoint = subsets.slide_disjoint if name == "validation" else splits.disjoint(*parts)
     positions = [np.arange(len(labels))] * len(predictor.trained)
@@ -149,11 +152,11 @@ def _plan_out_of_fold(predictor: Predictor, config: Config, prepared: Prepared) 
     """Each network scores the fold that it was validated on."""
     folds = ensemble.fold_subsets(predictor.trained, config, prepared)
     first = predictor.trained[0]
-    subset = splits.draw_sample(prepared.tables, first.config)
-    fold = first.config.data.fold
-    own = dataclasses.replace(config, data=dataclasses.replace(config.data, fold=fold))
+    subset = splits.draw_sample(prepared.tables, first.config.data, first.config.data_seed)
+    data = dataclasses.replace(config.data, fold=first.config.data.fold)
+    own = splits.draw_sample(prepared.tables, data, config.data_seed)
     # The report draws the sample by this command's settings, which the workdir keeps.
-    if not np.array_equal(splits.draw_sample(prepared.tables, own).rows, subset.rows):
+    if not np.array_equal(own.rows, subset.rows):
         raise UserError(
             f"{first.run} was trained on other patches than this command draws: set "
             f"--config.data.samples_per_class={first.config.data.samples_per_class} and "
@@ -188,7 +191,7 @@ def _score(table: pd.DataFrame, logits: _Logits, task: _Task, config: Config) ->
     """Returns what `evaluate` returns, without what depends on the networks themselves."""
     labels, slides = table["label"].to_numpy(np.float64), evaluation_files.slides(table)
     scores = binary_scores(logits.calibrated, labels)
-    intervals = with_intervals(logits.calibrated, labels, slides, config.seed)
+    intervals = confidence_intervals(logits.calibrated, labels, slides, config.seed)
     split = config.evaluate.split
     notes = [splits.caveat(task.slide_disjoint), _SELECTION_BIAS * (split == "validation")]
     return {
@@ -226,7 +229,7 @@ def _describe_networks(
     return {
         "checkpoint_step": trained.step,
         "calibration_scale": trained.calibration.scale,
-        "calibration_shift": trained.calibration.shift,
+        "calibration_bias": trained.calibration.bias,
     }
 
 

@@ -97,10 +97,10 @@ def make_subsets(prepared: Prepared, config: Config, scores: dict[str, Any]) -> 
         scores: result of `read_scores`; out of fold, the patches of all folds are validation.
     """
     if not scores.get("out_of_fold"):
-        return splits.make_subsets(prepared.tables, config)
+        return splits.make_subsets(prepared.tables, config.data, config.data_seed)
     # All folds split the same patches, so any will do.
-    any_fold = dataclasses.replace(config, data=dataclasses.replace(config.data, fold="1/2"))
-    sample = splits.draw_sample(prepared.tables, any_fold)
+    any_fold = dataclasses.replace(config.data, fold="1/2")
+    sample = splits.draw_sample(prepared.tables, any_fold, config.data_seed)
     return splits.Subsets(sample, sample, None, scores["split_by"], scores["slide_disjoint"])
 
 

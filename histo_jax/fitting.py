@@ -137,8 +137,8 @@ class _Setup(NamedTuple):
 def _set_up(run: Workdir, config: Config) -> _Setup:
     """Builds and checks what does not depend on checkpoints, and acquires the folder."""
     parts = build_parts(config.model, config.augment, config.fit)
-    prepared = prepare(config, run.path)
-    subsets = splits.make_subsets(prepared.tables, config)
+    prepared = prepare(config.data, config.data_seed, run.path)
+    subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
     consensus.check_records(config, prepared.tables)
     _check_subsets(config, prepared, subsets)
     run.acquire(config)
@@ -219,8 +219,9 @@ def _restore(setup: _Setup, checkpoints: Checkpoints) -> Checkpoint:
     has_ema = config.optimizer.ema_decay > 0
     shapes = abstract_state(parts.model, optimizer, replicated, has_ema)
     checkpoint = checkpoints.restore_latest(shapes, early_stopping)
+    fingerprint = splits.fingerprint(tables, subsets, config.seed, config.fit.batch_size)
     if checkpoint is not None:
-        splits.check_fingerprint(checkpoint.data["fingerprint"], tables, subsets, config)
+        splits.check_fingerprint(checkpoint.data["fingerprint"], fingerprint, config.data.tfds_dir)
         log.info("resumed from step %d", checkpoint.state.step)
         return checkpoint
     mean, std = splits.channel_stats(tables[subsets.train.records], subsets.train.rows)
@@ -230,7 +231,6 @@ def _restore(setup: _Setup, checkpoints: Checkpoints) -> Checkpoint:
 
     # On all devices at once: a process cannot copy its arrays to the devices of others.
     state = jax.jit(create, out_shardings=replicated)()
-    fingerprint = splits.fingerprint(tables, subsets, config)
     return Checkpoint(state, early_stopping, {"fingerprint": fingerprint}, [])
 
 

@@ -12,7 +12,10 @@ from histo_jax.run import progress, signals
 
 
 def raw_logits(
-    predictor: Predictor, source: loader.Source, rows: Int[np.ndarray, " n"], description: str
+    predictor: Predictor,
+    source: loader.RandomAccessSource,
+    rows: Int[np.ndarray, " n"],
+    description: str,
 ) -> Float32[np.ndarray, "networks n"]:
     """Returns each network's uncalibrated logits of some records, in every process.
 

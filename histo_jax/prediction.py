@@ -48,7 +48,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
 def predict_in(run: Workdir, config: Config) -> pd.DataFrame:
     """Does the work of `predict` in an open folder."""
     predictor = ensemble.load_predictor(config, run.path, config.predict.prior)
-    prepared = prepare(config, run.path, raw_may_be_gone=True)
+    prepared = prepare(config.data, config.data_seed, run.path, raw_may_be_gone=True)
     consensus.check_records(config, prepared.tables)
     if "test" not in prepared.tables:
         raise NoTestPatchesError(

@@ -17,7 +17,8 @@ from jaxtyping import Float, Float32, UInt8
 from scipy.special import expit
 
 from histo_jax import environment
-from histo_jax.config import Config, folders
+from histo_jax.config import Config
+from histo_jax.config_values import folders
 from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.distributed import runtime
 from histo_jax.errors import UserError

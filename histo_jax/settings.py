@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from histo_jax import config_files, recipes
-from histo_jax.config import Config, ConfigFile, flat, set_field, unregistered, validate
+from histo_jax.config import Config, ConfigFile, flat, set_field
+from histo_jax.config_checks import unregistered, validate
 from histo_jax.errors import ConfigError, UserError
 from histo_jax.run.saved_config import LOCATIONS, SavedConfig
 from histo_jax.run.workdir import CONFIG_NAME, Workdir

@@ -15,7 +15,8 @@ from histo_jax import report as histo_jax_report
 from histo_jax.config import Config
 from histo_jax.data import records
 from histo_jax.errors import UserError
-from histo_jax.metrics import Calibration, binary_scores, with_intervals
+from histo_jax.metrics import Calibration, binary_scores, confidence_intervals
+from histo_jax.preparation import prepare
 from histo_jax.report import patches
 from histo_jax.settings import load_run_config
 
@@ -76,15 +77,15 @@ def test_scores_are_those_of_the_calibrated_predictions(runs, scores):
         assert scores[name] == pytest.approx(value, rel=1e-6), name
     slides = table["slide"].to_numpy()
     assert (scores["interval_over"], scores["resampled"]) == ("slides", len(set(slides)))
-    for name, (low, high) in with_intervals(logits, labels, slides).items():
+    for name, (low, high) in confidence_intervals(logits, labels, slides).items():
         assert scores[f"{name}_low"] == pytest.approx(low, rel=1e-6), name
         assert scores[f"{name}_high"] == pytest.approx(high, rel=1e-6), name
     (trained,) = histo_jax.load(runs / "plain").trained
     assert scores["calibration_scale"] == trained.calibration.scale
-    assert scores["calibration_shift"] == trained.calibration.shift
+    assert scores["calibration_bias"] == trained.calibration.bias
     assert scores["checkpoint_step"] == trained.step
     assert scores["prior"] == labels.mean()
-    raw = (logits - trained.calibration.shift) / trained.calibration.scale
+    raw = (logits - trained.calibration.bias) / trained.calibration.scale
     assert scores["nll_uncalibrated"] == pytest.approx(binary_scores(raw, labels)["nll"], rel=1e-4)
     assert "selected the checkpoint" in scores["note"]
     assert scores["slide_disjoint"]
@@ -296,13 +297,13 @@ def test_each_patch_of_a_cross_validation_is_scored_by_the_run_of_its_fold(
         assert own["out_of_fold"] is False
         uncalibrated += own["nll_uncalibrated"] * own["count"] / scores["count"]
     assert scores["nll_uncalibrated"] == pytest.approx(uncalibrated, rel=1e-5)
-    order = records.prepare(config).tables["train"]["id"].tolist()
+    order = prepare(config).tables["train"]["id"].tolist()
     assert [row for row in order if row in set(table["id"])] == table["id"].tolist()
 
     monkeypatch.setattr(patches, "attribute", mark_by_run)
     page = histo_jax_report.report(config, folder).read_text()
-    assert "scored by the one of 2 runs that has not trained on it" in page
-    assert "of each run." in page  # how to get an audit
+    assert "Cross-validation with 2 runs, each scored on the patches" in page
+    assert "for each run." in page  # how to get an audit
     explained = histo_jax_report.explain(config, folder).set_index("id")["probability"]
     expected = expit(table.set_index("id")["logit"])
     np.testing.assert_allclose(explained, expected.loc[explained.index], rtol=1e-6)
@@ -315,7 +316,7 @@ def test_each_patch_of_a_cross_validation_is_scored_by_the_run_of_its_fold(
 
 def test_a_patch_is_explained_by_the_run_that_has_scored_it(make, folds, monkeypatch):
     config = fold_config(make, folds / "1", folds / "2")
-    prepared = records.prepare(config)
+    prepared = prepare(config)
     predictor = ensemble.load_predictor(config, folds)
     subsets = ensemble.fold_subsets(predictor.trained, config, prepared)
     rows = np.concatenate([subsets[1].validation.rows[:2], subsets[0].validation.rows[:1]])

@@ -17,7 +17,6 @@ from tqdm import tqdm
 import histo_jax
 from histo_jax import fitting
 from histo_jax.data import loader, splits
-from histo_jax.data.records import prepare
 from histo_jax.distributed.mesh import batch_sharding, replicated
 from histo_jax.errors import UserError
 from histo_jax.run import progress
@@ -240,8 +239,8 @@ def test_one_live_line_on_a_terminal_and_none_in_ci(tiny_config, tmp_path, monke
 
 
 def test_the_sheet_shows_patches_of_the_first_batches_as_they_are_trained_on(tiny_config):
-    prepared = prepare(tiny_config)
-    train = splits.make_subsets(prepared.tables, tiny_config).train
+    prepared = histo_jax.prepare(tiny_config)
+    train = splits.make_subsets(prepared.tables, tiny_config.data, tiny_config.data_seed).train
     augment = make_augment(tiny_config.augment)
     sheet = draw_patch_sheet(prepared.records(*train), 8, augment, 0.5, seed=3)
     order = loader.training_order(len(train.rows), 8, 3)
@@ -279,8 +278,8 @@ def test_a_learnable_difference_is_learnt(tiny_config, tmp_path):
 
 
 def test_normalisation_is_the_runs_own_and_saved(trained):
-    prepared = prepare(trained.config)
-    split = splits.make_subsets(prepared.tables, trained.config)
+    prepared = histo_jax.prepare(trained.config)
+    split = splits.make_subsets(prepared.tables, trained.config.data, trained.config.data_seed)
     records = prepared.source("train").__getitems__(split.train.rows.tolist())
     pixels = np.stack([record["image"] for record in records]) / 255
     with Checkpoints(trained.folder) as checkpoints:

@@ -12,13 +12,13 @@ from PIL import Image
 
 import histo_jax
 from histo_jax import ensemble, evaluation, prediction
-from histo_jax.data import leakage, splits
-from histo_jax.data.records import prepare
+from histo_jax.data import leakage, records, splits
 from histo_jax.data.splits import make_subsets
 from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration
 from histo_jax.prediction import NoTestPatchesError
 from histo_jax.predictor import TrainedModel
+from histo_jax.preparation import prepare
 from histo_jax.report import patches, report
 
 
@@ -83,7 +83,7 @@ def test_official_splits_are_kept_and_scored(official):
 
 def test_without_a_test_split_there_is_nothing_to_predict(official, monkeypatch):
     def without_test(*args, **options):
-        prepared = prepare(*args, **options)
+        prepared = records.prepare(*args, **options)
         del prepared.tables["test"]
         return prepared
 
@@ -113,14 +113,15 @@ def test_slides_that_the_data_does_not_name_are_not_known_anywhere(
         assert (scores["split_by"], scores["interval_over"]) == ("official", "patches")
         assert "was not checked" in scores["note"]
     prepared = prepare(config)
-    audited = leakage.audit(prepared, make_subsets(prepared.tables, config), seed=0)
+    subsets = make_subsets(prepared.tables, config.data, config.data_seed)
+    audited = leakage.audit(prepared, subsets, seed=0)
     assert audited["slide_disjoint"] is None
     assert "was not checked" in leakage.table(audited)
     assert not leakage.has_leak(audited)
     monkeypatch.setattr(patches, "attribute", without_attribution)  # which compiles for long
     page = report(config, run).read_text()
-    assert "Not known whether honest" in page
-    assert "Honest:" not in page
+    assert "Not known whether slide-disjoint" in page
+    assert "Slide-disjoint:" not in page
     assert "Optimistic:" not in page
     # An ensemble knows no more than its runs.
     config.predict.checkpoints = str(run)
@@ -149,9 +150,10 @@ def test_a_run_of_another_source_is_refused_where_it_was_trained_on_the_same_pix
     images = np.stack([np.asarray(Image.open(file)) for file in files])
     theirs, ours = make_pcam(train=len(files), test=0, images=images), make_tiny_config()
     tables = prepare(theirs).tables
-    fingerprint = splits.fingerprint(tables, make_subsets(tables, theirs), theirs)
+    subsets = make_subsets(tables, theirs.data, theirs.data_seed)
+    fingerprint = splits.fingerprint(tables, subsets, theirs.seed, theirs.fit.batch_size)
     trained = TrainedModel("run", theirs, None, None, None, 0, fingerprint)
     prepared = prepare(ours)
-    validation = make_subsets(prepared.tables, ours).validation
+    validation = make_subsets(prepared.tables, ours.data, ours.data_seed).validation
     with pytest.raises(UserError, match="run was trained on 10 of the 10 patches"):
         ensemble.check_unseen([trained], ours, prepared, validation)

@@ -11,12 +11,12 @@ from scipy.special import expit, logit
 
 import histo_jax
 from histo_jax.config import Config, ModelConfig
-from histo_jax.data.records import prepare
 from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration
 from histo_jax.models import create_model
 from histo_jax.models.forward import make_forward, normalise
 from histo_jax.predictor import Predictor, TrainedModel, make_forward_tta
+from histo_jax.preparation import prepare
 from histo_jax.training.state import init_weights
 
 SIZE = 8  # of a batch: two images on each of four devices

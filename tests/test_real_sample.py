@@ -6,7 +6,7 @@ import pandas as pd
 
 import histo_jax
 from histo_jax.config import Config
-from histo_jax.data.records import prepare
+from histo_jax.preparation import prepare
 
 
 def test_a_small_network_learns_from_real_tiffs(sample, tmp_path):

@@ -24,7 +24,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import histo_jax
 from histo_jax.config import Config
 from histo_jax.data import loader, splits
-from histo_jax.data.records import prepare
 from histo_jax.errors import UserError
 from histo_jax.run import signals
 from histo_jax.run.workdir import Workdir
@@ -194,7 +193,7 @@ def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(three_epochs,
 
         def step(state, batch):
             calls.append(1)
-            if len(calls) == 3:
+            if len(calls) == 4:
                 batch = batch | {"label": batch["label"] * np.nan}
             return train_step(state, batch)
 
@@ -203,13 +202,15 @@ def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(three_epochs,
     monkeypatch.setattr(steps, "make_train_step", poisoned)
     three_epochs.fit.epochs = 5
     three_epochs.checkpoint.every_minutes = 1e-9  # a save is due at every step
-    with pytest.raises(UserError, match=r"step 12 is not finite.*learning_rate") as error:
+    with pytest.raises(UserError, match=r"step 13 is not finite.*learning_rate") as error:
         histo_jax.fit(three_epochs, copy)
-    # The checkpoints that were there: all later ones would hold what came of that step.
-    assert {p.name for p in (copy / "checkpoints").iterdir()} == before
-    prepared = prepare(three_epochs)
-    subsets = splits.make_subsets(prepared.tables, three_epochs)
-    positions = loader.training_order(len(subsets.train.rows), 8, three_epochs.seed)[11]
+    # Step 12, before it, was finite and was saved.
+    after = {p.name for p in (copy / "checkpoints").iterdir()}
+    assert max(map(int, after)) == 12
+    assert after - before <= {"10", "11", "12"}
+    prepared = histo_jax.prepare(three_epochs)
+    subsets = splits.make_subsets(prepared.tables, three_epochs.data, three_epochs.data_seed)
+    positions = loader.training_order(len(subsets.train.rows), 8, three_epochs.seed)[12]
     for name in prepared.tables["train"]["id"].iloc[subsets.train.rows[positions]]:
         assert name in str(error.value)
     assert Workdir(copy).status()["state"] == "failed"

@@ -13,7 +13,8 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from histo_jax import command, ensemble, evaluation_files
-from histo_jax.config import Config, names
+from histo_jax.config import Config
+from histo_jax.config_values import names
 from histo_jax.data.records import Prepared, prepare
 from histo_jax.errors import UserError
 from histo_jax.predictor import Predictor, TrainedModel
@@ -60,7 +61,7 @@ def explain_in(run: Workdir, config: Config) -> pd.DataFrame:
     """Does the work of `explain` in an open folder."""
     folder = run.path
     predictor = ensemble.load_predictor(config, folder)
-    prepared = prepare(config, folder, raw_may_be_gone=True)
+    prepared = prepare(config.data, config.data_seed, folder, raw_may_be_gone=True)
     if config.explain.ids:
         chosen, tta = _gather_by_id(predictor, config, prepared), config.predict.tta
     else:

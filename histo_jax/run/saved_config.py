@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from histo_jax.config import Config, ConfigFile, flat, folders, set_field
+from histo_jax.config import Config, ConfigFile, flat, set_field
+from histo_jax.config_values import folders
 from histo_jax.errors import ConfigError, UserError
 from histo_jax.version import VERSION
 

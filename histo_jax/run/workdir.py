@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from histo_jax.config import NO_URL, Config, is_url
+from histo_jax.config import Config
+from histo_jax.config_values import NO_URL, is_url
 from histo_jax.errors import UserError
 from histo_jax.run import files
 from histo_jax.run.saved_config import LOCATIONS, SavedConfig, is_identity, plain
@@ -200,7 +201,7 @@ class Workdir:
         self._set_state("running")
 
     def _set_state(self, state: str, reason: str | None = None, **values: Any) -> None:
-        # Without its lock the folder is nobody's yet, or another process's.
+        # Without the lock the folder is not a run's yet, or another process's.
         if self._lock:
             self.update_status(state=state, reason=reason, **values)
 

@@ -19,7 +19,6 @@ import pytest
 
 import histo_jax
 from histo_jax.data.loader import training_order
-from histo_jax.data.records import prepare
 from histo_jax.data.splits import make_subsets
 from histo_jax.distributed import mesh, processes
 from histo_jax.errors import UserError
@@ -125,7 +124,7 @@ def runs(place):
     """The whole job, or what of it is compared, in each topology; "two" is stopped on its way."""
     folder = place / "runs"
     folder.mkdir()
-    prepare(config_of(place))
+    histo_jax.prepare(config_of(place))
     beside = [
         start(place, topology, folder / name, "--mode=fit")
         for name, topology in (("one", ONE), ("four", FOUR))
@@ -205,8 +204,8 @@ def without(workdir, pattern, folder):
 def order(place, first, last):
     """The ids of these steps' batches, from the config alone."""
     config = config_of(place)
-    prepared = prepare(config)
-    train = make_subsets(prepared.tables, config).train
+    prepared = histo_jax.prepare(config)
+    train = make_subsets(prepared.tables, config.data, config.data_seed).train
     batches = training_order(len(train.rows), config.fit.batch_size, config.seed)
     ids = prepared.tables[train.records]["id"].to_numpy()
     return {step: ids[train.rows[batches[step - 1]]].tolist() for step in range(first, last + 1)}
