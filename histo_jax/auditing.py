@@ -1,4 +1,4 @@
-"""Do the training, validation and test sets share a slide or a patch?"""
+"""Checks whether the splits share slides or patches."""
 
 import os
 from typing import Any
@@ -14,22 +14,22 @@ from histo_jax.run import progress, signals
 @environment.defaults()
 @progress.working("audit")
 def audit(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Looks for patches and slides that stand in more than one split; writes `audit.json`.
+    """Searches for patches and slides that several splits share; writes `audit.json`.
 
-    Prepares the data if needed. `data.audit.has_leak` tells whether a leak was found, and
-    `data.audit.table` gives the result as text.
+    Prepares the data if needed. `data.leakage.has_leak` tells whether there is a leak, and
+    `data.leakage.table` formats the result as text.
 
     Args:
-        config: that of the run; `data` and `seed` count.
+        config: settings of the run; `data` and `seed` matter.
         workdir: folder of the run; made if missing.
 
     Returns:
-        See `data.audit.audit`: counts of each split (`subsets`); what each pair of them shares
-        (`pairs`: `identical` patches, `shared_slides`, `near` duplicates); the validation AUC that
-        colour histograms alone reach (`control`); `honest` and `note`.
+        See `data.leakage.audit`: counts of each split (`subsets`); what each pair of them shares
+        (`pairs`: `identical` patches, `shared_slides`, `near_duplicates`); what colour
+        histograms alone reach (`colour_histogram_baseline`); `slide_disjoint` and `note`.
 
     Raises:
-        UserError: a setting, the data or the folder is wrong; the message names the remedy.
+        UserError: a setting, the data or the folder is wrong; the message names the fix.
         OSError: a file cannot be written.
     """
     run = command.open_workdir(config, workdir)

@@ -1,11 +1,15 @@
 """Four fake devices, shapes checked at run time, and small data."""
 
 import atexit
+import contextlib
 import dataclasses
 import hashlib
+import io
+import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +36,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from histo_jax import environment, main
 from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.records import prepare
@@ -44,6 +49,9 @@ from histo_jax.training.state import EarlyStopping, create_state
 
 # Grain reads flags, which nobody parses under pytest.
 flags.FLAGS.mark_as_parsed()
+# As the command line sets them; tests add the handlers that they need.
+logging.getLogger("histo_jax").setLevel(logging.INFO)
+logging.getLogger("histo_jax").propagate = False
 
 
 def draw_patch(rng: np.random.Generator, label: int) -> np.ndarray:
@@ -106,6 +114,41 @@ def _tiny_config(kaggle_dir: Path, records: Path) -> Config:
     config.fit.epochs = 2
     config.predict.batch_size = 8
     return config
+
+
+@dataclasses.dataclass
+class Ended:
+    """How a command ended in this process."""
+
+    status: int
+    stdout: str
+    stderr: str  # with what is logged, and warnings
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Callable[..., Ended]:
+    """Runs the command line in this process, which has the heavy imports behind it."""
+    return _run_command
+
+
+def _run_command(*options: object) -> Ended:
+    stdout, stderr, status = io.StringIO(), io.StringIO(), 0
+    logger, handler = logging.getLogger("histo_jax"), logging.StreamHandler(stderr)
+    with (
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        environment.reset_warnings()
+        logger.addHandler(handler)
+        try:
+            status = main.main(["histo_jax", *map(str, options)])
+        except SystemExit as leave:
+            status = leave.code if isinstance(leave.code, int) else 1
+        finally:
+            logger.removeHandler(handler)
+    messages = [f"{warning.message}\n" for warning in caught]
+    return Ended(status, stdout.getvalue(), "".join([stderr.getvalue(), *messages]))
 
 
 @pytest.fixture(scope="session")

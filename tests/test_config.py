@@ -20,7 +20,7 @@ MISSPELT = {
 
 
 @pytest.mark.parametrize("name", MISSPELT)
-def test_an_unknown_field_is_told_which_is_meant(name):
+def test_an_unknown_field_names_the_closest_one(name):
     message = unknown_field(name)
     assert message.startswith(f"unknown config field: config.{name};")
     assert MISSPELT[name] in message
@@ -55,7 +55,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "value", "words"), WRONG)
-def test_a_wrong_value_is_told_what_it_must_be(name, value, words):
+def test_a_wrong_value_names_what_it_must_be(name, value, words):
     config = Config()
     set_field(config, name, value)
     with pytest.raises(UserError) as error:

@@ -121,7 +121,7 @@ def test_of_a_config_file_only_the_code_counts(tmp_path):
 
 
 @pytest.fixture
-def said(monkeypatch):
+def warnings(monkeypatch):
     lines = []
     monkeypatch.setattr(
         provenance.log, "warning", lambda text, *values: lines.append(text % values)
@@ -129,7 +129,7 @@ def said(monkeypatch):
     return lines
 
 
-def test_changes_are_one_line_and_only_where_hashes_were_kept(tmp_path, said):
+def test_changes_are_one_line_and_only_where_hashes_were_kept(tmp_path, warnings):
     old = {"histo_jax": "0.1.0", "a": "1", "b": "1", "my.py": "1"}
     new = {"histo_jax": "0.2.0", "a": "2", "b": "1", "c": "1"}
     run = Workdir(tmp_path)
@@ -137,16 +137,16 @@ def test_changes_are_one_line_and_only_where_hashes_were_kept(tmp_path, said):
     provenance.warn_of_changes(run, new)
     run.save_config(Config(), old)
     provenance.warn_of_changes(run, old)
-    assert not said
+    assert not warnings
     run.save_config(Config())  # keeps them
     provenance.warn_of_changes(run, new)
-    assert ": a, c (new), histo_jax (0.1.0, now 0.2.0), my.py (no longer used); " in said[0]
+    assert ": a, c (new), histo_jax (0.1.0, now 0.2.0), my.py (no longer used); " in warnings[0]
     provenance.warn_of_changes(run, {str(i): "1" for i in range(99)})
-    assert " and 99 more;" in said[1]
+    assert " and 99 more;" in warnings[1]
     assert load_run_config(tmp_path) == Config()
 
 
-def test_a_run_that_goes_on_says_what_has_changed(tiny_config, tmp_path, said, monkeypatch):
+def test_a_run_that_resumes_reports_what_has_changed(tiny_config, tmp_path, warnings, monkeypatch):
     monkeypatch.setattr(fitting, "_train", lambda *_: [])
     run = Workdir(tmp_path)
     with run.session("fit"):
@@ -154,6 +154,6 @@ def test_a_run_that_goes_on_says_what_has_changed(tiny_config, tmp_path, said, m
         now = provenance.source_hashes(*PARTS)
         run.save_config(tiny_config, now | {"histo_jax.models.cnn": "other"})
     fitting.fit(tiny_config, tmp_path)
-    [line] = [line for line in said if "code" in line]
-    assert "has changed since it was last started: histo_jax.models.cnn; it goes on" in line
+    [line] = [line for line in warnings if "code" in line]
+    assert "has changed since its last start: histo_jax.models.cnn; training continues" in line
     assert run.saved_config().source == now

@@ -39,7 +39,7 @@ def test_recipes_are_found_from_any_folder(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", ".", "none", "../configs/pcam", "pcam/", ".py", "configs/"])
-def test_another_name_is_no_recipe(folder, name):
+def test_other_names_are_not_recipes(folder, name):
     assert recipes.path(name) is None
 
 

@@ -15,7 +15,7 @@ from histo_jax.config_values import NO_URL, is_url
 from histo_jax.errors import UserError
 from histo_jax.run import files
 from histo_jax.run.saved_config import LOCATIONS, SavedConfig, is_identity, plain
-from histo_jax.run.signals import Preempted, watch
+from histo_jax.run.signals import EXIT_STATUS, Preempted, watch
 
 log = logging.getLogger("histo_jax")
 
@@ -170,7 +170,9 @@ class Workdir:
                 finished = sorted({*self.status().get("finished", []), mode})
                 self._set_state("complete", finished=finished)
             except BaseException as error:
-                state = "preempted" if isinstance(error, Preempted) else "failed"
+                # After Ctrl-C nothing restarts the command by itself.
+                is_preempted = isinstance(error, Preempted) and error.code == EXIT_STATUS
+                state = "preempted" if is_preempted else "failed"
                 # The error itself matters more than a status that cannot be written any more.
                 with contextlib.suppress(OSError):
                     self._set_state(state, reason=str(error) or type(error).__name__)
@@ -199,7 +201,7 @@ class Workdir:
         self._set_state("running")
 
     def _set_state(self, state: str, reason: str | None = None, **values: Any) -> None:
-        # Without its lock the folder is nobody's yet, or another process's.
+        # Without the lock the folder is not a run's yet, or another process's.
         if self._lock:
             self.update_status(state=state, reason=reason, **values)
 

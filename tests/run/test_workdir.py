@@ -3,15 +3,17 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from histo_jax.config import Config
 from histo_jax.errors import UserError
-from histo_jax.run import files
+from histo_jax.run import files, signals
 from histo_jax.run.saved_config import SavedConfig, plain
 from histo_jax.run.workdir import Workdir
 from histo_jax.settings import load_run_config
@@ -60,6 +62,20 @@ def test_status_names_the_failure(tmp_path):
         raise OSError("disk full")
     status = run.status()
     assert (status["state"], status["reason"]) == ("failed", "disk full")
+
+
+@pytest.mark.parametrize("ctrl_c", [True, False], ids=["terminal", "notebook"])
+def test_an_interrupt_is_the_reason_of_the_status(tmp_path, ctrl_c):
+    run = acquire(tmp_path)
+    ending = signals.Preempted if ctrl_c else KeyboardInterrupt
+    with pytest.raises(ending, match="interrupted, saved at step 7"), signals.watch(ctrl_c=ctrl_c):  # noqa: PT012, SIM117
+        with run.session("fit"):
+            os.kill(os.getpid(), signal.SIGINT)
+            while not signals.requested():
+                time.sleep(0.001)
+            raise signals.Preempted(", saved at step 7")
+    assert run.status()["state"] == "failed"  # nothing restarts it by itself
+    assert "rerun the command to resume" in run.status()["reason"]
 
 
 def test_a_mistake_before_the_run_leaves_nothing(tmp_path):
@@ -156,14 +172,14 @@ def test_a_second_thread_is_refused_as_a_second_process_is(tmp_path, monkeypatch
     run = acquire(tmp_path / "run")
     (tmp_path / "link").symlink_to(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    said = []
+    messages = []
 
     def second(folder):
         try:
             with Workdir(folder).session("fit"):
-                said.append("let in")
+                messages.append("let in")
         except UserError as error:
-            said.append(str(error))
+            messages.append(str(error))
 
     with run.session("run"):
         for folder in (tmp_path / "run", tmp_path / "link", type(tmp_path)("run")):
@@ -172,14 +188,14 @@ def test_a_second_thread_is_refused_as_a_second_process_is(tmp_path, monkeypatch
             thread.join()
         second(tmp_path / "run")  # nor is a nested session let in
         assert run.status()["state"] == "running"
-    assert len(said) == 4
-    assert all("is in use by another command of this process" in line for line in said)
+    assert len(messages) == 4
+    assert all("is in use by another command of this process" in line for line in messages)
     second(tmp_path / "run")
-    assert said[4:] == ["let in"]
+    assert messages[4:] == ["let in"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
-def test_a_file_system_without_locks_is_said_to_be_one(tmp_path, monkeypatch, caplog, number):
+def test_a_file_system_without_locks_is_logged(tmp_path, monkeypatch, caplog, number):
     def flock(*_):
         raise OSError(number, os.strerror(number))
 
