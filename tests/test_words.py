@@ -54,9 +54,7 @@ IDENTIFIERS = {
     "writes": "is_primary",
     "is_writer": "is_primary",
     "give_roles": "set_primary",
-    "spread": "make_global_array",
     "own_rows": "local_slice",
-    "everywhere": "replicated",
     "agreement": "consensus",
     "meet": "warm_up_collectives",
     "not_for_ever": "join_timeout",
@@ -86,7 +84,13 @@ LOCAL = {
         "turn": "random_d4, orientation",
     },
     "histo_jax/training/augmentation.py": {"turn": "random_d4", "mix": "mixup", "share": "lam"},
-    "histo_jax/distributed": {"hosts": "processes", "batched": "batch_sharding"},
+    "histo_jax/training/placement.py": {"everywhere": "replicated"},
+    "histo_jax/distributed": {
+        "hosts": "processes",
+        "batched": "batch_sharding",
+        "spread": "make_global_array",
+        "everywhere": "replicated",
+    },
     "histo_jax/data": {"ahead": "prefetch"},
 }
 # Keys and columns of files, and fields of TensorBoard.
@@ -263,8 +267,9 @@ def in_python(path: Path, file: Path) -> Iterator[Hit]:
     for line, name in identifiers(tree):
         if standard := in_identifier(name, file):
             yield Hit(file, line, name, standard)
-        elif found := next(in_prose(name.replace("_", " ")), None):
-            yield Hit(file, line, name, found[2])
+        elif name not in ALLOWED:
+            for _, _, standard in in_prose(name.replace("_", " ")):
+                yield Hit(file, line, name, standard)
     for line, key in keys(tree):
         if key in KEYS:
             yield Hit(file, line, key, KEYS[key])
