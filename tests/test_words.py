@@ -97,8 +97,8 @@ LOCAL = {
 KEYS = {
     "honest": "slide_disjoint",
     "members": "runs",
-    "sides": "splits",
-    "control": "color_baseline",
+    "sides": "subsets",
+    "control": "colour_histogram_baseline",
     "near": "near_duplicates",
     "damaged": "corrupt",
     "false_alarms": "false_positive_rate",
