@@ -22,8 +22,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 AREAS = ("histo_jax", "configs", "launch", "tests", "docs", "README.md", "CHANGELOG.md")
-# Config fields and their choices keep the names of 0.1.0.
-ALLOWED = {"on_damaged", "ON_DAMAGED"}
+# Config fields and their choices keep the names of 0.1.0; a side alone is that of a square.
+ALLOWED = {"on_damaged", "ON_DAMAGED", "side"}
+# Code that reads files of 0.1.0 names their keys in a constant of this name.
+_OLD_KEYS = "OLD_KEYS"
 
 # Parts of identifiers: `sides` is found in `both_sides` and in `BothSides`.
 PARTS = {
@@ -91,14 +93,14 @@ LOCAL = {
         "spread": "make_global_array",
         "everywhere": "replicated",
     },
-    "histo_jax/data": {"ahead": "prefetch"},
+    "histo_jax/data": {"ahead": "prefetch", "control": "colour_histogram_baseline"},
+    "histo_jax/report": {"control": "colour_histogram_baseline"},
 }
 # Keys and columns of files, and fields of TensorBoard.
 KEYS = {
     "honest": "slide_disjoint",
     "members": "runs",
     "sides": "subsets",
-    "control": "colour_histogram_baseline",
     "near": "near_duplicates",
     "damaged": "corrupt",
     "false_alarms": "false_positive_rate",
@@ -144,7 +146,6 @@ PHRASES = {
     r"once more": "again; rerun",
     r"starts? (?:it |them |all )?again": "rerun",
     r"started again": "rerun",
-    r"(?:made|make|makes|prepare|prepared) (?:it |them )?(?:again|anew|once more)": "recreate",
     r"most wrong": "highest loss",
     r"least sure": "most uncertain",
     r"draw the line": "decision threshold",
@@ -201,14 +202,25 @@ def in_prose(text: str) -> Iterator[tuple[int, str, str]]:
         yield match.start(), " ".join(match[0].split()), [*PHRASES.values()][index]
 
 
+def in_part(name: str, file: Path) -> str | None:
+    """The standard word for a name that is a coined word in this part of the package only."""
+    return next(
+        (
+            names[name]
+            for place, names in LOCAL.items()
+            if file.is_relative_to(place) and name in names
+        ),
+        None,
+    )
+
+
 def in_identifier(name: str, file: Path) -> str | None:
     """The standard word for a coined identifier, None if there is nothing to change."""
     if name in ALLOWED:
         return None
     bare = name.strip("_")
-    for place, names in LOCAL.items():
-        if file.is_relative_to(place) and bare in names:
-            return names[bare]
+    if standard := in_part(bare, file):
+        return standard
     if bare in IDENTIFIERS:
         return IDENTIFIERS[bare]
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", bare).lower().split("_")
@@ -263,6 +275,11 @@ def prose(text: str) -> Iterator[tuple[list[int], str]]:
 
 def in_python(path: Path, file: Path) -> Iterator[Hit]:
     text = path.read_text()
+    exempt = {n for n, line in enumerate(text.splitlines(), start=1) if _OLD_KEYS in line}
+    yield from (hit for hit in _in_python(text, file) if hit.line not in exempt)
+
+
+def _in_python(text: str, file: Path) -> Iterator[Hit]:
     tree = ast.parse(text)
     for line, name in identifiers(tree):
         if standard := in_identifier(name, file):
@@ -271,8 +288,8 @@ def in_python(path: Path, file: Path) -> Iterator[Hit]:
             for _, _, standard in in_prose(name.replace("_", " ")):
                 yield Hit(file, line, name, standard)
     for line, key in keys(tree):
-        if key in KEYS:
-            yield Hit(file, line, key, KEYS[key])
+        if standard := KEYS.get(key) or in_part(key, file):
+            yield Hit(file, line, key, standard)
     for lines, part in prose(text):
         for offset, words, standard in in_prose(part):
             yield Hit(file, lines[offset], words, standard)
