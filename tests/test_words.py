@@ -43,7 +43,6 @@ PARTS = {
     "mend": "fix",
     "remedy": "fix",
     "spared": "specificity",
-    "verb": "command",
     "verbs": "commands",
     "said": "the value's own name",
     "told": "the value's own name",
