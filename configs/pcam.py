@@ -1,4 +1,4 @@
-"""PatchCamelyon with its official splits, as the teaching project trains.
+"""PatchCamelyon with its official splits, with the settings of the teaching project.
 
 python -m histo_jax.main --config=configs/pcam.py --config.data.raw_dir=DIR --workdir=RUN
 

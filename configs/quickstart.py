@@ -1,4 +1,4 @@
-"""The whole main job in a few minutes on two cores, on drawn slides.
+"""Training, evaluation, prediction and report on synthetic slides, in minutes on two CPU cores.
 
 ./launch/quickstart.sh
 """
@@ -13,7 +13,7 @@ def get_config() -> Config:
     config.data.tfds_dir = "runs/records"
     config.data.synthetic_slides = 40
     config.data.validation_fraction = 0.2
-    # A quarter of the channels: a sixteenth of the work, and enough for drawn tissue.
+    # A quarter of the channels: a sixteenth of the computation, and enough for synthetic tissue.
     config.model.features = (8, 16, 32, 64, 128)
     config.model.dense = 256
     config.optimizer.learning_rate = 1e-3

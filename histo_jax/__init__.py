@@ -1,7 +1,7 @@
-"""Train, judge and run patch classifiers for histopathology, in Keras's words.
+"""Trains, evaluates and applies patch classifiers for histopathology, in Keras's words.
 
 The commands, such as `fit`, `evaluate` and `predict`, take a `Config` and the folder of a run;
-they are loaded on first use, so that `import histo_jax` is quick.
+they are imported on first use, so that `import histo_jax` is fast.
 """
 
 from histo_jax import startup
@@ -9,21 +9,29 @@ from histo_jax import startup
 startup.check()
 
 # isort: split
+import importlib
 import logging
 import typing
 
 from histo_jax import environment
 from histo_jax.config import Config
 from histo_jax.errors import CheckpointError, ConfigError, DataError, UserError
-from histo_jax.registry import register_augmentation, register_loss, register_model
+from histo_jax.registry import (
+    register_augmentation,
+    register_loss,
+    register_model,
+    register_source,
+)
 
 if typing.TYPE_CHECKING:
     from histo_jax.auditing import audit
     from histo_jax.comparison import compare
-    from histo_jax.data.records import prepare
+    from histo_jax.data.example import Example
     from histo_jax.evaluation import evaluate
     from histo_jax.fitting import fit
     from histo_jax.prediction import predict
+    from histo_jax.predictor import Predictor, load
+    from histo_jax.preparation import prepare
     from histo_jax.recipes import recipe
     from histo_jax.report import explain, report
 
@@ -32,42 +40,43 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataError",
+    "Example",
+    "Predictor",
     "UserError",
     "audit",
     "compare",
     "evaluate",
     "explain",
     "fit",
+    "load",
     "predict",
     "prepare",
     "recipe",
     "register_augmentation",
     "register_loss",
     "register_model",
+    "register_source",
     "report",
 ]
 
-# Like Keras, and unlike most libraries, this one shows its progress unasked; silence it with
-# `logging.getLogger("histo_jax").setLevel("WARNING")`.
-_log = logging.getLogger("histo_jax")
-if not _log.handlers:
-    _handler = logging.StreamHandler()
-    _handler.setFormatter(logging.Formatter("%(message)s"))
-    _log.addHandler(_handler)
-    _log.setLevel(logging.INFO)
-    _log.propagate = False
+# A program chooses where this package logs; the command line shows it on stderr.
+logging.getLogger("histo_jax").addHandler(logging.NullHandler())
 
 _HOMES = {
+    "Example": "histo_jax.data.example",
+    "Predictor": "histo_jax.predictor",
     "audit": "histo_jax.auditing",
     "compare": "histo_jax.comparison",
     "explain": "histo_jax.report",
     "fit": "histo_jax.fitting",
     "evaluate": "histo_jax.evaluation",
+    "load": "histo_jax.predictor",
     "predict": "histo_jax.prediction",
-    "prepare": "histo_jax.data.records",
+    "prepare": "histo_jax.preparation",
     "recipe": "histo_jax.recipes",
     "report": "histo_jax.report",
 }
+_WITHOUT_JAX = ("histo_jax.data.example", "histo_jax.recipes")
 
 
 def __dir__() -> list[str]:
@@ -77,4 +86,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> typing.Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'histo_jax' has no attribute {name!r}")
-    return getattr(environment.load(_HOMES[name]), name)
+    module = _HOMES[name]
+    is_light = module in _WITHOUT_JAX
+    loaded = importlib.import_module(module) if is_light else environment.load(module)
+    return getattr(loaded, name)

@@ -1,44 +1,42 @@
-"""Do the training, validation and test sets share a slide or a patch?"""
+"""Checks whether the splits share slides or patches."""
 
 import os
 from typing import Any
 
-from histo_jax import environment
-from histo_jax.config import Config, validate
-from histo_jax.data import leakage as audits
+from histo_jax import command, environment
+from histo_jax.config import Config
+from histo_jax.data import leakage
 from histo_jax.data.records import prepare
 from histo_jax.data.splits import make_subsets
-from histo_jax.run import files, progress, signals
-from histo_jax.run import workdir as workdirs
+from histo_jax.run import progress, signals
 
 
 @environment.defaults()
 @progress.working("audit")
 def audit(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Looks for patches and slides that stand in more than one split; writes `audit.json`.
+    """Searches for patches and slides that several splits share; writes `audit.json`.
 
-    Prepares the data if needed. `data.audit.has_leak` tells whether a leak was found, and
-    `data.audit.table` gives the result as text.
+    Prepares the data if needed. `data.leakage.has_leak` tells whether there is a leak, and
+    `data.leakage.table` formats the result as text.
 
     Args:
-        config: that of the run; `data` and `seed` count.
+        config: settings of the run; `data` and `seed` matter.
         workdir: folder of the run; made if missing.
 
     Returns:
-        See `data.audit.audit`: counts of each split (`subsets`); what each pair of them shares
-        (`pairs`: `identical` patches, `shared_slides`, `near` duplicates); the validation AUC that
-        colour histograms alone reach (`control`); `honest` and `note`.
+        See `data.leakage.audit`: counts of each split (`subsets`); what each pair of them shares
+        (`pairs`: `identical` patches, `shared_slides`, `near_duplicates`); what colour
+        histograms alone reach (`colour_histogram_baseline`); `slide_disjoint` and `note`.
 
     Raises:
-        UserError: a setting, the data or the folder is wrong; the message names the remedy.
+        UserError: a setting, the data or the folder is wrong; the message names the fix.
         OSError: a file cannot be written.
     """
-    validate(config)
-    folder = files.expand(workdir, "--workdir")
-    workdirs.check_compatible(folder, config)
+    run = command.open_workdir(config, workdir)
     with signals.watch():
-        prepared = prepare(config, folder, raw_may_be_gone=True)
-        report = audits.audit(prepared, make_subsets(prepared.tables, config), config.seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        workdirs.write_json(folder / "audit.json", report)
+        prepared = prepare(config.data, config.data_seed, run.path, raw_may_be_gone=True)
+        subsets = make_subsets(prepared.tables, config.data, config.data_seed)
+        report = leakage.audit(prepared, subsets, config.seed)
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.write_json("audit.json", report)
     return report

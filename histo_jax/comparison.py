@@ -1,4 +1,4 @@
-"""Does one run score better than another, or is it chance?"""
+"""Tests whether one run scores better than another."""
 
 import os
 from pathlib import Path
@@ -8,49 +8,57 @@ import numpy as np
 import pandas as pd
 
 from histo_jax import environment, evaluation_files
-from histo_jax.config import Config, folders, validate
+from histo_jax.config import Config
+from histo_jax.config_checks import validate
+from histo_jax.config_values import folders
+from histo_jax.distributed import processes
 from histo_jax.errors import UserError
 from histo_jax.metrics import difference
 from histo_jax.run import files
-from histo_jax.run import workdir as workdirs
+from histo_jax.run.workdir import Workdir
 
-# What decides: the ranking of the patches and their probabilities, each with the sign of a gain.
-# Eight scores at 95% each would often name a winner by chance alone.
+# The scores that decide: ranking and probabilities, each with the sign of an improvement. With
+# all eight scores at 95% each, one would often differ by chance.
 _DECIDING = {"auc": ("AUC", 1), "nll": ("NLL", -1)}
-# With fewer slides, all favour the same one of two equal runs more often than 1 time in 20.
+# With fewer slides, all of them favour the same one of two equal runs in more than 1 of 20 cases.
 _FEWEST_SLIDES = 6
 _FEW_SLIDES = 20
 
 
 @environment.defaults()
 def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Compares the two runs of `config.compare.runs` on the patches that both have scored.
+    """Compares the two runs of `config.compare.runs` by a paired bootstrap.
 
-    Reads what `evaluate` has written of `config.evaluate.split`, draws slides (or patches, where
-    slides are not known) alike for both, and writes `compare.json` into `workdir`, if there is one.
+    Reads the predictions that `evaluate` wrote for `config.evaluate.split`, resamples slides (or
+    patches, where slides are not known) alike for both runs, and writes `compare.json`.
+
+    Args:
+        config: `compare.runs`, `evaluate.split` and `seed` matter.
+        workdir: folder for `compare.json`; None writes no file.
 
     Returns:
         `first`, `second`, `split`, `count`, `interval_over`, how many `resampled`, for each score
-        `difference` (second minus first), `interval` (95%) and `p`, and in words the `verdict`.
+        `difference` (second minus first), `interval` (95%) and `p`; and the `verdict` as text.
 
     Raises:
-        UserError: not two runs, or they were not scored on the same patches.
+        UserError: not two runs, or they were not evaluated on the same patches.
         OSError: a file cannot be written.
     """
     validate(config)
-    folder = None if workdir is None else files.expand(workdir, "--workdir")
-    if folder is not None:
-        workdirs.check_path(folder)
+    run = None
+    if workdir is not None:
+        run = Workdir(files.expand(workdir, "--workdir"), processes.is_primary())
+        run.check_path()
     runs = folders(config.compare.runs)
     if len(runs) != 2:
         raise UserError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
     split = config.evaluate.split
-    places = [files.expand(run, "--config.compare.runs") for run in runs]
+    places = [files.expand(name, "--config.compare.runs") for name in runs]
     first, second = (evaluation_files.read(place, split) for place in places)
     if not first[["id", "label"]].equals(second[["id", "label"]]):
         raise UserError(
-            f"{runs[0]} and {runs[1]} were not scored on the same patches: evaluate both with the "
-            "same config.data and one config.data.split_seed"
+            f"{runs[0]} and {runs[1]} were not evaluated on the same patches: evaluate both with "
+            "the same config.data and the same config.data.split_seed"
         )
     optimistic = [
         _is_optimistic(place, split, scored)
@@ -72,14 +80,14 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
         ),
     }
     result["verdict"] = _verdict(result, any(optimistic))
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        workdirs.write_json(folder / "compare.json", result)
+    if run is not None:
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.write_json("compare.json", result)
     return result
 
 
 def _is_optimistic(folder: Path, split: str, table: pd.DataFrame) -> bool:
-    """Whether the run's scores, where they are there, are said to be optimistic."""
+    """Returns whether the run's scores, if any, are marked as not slide-disjoint."""
     if not (folder / f"evaluation_{split}.json").exists():
         return False
     scores = evaluation_files.read_scores(folder, split)
@@ -88,12 +96,11 @@ def _is_optimistic(folder: Path, split: str, table: pd.DataFrame) -> bool:
 
 
 def _verdict(result: dict[str, Any], optimistic: bool) -> str:
-    """Returns in one line which run is better by AUC and NLL, and what may be wrong with that."""
+    """Returns in one line which run has the better AUC and NLL, and the caveats."""
     slides = result["resampled"] if result["interval_over"] == "slides" else None
     if slides is not None and slides < _FEWEST_SLIDES:
         return (
-            f"no difference can be shown with so few slides ({slides}; "
-            f"at least {_FEWEST_SLIDES} are needed)"
+            f"too few slides to show a difference ({slides}; at least {_FEWEST_SLIDES} are needed)"
         )
     better: dict[str, list[str]] = {}
     undecided = []
@@ -109,18 +116,18 @@ def _verdict(result: dict[str, Any], optimistic: bool) -> str:
             undecided.append(name)
     parts = [f"{run} is better in {' and '.join(words)}" for run, words in better.items()]
     if undecided:
-        parts.append(f"{' and '.join(undecided)}: no difference can be shown")
+        parts.append(f"{' and '.join(undecided)}: no significant difference")
     if slides is None:
-        parts.append("slides are unknown, so the intervals are too narrow")
+        parts.append("slides are not known, so the intervals are too narrow")
     elif slides < _FEW_SLIDES:
-        parts.append(f"few slides ({slides}), so the intervals are rather too narrow")
+        parts.append(f"few slides ({slides}), so the intervals may be too narrow")
     if optimistic:
-        parts.append("slides may be shared with training, so it may not hold for other slides")
+        parts.append("slides may be shared with training, so this may not hold for other slides")
     return "; ".join(parts)
 
 
 def table(result: dict[str, Any]) -> str:
-    """Returns the comparison as lines for people."""
+    """Returns the comparison as readable lines."""
     lines = [
         f"{result['second']} minus {result['first']}, {result['count']} {result['split']} patches, "
         f"resampled over {result['resampled']} {result['interval_over']}:"
@@ -132,6 +139,6 @@ def table(result: dict[str, Any]) -> str:
                 f"  {name:<30} {value['difference']:+.4f}  95% {low:+.4f} to {high:+.4f}  "
                 f"p {value['p']:.3g}"
             )
-    lines.append("AUC and NLL decide, each by its own interval; the others are for orientation.")
+    lines.append("AUC and NLL decide, each by its own interval; the other scores are informative.")
     lines.append(f"verdict: {result['verdict']}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Runs commands under the libraries' defaults, whatever the user's environment has set."""
+"""Runs commands with default settings of all libraries, whatever the environment sets."""
 
 import contextlib
 import functools
@@ -27,28 +27,28 @@ _PANDAS_OPTIONS = (
 _HOST_DEVICES = "--xla_force_host_platform_device_count="
 
 
-# As `extra` of a log record: it is logged once a command, as warnings are.
+# As `extra` of a log record: it is logged once per command, as warnings are.
 ONCE = {"is_once": True}
 
 
 class _OncePerCommand(logging.Filter):
-    """Drops a warning, or a record with `ONCE`, that was logged before."""
+    """Drops a warning, or a record with `ONCE`, that was logged already."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: set[str] = set()
+        self._logged: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno != logging.WARNING and not getattr(record, "is_once", False):
             return True
         message = record.getMessage()
-        is_new = message not in self._seen
-        self._seen.add(message)
+        is_new = message not in self._logged
+        self._logged.add(message)
         return is_new
 
 
 class _SharedDefaults:
-    """Process-wide settings at their defaults while any thread is inside; then as before.
+    """Process-wide settings have their defaults while any thread is inside, then are restored.
 
     Counted, so that two threads whose commands overlap do not restore each other's defaults.
     """
@@ -81,10 +81,10 @@ class _SharedDefaults:
         stack.callback(absl_logging.set_verbosity, absl_logging.get_verbosity())
         absl_logging.set_verbosity(absl_logging.FATAL)
         for option in _PANDAS_OPTIONS:
-            with contextlib.suppress(pd.errors.OptionError):  # other versions have others
+            with contextlib.suppress(pd.errors.OptionError):  # other versions have other options
                 stack.callback(pd.set_option, option, pd.get_option(option))
                 pd.reset_option(option)
-        # A patch is small, but the user's limit may be smaller.
+        # The user's limit may be smaller than a patch.
         stack.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
         Image.MAX_IMAGE_PIXELS = None
         logger, once = logging.getLogger("histo_jax"), _OncePerCommand()
@@ -96,7 +96,7 @@ _shared_defaults = _SharedDefaults()
 
 
 def reset_warnings() -> None:
-    """Sets the filters that Python starts with: no warning becomes an error."""
+    """Sets Python's initial warning filters: no warning becomes an error."""
     warnings.resetwarnings()
     warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")
     for category in (
@@ -111,7 +111,7 @@ def reset_warnings() -> None:
 def defaults() -> Iterator[None]:
     """Sets Python's warnings, absl's log, NumPy, pandas and Pillow to defaults, until the end.
 
-    A warning of histo_jax is logged once. For JAX see `training.runtime.session`.
+    A warning of histo_jax is logged once. For JAX see `distributed.runtime.jax_defaults`.
     """
     import numpy as np
 
@@ -124,25 +124,27 @@ def defaults() -> Iterator[None]:
 
 
 def load(module: str) -> types.ModuleType:
-    """Imports a module that imports JAX.
+    """Imports a module that imports JAX and tqdm.
 
     Raises:
-        UserError: a variable of the environment keeps JAX from being imported or would abort
-            the process; names the variable.
+        UserError: an environment variable makes the import of a library fail, or would abort the
+            process; names the variable.
     """
     _check_xla_flags(os.environ.get("XLA_FLAGS", "").strip())
     with defaults():
-        try:
-            importlib.import_module("jax")
-        except (ValueError, AttributeError) as error:
-            raise UserError(
-                f"JAX cannot be imported ({one_line(error)}): correct or unset {variables('JAX_')}"
-            ) from None
+        for library, prefix in (("jax", "JAX_"), ("tqdm", "TQDM_")):
+            try:
+                importlib.import_module(library)
+            except (ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{library} cannot be imported ({one_line(error)}): correct or unset "
+                    f"{variables(prefix)}"
+                ) from None
         return importlib.import_module(module)
 
 
 def variables(*prefixes: str) -> str:
-    """Returns the variables of the environment that begin so, as in 'JAX_PLATFORMS=cpu'."""
+    """Returns the environment variables with one of the prefixes, as in 'JAX_PLATFORMS=cpu'."""
     names = sorted(name for name in os.environ if name.startswith(prefixes))
     return ", ".join(f"{name}={os.environ[name]}" for name in names) or f"{prefixes[0]}*"
 

@@ -24,16 +24,16 @@ class CheckpointError(UserError):
 
 
 def one_line(error: BaseException) -> str:
-    """Returns what an error of a library says, as one short line."""
+    """Returns the message of a library's error as one short line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the known name that `name` is most likely a misspelling of, if any is close."""
+    """Returns the known name that is closest to a misspelt one, None if none is close."""
     by_key = {choice.lower(): choice for choice in known}
     key = name.lower().replace("-", "_")
-    found = difflib.get_close_matches(key, by_key, n=1, cutoff=cutoff)
-    return by_key[found[0]] if found else None
+    matches = difflib.get_close_matches(key, by_key, n=1, cutoff=cutoff)
+    return by_key[matches[0]] if matches else None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -18,8 +17,8 @@ import pandas as pd
 from jax.sharding import NamedSharding
 from optax import Schedule
 
-from histo_jax import provenance
-from histo_jax.config import Config, validate
+from histo_jax import command, provenance
+from histo_jax.config import Config
 from histo_jax.data import loader, splits
 from histo_jax.data.loader import Batch
 from histo_jax.data.records import Prepared, prepare
@@ -28,8 +27,8 @@ from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration, binary_scores
 from histo_jax.models import create_model
 from histo_jax.registry import AUGMENTATIONS, LOSSES
-from histo_jax.run import files, progress, signals
-from histo_jax.run import workdir as workdirs
+from histo_jax.run import progress, signals
+from histo_jax.run.workdir import Workdir
 from histo_jax.training import placement
 from histo_jax.training import step as steps
 from histo_jax.training.augmentation import make_augment, mixup
@@ -73,10 +72,7 @@ _CONTINUE, _SAVE, _STOP = 0, 1, 2
 TrainStep = Callable[[TrainState, TrainingBatch], tuple[TrainState, steps.Metrics]]
 
 
-@runtime.session
-def fit(
-    config: Config, workdir: str | os.PathLike[str], *, followed_by: Sequence[str] = ()
-) -> pd.DataFrame:
+def fit(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """Trains the network of `config` in `workdir`; goes on where an earlier call stopped.
 
     Prepares the data if needed, writes `config.json`, `history.csv`, `status.json`, TensorBoard
@@ -85,8 +81,6 @@ def fit(
     Args:
         config: all settings, see `histo_jax.config`.
         workdir: folder of the run; made if missing.
-        followed_by: commands that the caller runs next, such as 'evaluate'; the time that the log
-            says is left includes them.
 
     Returns:
         One row an epoch: `epoch` and `step` counted from 1, `train_loss` (mean over the epoch's
@@ -97,55 +91,71 @@ def fit(
         UserError: a setting, the data or the folder is wrong; the message names the remedy.
         OSError: a file cannot be written.
     """
-    validate(config)
-    runtime.set_up()
-    folder = files.expand(workdir, "--workdir")
+    with command.start(config, workdir, "fit", lambda _: check(config)) as run:
+        return fit_in(run, config)
+
+
+def check(config: Config) -> None:
+    """Refuses what cannot be trained, before the folder changes.
+
+    Raises:
+        UserError: names the field.
+    """
     if config.predict.checkpoints:
         raise UserError(
             "config.predict.checkpoints names runs to evaluate and to predict with: leave it out "
             "to train"
         )
-    workdirs.check_compatible(folder, config)
     mesh.check_batch_size(config.fit.batch_size)
     check_parts(config.model, config.augment, config.fit)
-    with workdirs.session(folder, "fit"):
-        prepared = prepare(config, folder)
-        subsets = splits.make_subsets(prepared.tables, config)
-        consensus.check_records(config, prepared.tables)
-        _check_subsets(config, prepared, subsets)
-        workdirs.acquire(folder, config)
-        consensus.check_shared_folder(folder)
-        workdirs.update_status(folder, records=prepared.name)
-        with Checkpoints(folder) as checkpoints:
-            start = _start(config, checkpoints, prepared.tables, subsets)
-            _rebuild_derived(folder, start)
-            if _is_done(config, start.early_stopping, start.history):
-                log.info("already complete at step %d", start.state.step)
-                return _table(start.history)
-            source = provenance.source_hashes(
-                type(create_model(config.model)), create_optimizer, steps.make_train_step,
-                LOSSES.get(config.fit.loss), *map(AUGMENTATIONS.get, config.augment.extra),
-            )  # fmt: skip
-            provenance.warn_of_changes(folder, source)
-            workdirs.save_config(folder, config, source)
-            workdirs.update_status(
-                folder, state="running", reason=None, finished=[], step=int(start.state.step),
-                trained_with=runtime.versions(),
-            )  # fmt: skip
-            return _table(
-                _train(config, folder, checkpoints, start, prepared, subsets, followed_by)
-            )
 
 
-def _rebuild_derived(folder: Path, start: Checkpoint) -> None:
+def fit_in(run: Workdir, config: Config, followed_by: Sequence[str] = ()) -> pd.DataFrame:
+    """Does the work of `fit` in an open folder.
+
+    Args:
+        run: the folder.
+        config: settings that `check` accepts.
+        followed_by: commands that the caller runs next, such as 'evaluate'; the remaining time that
+            is logged includes them.
+    """
+    folder = run.path
+    prepared = prepare(config.data, config.data_seed, folder)
+    subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
+    consensus.check_records(config, prepared.tables)
+    _check_subsets(config, prepared, subsets)
+    run.acquire(config)
+    consensus.check_shared_folder(folder)
+    run.update_status(records=prepared.name)
+    with Checkpoints(folder) as checkpoints:
+        start = _start(config, checkpoints, prepared.tables, subsets)
+        _rebuild_derived(run, start)
+        if _is_done(config, start.early_stopping, start.history):
+            log.info("already complete at step %d", start.state.step)
+            return _table(start.history)
+        source = provenance.source_hashes(
+            type(create_model(config.model)), create_optimizer, steps.make_train_step,
+            LOSSES.get(config.fit.loss), *map(AUGMENTATIONS.get, config.augment.extra),
+            config_file=config.config_file,
+        )  # fmt: skip
+        provenance.warn_of_changes(run, source)
+        run.save_config(config, source)
+        run.update_status(
+            finished=[], step=int(start.state.step),
+            trained_with=runtime.versions(),
+        )  # fmt: skip
+        return _table(_train(config, run, checkpoints, start, prepared, subsets, followed_by))
+
+
+def _rebuild_derived(run: Workdir, start: Checkpoint) -> None:
     """Brings history, status and events in line with a checkpoint: a kill may come between."""
-    if not workdirs.is_primary():
+    if not run.is_primary:
         return
-    if start.history or (folder / "history.csv").exists():
-        _write_history(folder, start.history)
-    if "step" in workdirs.status(folder):
-        workdirs.update_status(folder, step=int(start.state.step))
-    repair(folder / "events", start.history, _CURVES, int(start.state.step))
+    if start.history or (run.path / "history.csv").exists():
+        _write_history(run, start.history)
+    if "step" in run.status():
+        run.update_status(step=int(start.state.step))
+    repair(run.path / "events", start.history, _CURVES, int(start.state.step))
 
 
 def _check_subsets(config: Config, prepared: Prepared, subsets: splits.Subsets) -> None:
@@ -175,6 +185,7 @@ def _start(
     subsets: splits.Subsets,
 ) -> Checkpoint:
     """The newest checkpoint that is whole, or the state before the first step."""
+    fingerprint = splits.fingerprint(tables, subsets, config.seed, config.fit.batch_size)
     place = mesh.replicated(mesh.batch_sharding())
     early_stopping = EarlyStopping.create(config.early_stopping)
     checkpoint = checkpoints.restore_latest(abstract_state(config, place), early_stopping)
@@ -190,10 +201,10 @@ def _start(
             # On all devices at once: what lies on one of them cannot go to other processes'.
             state=jax.jit(create, out_shardings=place)(),
             early_stopping=early_stopping,
-            data={"step": 0, "fingerprint": splits.fingerprint(tables, subsets, config)},
+            data={"step": 0, "fingerprint": fingerprint},
             history=[],
         )
-    splits.check_fingerprint(checkpoint.data["fingerprint"], tables, subsets, config)
+    splits.check_fingerprint(checkpoint.data["fingerprint"], fingerprint, config.data.tfds_dir)
     log.info("resumed from step %d", checkpoint.state.step)
     return checkpoint
 
@@ -253,13 +264,13 @@ class _Run:
     def __init__(
         self,
         config: Config,
-        folder: Path,
+        workdir: Workdir,
         checkpoints: Checkpoints,
         start: Checkpoint,
         learning_rate: Schedule,
         batch_sharding: NamedSharding,
     ) -> None:
-        self._config, self._folder, self._checkpoints = config, folder, checkpoints
+        self._config, self._workdir, self._checkpoints = config, workdir, checkpoints
         self._learning_rate, self._batched = learning_rate, batch_sharding
         self._fingerprint = start.data["fingerprint"]
         self.state, self.early_stopping = start.state, start.early_stopping
@@ -303,7 +314,7 @@ class _Run:
         with progress.bar(
             f"epoch {self.epoch}/{self._config.fit.epochs}", steps_per_epoch * size,
             unit=" img", leave=False, initial=(self.step - first) * size,
-            is_shown=workdirs.is_primary(),
+            is_shown=self._workdir.is_primary,
         ) as bar:  # fmt: skip
             while self.step < self.epoch * steps_per_epoch:
                 batch = next(batches)
@@ -362,7 +373,7 @@ class _Run:
         zero = mesh.make_global_array(np.zeros((), np.float32), mesh.replicated(self._batched))
         self.state = self.state.replace(loss_sum=zero)
         self.save(nll, calibration)
-        _write_history(self._folder, self.history)
+        _write_history(self._workdir, self.history)
         return row
 
     def _request(self) -> np.ndarray:
@@ -382,7 +393,7 @@ class _Run:
             data["calibration"] = dataclasses.asdict(calibration)
         checkpoint = Checkpoint(self.state, self.early_stopping, data, self.history)
         self._checkpoints.save(checkpoint, validation_loss)
-        workdirs.update_status(self._folder, step=self.step)
+        self._workdir.update_status(step=self.step)
         self._saved = time.monotonic()
 
     def leave(self) -> NoReturn:
@@ -394,7 +405,7 @@ class _Run:
 
 def _train(
     config: Config,
-    folder: Path,
+    workdir: Workdir,
     checkpoints: Checkpoints,
     start: Checkpoint,
     prepared: Prepared,
@@ -422,15 +433,15 @@ def _train(
         batch_sharding,
     )
     schedule = learning_rate(config.optimizer, total_steps)
-    run = _Run(config, folder, checkpoints, start, schedule, batch_sharding)
+    run = _Run(config, workdir, checkpoints, start, schedule, batch_sharding)
     batches = train.training(batch_size, config.seed, first_step=run.step)
 
     def ids_of(step: int) -> str:
         chosen = subsets.train.rows[loader.training_order(count, batch_size, config.seed)[step - 1]]
         return " ".join(prepared.tables[subsets.train.records]["id"].iloc[chosen])
 
-    with Events(folder / "events", workdirs.is_primary()) as events:
-        if not any((folder / "events").glob("*")):
+    with Events(workdir.path / "events", workdir.is_primary) as events:
+        if not any((workdir.path / "events").glob("*")):
             records = prepared.records(*subsets.train)
             order = loader.training_order(count, batch_size, config.seed)
             shown = min(count, _SHEET**2)
@@ -451,7 +462,7 @@ def _train(
                 total = len(subsets.validation.rows)
                 with progress.bar(
                     f"validating epoch {run.epoch}", total, unit=" img", leave=False,
-                    is_shown=workdirs.is_primary(),
+                    is_shown=workdir.is_primary,
                 ) as bar:  # fmt: skip
                     counted = progress.counted(bar, validating, batch_size, total)
                     outputs = steps.collect_logits(eval_step, weights, counted)
@@ -459,7 +470,7 @@ def _train(
                 run.leave()
             row = run.end_epoch(outputs, steps_per_epoch)
             if rate:
-                workdirs.update_status(folder, images_per_second=round(rate, 1))
+                workdir.update_status(images_per_second=round(rate, 1))
             events.add_scalars({name: row[name] for name in _CURVES}, row["step"])
             events.flush()
             # The first epoch of a process compiles, and may be the rest of one.
@@ -506,8 +517,8 @@ def _training_sheet(config: Config, images: np.ndarray) -> np.ndarray:
     return rows.swapaxes(1, 2).reshape(side * seen.shape[1], side * seen.shape[2], 3)
 
 
-def _write_history(folder: Path, history: list[dict[str, Any]]) -> None:
-    workdirs.write_text(folder / "history.csv", _table(history).to_csv(index=False))
+def _write_history(run: Workdir, history: list[dict[str, Any]]) -> None:
+    run.write_text("history.csv", _table(history).to_csv(index=False))
 
 
 def _table(history: list[dict[str, Any]]) -> pd.DataFrame:

@@ -1,8 +1,6 @@
-"""What code a run is trained by, so that a change of it is noticed when the run goes on."""
+"""Hashes of the code that trains a run, so that a change is reported when the run resumes."""
 
-import contextlib
 import hashlib
-import importlib.metadata
 import inspect
 import logging
 import sys
@@ -12,56 +10,58 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from histo_jax import symmetries
-from histo_jax.run import workdir as workdirs
-from histo_jax.settings import CONFIG_FILE_MODULE, config_file_code
+from histo_jax import config_files, symmetries
+from histo_jax.config import ConfigFile
+from histo_jax.run.workdir import Workdir
 from histo_jax.training import augmentation, losses, optimizer, state, step
+from histo_jax.version import VERSION
 
 log = logging.getLogger("histo_jax")
 
 _PACKAGE = "histo_jax"
-# Besides the network, what decides which numbers a step computes.
+# Besides the network, the modules that determine what a step computes.
 _TRAINING = (augmentation, losses, optimizer, state, step, symmetries)
 _MODELS = "histo_jax.models."
 _STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 _MOST_NAMED = 4
 
 
-def source_hashes(*parts: Any) -> dict[str, str]:
-    """Returns the SHA-256 of the source of everything that a run is trained by, by its name.
+def source_hashes(*parts: Any, config_file: ConfigFile | None = None) -> dict[str, str]:
+    """Returns the SHA-256 of the source of everything that trains a run, by name.
 
     These are the modules of the parts and of the network, augmentation, loss and optimizer that
-    they use; functions and classes of the user's own that stand there in place of the package's;
-    and the config file's code. The version of histo_jax is beside them. What has no source that
-    can be read is left out.
+    they use; functions and classes of the user that replace those of the package; the code of the
+    config file; and the version of histo_jax. Parts without readable source are left out.
 
     Args:
         parts: functions and classes that a run is built from.
+        config_file: the file that the settings come from.
     """
-    found = _find_parts(parts)
-    found.pop(CONFIG_FILE_MODULE, None)  # its settings are compared one by one
-    hashes = {name: _hash(part) for name, part in found.items()} | config_file_code()
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        hashes[_PACKAGE] = importlib.metadata.version(_PACKAGE)
-    return {name: value for name, value in sorted(hashes.items()) if value}
+    sources = _collect_parts(parts)
+    sources.pop(config_files.MODULE, None)  # settings are compared one by one
+    hashes = {name: _hash(part) for name, part in sources.items()}
+    if config_file and config_file.code_hash:
+        hashes[Path(config_file.path).name] = config_file.code_hash
+    return {name: value for name, value in sorted((hashes | {_PACKAGE: VERSION}).items()) if value}
 
 
-def warn_of_changes(workdir: Path, hashes: dict[str, str]) -> None:
-    """Logs in one line what has changed since `config.json` was written, if it holds hashes.
+def warn_of_changes(run: Workdir, hashes: dict[str, str]) -> None:
+    """Logs in one line which code changed since `config.json` was written, if it has hashes.
 
     Args:
-        workdir: folder of a run that goes on.
+        run: folder of a run that resumes.
         hashes: what `source_hashes` returns now.
     """
-    old = workdirs.read_source(workdir)
+    saved = run.saved_config()
+    old = saved.source if saved else {}
     changed = [name for name in sorted(old | hashes) if old.get(name) != hashes.get(name)]
-    if not old or not changed or not workdirs.is_primary():
+    if not old or not changed or not run.is_primary:
         return
     named = ", ".join(_describe(name, old, hashes) for name in changed[:_MOST_NAMED])
     more = len(changed) - _MOST_NAMED
     log.warning(
-        "the code of this run has changed since it was last started: %s%s; it goes on with the "
-        "code as it is now", named, f" and {more} more" if more > 0 else "",
+        "the code of this run has changed since its last start: %s%s; training continues with "
+        "the new code", named, f" and {more} more" if more > 0 else "",
     )  # fmt: skip
 
 
@@ -73,12 +73,12 @@ def _describe(name: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
     return f"{name} ({old[name]}, now {new[name]})" if name == _PACKAGE else name
 
 
-def _find_parts(roots: Iterable[Any]) -> dict[str, Any]:
-    """Returns the modules of the roots and of what their globals name, as far as they count.
+def _collect_parts(roots: Iterable[Any]) -> dict[str, Any]:
+    """Returns the relevant modules of the roots and of what their globals name, by name.
 
-    What is defined in the program itself, as in a notebook, stands for itself.
+    Functions and classes of the program itself, as in a notebook, are returned one by one.
     """
-    found: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     waiting = list(roots)
     while waiting:
         thing = inspect.unwrap(waiting.pop())
@@ -86,14 +86,14 @@ def _find_parts(roots: Iterable[Any]) -> dict[str, Any]:
         module = sys.modules.get(module_name or "")
         is_program = module_name == "__main__"
         name = getattr(thing, "__qualname__", "") if is_program else module_name
-        if not name or not (is_program or _counts(module)):
+        if not name or not (is_program or _is_relevant(module)):
             continue
         if inspect.isclass(thing):
             waiting += thing.__mro__[1:]
-        if name in found:
+        if name in parts:
             continue
-        found[name] = thing if is_program else module
-        if is_program:  # what the function calls, as another cell of a notebook defines it
+        parts[name] = thing if is_program else module
+        if is_program:  # what the function calls, perhaps from another cell
             space = getattr(thing, "__globals__", {})
             used = getattr(getattr(thing, "__code__", None), "co_names", ())
             waiting += [space[part] for part in used if part in space]
@@ -102,11 +102,11 @@ def _find_parts(roots: Iterable[Any]) -> dict[str, Any]:
                 value for value in vars(module).values()
                 if inspect.ismodule(value) or inspect.isroutine(value) or inspect.isclass(value)
             ]  # fmt: skip
-    return found
+    return parts
 
 
-def _counts(module: ModuleType | None) -> bool:
-    """Whether a module's source counts: the package's part in training, and the user's own."""
+def _is_relevant(module: ModuleType | None) -> bool:
+    """Returns whether a module trains: the package's own part of training, or the user's."""
     if module is None:
         return False
     if module.__name__.partition(".")[0] == _PACKAGE:

@@ -1,11 +1,10 @@
 """The configs that come with the package, by name: `configs/` of a clone, its copy in a wheel."""
 
-import difflib
 import runpy
 from pathlib import Path
 
-from histo_jax.config import Config
-from histo_jax.errors import UserError
+from histo_jax.config import Config, ConfigFile
+from histo_jax.errors import ConfigError, did_you_mean
 
 _PACKAGE = Path(__file__).parent
 
@@ -26,17 +25,17 @@ def path(name: str) -> Path | None:
 
 
 def recipe(name: str) -> Config:
-    """Returns the config of a recipe, to be changed as you like.
+    """Returns the config of a recipe, as a start for your own.
 
     Raises:
-        UserError: there is no such recipe; its message names those that exist.
+        ConfigError: there is no such recipe; the message names those that exist.
     """
     file = path(name)
     if file is None:
-        near = difflib.get_close_matches(name, names(), n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"no recipe is called {name!r}; {meant}there are {', '.join(names())}")
+        hint = did_you_mean(name, names())
+        raise ConfigError(f"unknown recipe {name!r}: choose from {', '.join(names())}{hint}")
     config: Config = runpy.run_path(str(file))["get_config"]()
+    config.config_file = ConfigFile(str(file), name)
     return config
 
 

@@ -1,4 +1,4 @@
-"""What a config selects by name: networks, losses and augmentations, each registered once.
+"""What a config selects by name: networks, sources, losses and augmentations.
 
 A config file, or a module that it imports, adds its own:
 
@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from histo_jax.errors import UserError, did_you_mean
+from histo_jax.errors import ConfigError, did_you_mean
 
 Entry = TypeVar("Entry")
 
@@ -34,18 +34,18 @@ class Registry:
         """Returns a decorator that registers a class or function under `name`.
 
         The same class or function may be registered again, as when a notebook's cell or a config
-        file is executed twice; the last one counts.
+        file is executed twice; the last one is used.
 
         Raises:
-            UserError: the name belongs to another class or function.
+            ConfigError: the name is taken by another class or function.
         """
 
         def add(entry: Entry) -> Entry:
             if self.is_built_in(name) and _module(entry) != self._built_in[name]:
-                raise UserError(f"{self._kind} {name!r} is built in: choose another name")
+                raise ConfigError(f"{self._kind} {name!r} is built in: choose another name")
             origin = _origin(self._entries.get(name, entry))
             if origin != _origin(entry):
-                raise UserError(
+                raise ConfigError(
                     f"{self._kind} {name!r} is already registered, by {' of '.join(origin)}: "
                     "choose another name"
                 )
@@ -72,17 +72,17 @@ class Registry:
         """Refuses a name that is not registered.
 
         Args:
-            field: of the config, which names it; for the message.
-            name: to be checked.
+            field: of the config, for the message.
+            name: the name.
 
         Raises:
-            UserError: names the field, all that is registered, and the closest name.
+            ConfigError: names the field, all registered names, and the closest one.
         """
         names = self.names()
         if name in names:
             return
         known = f"one of {', '.join(names)}, or registered" if names else "registered"
-        raise UserError(
+        raise ConfigError(
             f"config.{field} = {name!r} must be {known} in the config file by "
             f"histo_jax.register_{self._kind}{did_you_mean(name, names)}"
         )
@@ -112,6 +112,14 @@ MODELS = Registry(
 )
 LOSSES = Registry("loss", {"binary_cross_entropy": "histo_jax.training.losses"})
 AUGMENTATIONS = Registry("augmentation", {})
+SOURCES = Registry(
+    "source",
+    {
+        "synthetic": "histo_jax.data.sources.synthetic",
+        "kaggle": "histo_jax.data.sources.kaggle",
+        "pcam": "histo_jax.data.sources.pcam",
+    },
+)
 
 
 def register_model(name: str) -> Callable[[Entry], Entry]:
@@ -142,3 +150,17 @@ def register_augmentation(name: str) -> Callable[[Entry], Entry]:
     of the same shape and range.
     """
     return AUGMENTATIONS.register(name)
+
+
+def register_source(name: str) -> Callable[[Entry], Entry]:
+    """Registers a source of patches under a name for `config.data.source`.
+
+    A class that is created with `config.data`, in which `split_seed` is never None. Its method
+    `splits()` returns a dict of iterables of `histo_jax.Example`: "train", and optionally
+    "validation" and "test". Where an iterable has a length, the progress bar shows it.
+
+    Its method `fingerprint()` is optional. It returns a hash of what the source reads, so that
+    changed data is noticed, or None where that is not known. Without the method, the source's code
+    and `data.raw_dir` identify the data. `histo_jax.data.sources` lists other optional attributes.
+    """
+    return SOURCES.register(name)

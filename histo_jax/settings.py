@@ -1,41 +1,24 @@
 """Where a command's settings come from: a config file, a recipe, or the run's own `config.json`."""
 
-import ast
-import hashlib
-import importlib.util
-import inspect
 import json
 import os
-import sys
-import traceback
-import types
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from histo_jax import recipes
-from histo_jax.config import Config, check_types, flat, set_field
-from histo_jax.errors import UserError, closest, one_line
-from histo_jax.run import workdir as workdirs
+from histo_jax import config_files, recipes
+from histo_jax.config import Config, ConfigFile, flat, set_field
+from histo_jax.config_checks import unregistered, validate
+from histo_jax.errors import ConfigError, UserError
+from histo_jax.run.saved_config import LOCATIONS, SavedConfig
+from histo_jax.run.workdir import CONFIG_NAME, Workdir
 
 # Modes that use a trained run and change nothing of it.
 READING_MODES = ("evaluate", "predict", "report", "audit", "explain")
-# What these modes take from the config file also where the run has settings of its own...
+# What these modes take from the config file although the run has settings of its own...
 _OF_THE_COMMAND = ("evaluate.", "predict.", "explain.")
-# ... and what only if the file sets it: saying nothing of a folder does not mean the default one.
-_IF_SET = (*workdirs.WHERE, "predict.checkpoints")
-CONFIG_FILE_MODULE = "histo_jax_config_file"
-
-_code: dict[str, str] = {}
-
-
-def config_file_code() -> dict[str, str]:
-    """Returns the SHA-256 of the code in this process's config file, by the file's name.
-
-    Code is what stands outside `get_config` and defines or changes something, such as a network's
-    class; a file without any is not listed.
-    """
-    return dict(_code)
+# ... and what only if the file sets it: a folder left out does not mean the default one.
+_IF_SET = (*LOCATIONS, "predict.checkpoints")
 
 
 def resolve(
@@ -53,59 +36,26 @@ def resolve(
         UserError: there are no settings, or they cannot be used.
         OSError: a file cannot be read.
     """
-    if workdir:
-        workdirs.check_path(workdir)
-    own = workdir and workdir / "config.json"
-    if own is None or not own.exists():
+    run = Workdir(workdir) if workdir else None
+    if run:
+        run.check_path()
+    saved = run.saved_config() if run else None
+    if saved is None:
         if given is not None:
             return load(given), []
         if mode == "compare":
             return Config(), []
-        raise UserError(
+        raise ConfigError(
             f"--config is missing, and --workdir={workdir} is not the folder of a run (it has no "
-            "config.json): give --config=FILE, or another --workdir"
+            f"{CONFIG_NAME}): give --config=FILE, or another --workdir"
         )
     if given is None:
-        code = [name for name in workdirs.read_source(own.parent) if name.endswith(".py")]
-        notes = [f"{workdir} was trained with code in {name}; --config brings it" for name in code]
-        return workdirs.read_settings(own), notes if mode in READING_MODES else []
+        return _with_registrations(saved, executes_code=True)
     if mode not in READING_MODES:
         return load(given), []
     file = load(given)  # first: it may register what the run's settings name
-    return _merge(workdirs.read_settings(own), file, given, own, typed)
-
-
-def _merge(
-    own: Config, file: Config, given: str, path: Path, typed: Collection[str]
-) -> tuple[Config, list[str]]:
-    """The run's settings, with the file's about where things lie and what is to be done."""
-    values, wanted, defaults = flat(own), flat(file), flat(Config())
-    differing = []
-    for name, value in wanted.items():
-        if name in _IF_SET:
-            set_field(own, name, values[name] if value == defaults[name] else value)
-        elif name.startswith(_OF_THE_COMMAND):
-            set_field(own, name, value)
-        elif name not in typed and not _is_same(name, value, values[name]):
-            differing.append(name)
-    if "data.source" in differing:
-        raise UserError(
-            f"--config={given} is about other data than the run: data.source is "
-            f"{wanted['data.source']!r} and {values['data.source']!r} in {path}; choose another "
-            "--workdir, or leave --config out"
-        )
-    if not differing:
-        return own, []
-    fields = ", ".join(differing)
-    return own, [f"settings are those of {path}; {given} differs from them in {fields}"]
-
-
-def _is_same(name: str, one: Any, other: Any) -> bool:
-    if name == "data.slide_map" and one and other:
-        one, other = os.path.abspath(one), os.path.abspath(other)
-    if name == "model.kwargs":  # the run's are from JSON, which knows no tuples
-        one, other = (json.loads(json.dumps(value)) for value in (one, other))
-    return bool(one == other)
+    own, _ = _with_registrations(saved)
+    return _merge(own, file, given, saved.path, typed)
 
 
 def load(given: str) -> Config:
@@ -119,141 +69,109 @@ def load(given: str) -> Config:
         UserError: there is no such file, or it cannot be used; names it, and the line.
         OSError: it cannot be read.
     """
-    path, arguments = _find(given)
+    path, argument = config_files.find(given)
     if path.suffix == ".json":
-        return workdirs.read_settings(path)
-    config = _execute(path, arguments)
-    if not isinstance(config, Config):
-        raise UserError(
-            f"{path}: get_config() must return histo_jax.Config, not {type(config).__name__}"
-        )
+        return _with_registrations(SavedConfig.read(path))[0]
+    return config_files.execute(path, argument)
+
+
+def load_run_config(workdir: str | os.PathLike[str]) -> Config:
+    """Returns the settings of a run; those that it does not know yet have their default.
+
+    Executes the config file that the run came from where that registers what the settings name,
+    and this process has not registered it.
+
+    Args:
+        workdir: folder of the run.
+
+    Raises:
+        UserError: the folder is not a run's; its settings are corrupt or of another version; or
+            its network (loss, augmentation, source) is registered nowhere.
+    """
+    saved = Workdir(workdir).saved_config()
+    if saved is None:
+        raise ConfigError(f"{workdir} is not the folder of a run: it has no {CONFIG_NAME}")
+    return _with_registrations(saved)[0]
+
+
+def register_missing(config: Config, run: Workdir) -> None:
+    """Executes the run's config file where `config` names what is not registered.
+
+    Args:
+        config: settings of a command, as a program gives them.
+        run: folder of the run, which need not exist.
+    """
+    if unregistered(config) and (saved := run.saved_config()):
+        _with_registrations(saved)
+
+
+def _with_registrations(
+    saved: SavedConfig, executes_code: bool = False
+) -> tuple[Config, list[str]]:
+    """Returns a run's settings, registered and valid, and what to log of them.
+
+    Args:
+        saved: the run's `config.json`.
+        executes_code: execute the config file also where its code registers nothing that is
+            missing; to be done once a process.
+    """
+    config, notes = saved.to_config(), []
+    missing, file = unregistered(config), saved.config_file
+    if file and (missing or (executes_code and file.code_hash)):
+        path = _path(file)
+        if path:
+            config.config_file = config_files.execute(path, file.argument).config_file
+        elif missing:
+            field, name = missing[0]
+            raise ConfigError(
+                f"{saved.path}: config.{field} = {name!r} is registered nowhere, and the config "
+                f"file {file.path} is gone: restore it, or give --config=FILE that registers it"
+            )
+        else:
+            notes = [f"{file.path}, with code that the run was trained with, is gone"]
     try:
-        check_types(config)
+        validate(config)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return config
+        raise ConfigError(f"{saved.path}: {error}") from None
+    return config, notes
 
 
-def _find(given: str) -> tuple[Path, list[str]]:
-    colons = [place for place, letter in enumerate(given) if letter == ":"]
-    # A file that exists is one, whatever its name; the longest comes first.
-    parts = [(given, []), *((given[:i], [given[i + 1 :]]) for i in reversed(colons))]
-    for name, arguments in parts:
-        path = Path(os.path.expanduser(name))
-        if name and path.exists() and not path.is_dir():
-            return path, arguments
-    for name, arguments in parts:
-        recipe = recipes.path(name) if name else None
-        if recipe:
-            return recipe, arguments
-    folder = Path(os.path.expanduser(given))
-    if given and (folder / "config.json").is_file():
-        raise UserError(
-            f"--config={given} is a run's folder: give --config={folder / 'config.json'}, or "
-            f"leave --config out and set --workdir={given}"
+def _path(file: ConfigFile) -> Path | None:
+    """Returns where a run's config file is now, None if it is gone."""
+    path = Path(file.path)
+    if path.is_file():
+        return path
+    return recipes.path(file.recipe) if file.recipe else None
+
+
+def _merge(
+    own: Config, file: Config, given: str, path: Path, typed: Collection[str]
+) -> tuple[Config, list[str]]:
+    """Returns the run's settings, with the file's folders and what to evaluate and predict."""
+    values, given_values, defaults = flat(own), flat(file), flat(Config())
+    differing = []
+    for name, value in given_values.items():
+        if name in _IF_SET:
+            set_field(own, name, values[name] if value == defaults[name] else value)
+        elif name.startswith(_OF_THE_COMMAND):
+            set_field(own, name, value)
+        elif name not in typed and not _is_same(name, value, values[name]):
+            differing.append(name)
+    if "data.source" in differing:
+        raise ConfigError(
+            f"--config={given} is for other data than the run: data.source is "
+            f"{given_values['data.source']!r} there and {values['data.source']!r} in {path}; "
+            "choose another --workdir, or leave --config out"
         )
-    what = " is a folder, not a file" if given and folder.is_dir() else ": no such file or recipe"
-    raise UserError(f"--config={given}{what}; {_similar_file(folder)}")
+    if not differing:
+        return own, []
+    fields = ", ".join(differing)
+    return own, [f"settings are those of {path}; {given} differs from them in {fields}"]
 
 
-def _similar_file(path: Path) -> str:
-    """What to try instead of a config file that is not there."""
-    unquoted = os.path.expandvars(str(path).strip("'\""))
-    if unquoted != str(path) and Path(unquoted).is_file():
-        return f"did you mean {unquoted}?"
-    folder = path if path.is_dir() else path.parent
-    choices = {name: name for name in recipes.names()}
-    if folder.is_dir():
-        choices |= {file.name: str(file) for file in folder.glob("*.py") if file.is_file()}
-    match = closest(path.name, choices)
-    return f"did you mean {choices[match]}?" if match else "try --config=configs/quickstart.py"
-
-
-def _execute(path: Path, arguments: list[str]) -> Any:
-    """Returns what the config file's `get_config` returns."""
-    # Read here, and only once: it may be a pipe. Importing would use a cached compilation, which
-    # misses a change of the same size within one second.
-    try:
-        source = importlib.util.decode_source(path.read_bytes())
-    except (SyntaxError, UnicodeDecodeError):
-        raise UserError(f"{path} is no text in UTF-8: save it as such") from None
-    module = types.ModuleType(CONFIG_FILE_MODULE)
-    module.__file__ = str(path.absolute())
-    sys.modules[CONFIG_FILE_MODULE] = module
-    try:
-        exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
-        get_config = vars(module).get("get_config")
-        if not callable(get_config):
-            what = "is missing" if get_config is None else "is no function"
-            raise UserError(f"{path}: get_config() {what}; define it to return histo_jax.Config")
-        _check_arguments(path, get_config, arguments)
-        config = get_config(*arguments)
-    except (UserError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise UserError(_broken(path, error)) from None
-    _note_code(path, source)
-    return config
-
-
-def _check_arguments(path: Path, get_config: Any, arguments: list[str]) -> None:
-    try:
-        inspect.signature(get_config).bind(*arguments)
-    except TypeError:
-        if arguments:
-            raise UserError(
-                f"{path}: get_config() takes no argument: leave out :{arguments[0]}"
-            ) from None
-        raise UserError(
-            f"{path}: get_config() needs an argument: give --config={path}:ARGUMENT"
-        ) from None
-
-
-def _broken(path: Path, error: BaseException) -> str:
-    """What a config file has raised, and where in it."""
-    lines: list[int | None] = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == str(path)
-    ]
-    said = f": {one_line(error)}" if str(error) else ""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        lines, said = [error.lineno], f": {error.msg}"
-    at = f", line {lines[-1]}" if lines and lines[-1] else ""
-    is_relative = isinstance(error, FileNotFoundError) and not os.path.isabs(error.filename or "/")
-    where = f", looked for from {Path.cwd()}" if is_relative else ""
-    return f"{path}{at}: the config file is broken: {type(error).__name__}{said}{where}"
-
-
-def _note_code(path: Path, source: str) -> None:
-    """Keeps the hash of the file's code, see `config_file_code`."""
-    statements = [
-        node
-        for node in ast.parse(source).body
-        if not _is_docstring(node) and not _is_settings(node)
-    ]
-    _code.clear()
-    if all(_only_names(node) for node in statements):
-        return
-    segments = [ast.get_source_segment(source, node) or "" for node in statements]
-    _code[path.name] = hashlib.sha256("\n".join(segments).encode()).hexdigest()
-
-
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
-def _is_settings(node: ast.stmt) -> bool:
-    """Whether a statement is `get_config` and defines nothing inside."""
-    if not isinstance(node, ast.FunctionDef) or node.name != "get_config":
-        return False
-    inner = (part for part in ast.walk(node) if part is not node)
-    return not any(isinstance(p, ast.FunctionDef | ast.ClassDef | ast.Lambda) for p in inner)
-
-
-def _only_names(node: ast.stmt) -> bool:
-    """Whether a statement gives names to values and changes nothing elsewhere."""
-    if isinstance(node, ast.Assign):
-        is_code = any(isinstance(part, ast.Call | ast.Lambda) for part in ast.walk(node.value))
-        return not is_code and all(isinstance(target, ast.Name) for target in node.targets)
-    return isinstance(node, ast.Import | ast.ImportFrom)
+def _is_same(name: str, one: Any, other: Any) -> bool:
+    if name == "data.slide_map" and one and other:
+        one, other = os.path.abspath(one), os.path.abspath(other)
+    if name == "model.kwargs":  # the run's are from JSON, which has no tuples
+        one, other = (json.loads(json.dumps(value)) for value in (one, other))
+    return bool(one == other)

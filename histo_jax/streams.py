@@ -1,4 +1,4 @@
-"""Standard streams that may be missing, full, or closed by whoever reads them."""
+"""Standard streams that may be missing, full, or closed by their reader."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ class _Output(io.FileIO):
     """A standard stream that never fails.
 
     Attributes:
-        error: the first time that something could not be written though somebody may read it.
+        error: the first failure to write other than that the reader has gone.
     """
 
     error: OSError | None = None
@@ -28,26 +28,33 @@ class _Output(io.FileIO):
 
 
 def make_robust() -> None:
-    """Replaces the standard streams of this process; for programs, not for use as a library.
+    """Replaces the standard streams of this process, so that a lost log cannot end a run.
 
-    Missing ones lead nowhere, writing never fails, and characters that the encoding lacks are
-    escaped: a lost log must not end a run.
+    Missing streams discard their output, writing never fails, and characters that the encoding
+    lacks are escaped. For programs, not for libraries.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # Takes the lowest free number. Otherwise the next file that is opened would, and
-            # whatever writes to this stream would write into that file.
+            # Takes the lowest free number. Otherwise the next file opened would take it, and
+            # output to this stream would end up in that file.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     is_unbuffered = getattr(sys.stdout, "write_through", False)
     sys.stdout = _robust(1, sys.stdout, by_line=is_unbuffered or os.isatty(1))
     sys.stderr = _robust(2, sys.stderr, by_line=True)
-    for handler in logging.getLogger("histo_jax").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stderr)
+
+
+def log_to_stderr() -> None:
+    """Logs this package's messages to stderr as plain lines; for programs."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("histo_jax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _robust(number: int, stream: TextIO | None, by_line: bool) -> io.TextIOWrapper:
@@ -60,13 +67,13 @@ def _robust(number: int, stream: TextIO | None, by_line: bool) -> io.TextIOWrapp
 
 
 def flush_stdout() -> OSError | None:
-    """Writes what is left for stdout; returns the error where any of it was lost."""
+    """Flushes stdout; returns the error if any output was lost."""
     sys.stdout.flush()
     raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
     return raw.error if isinstance(raw, _Output) else None
 
 
 def write_stderr(text: bytes) -> None:
-    """Writes at once, as signal handlers must: they may interrupt another write."""
+    """Writes unbuffered, for signal handlers, which may interrupt another write."""
     with contextlib.suppress(OSError):
         os.write(2, text)

@@ -1,28 +1,26 @@
 """Every expected mistake is one line and status 2; nothing is lost, nothing half-written stays."""
 
 import concurrent.futures
-import contextlib
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
+import histo_jax
 from histo_jax import main as cli
 from histo_jax.config import Config
-from histo_jax.run import workdir as workdirs
+from histo_jax.errors import UserError
+from histo_jax.run.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -38,10 +36,9 @@ def get_config():
 """
 PROGRESS = re.compile(
     r"preparing |records: |class [01] has |\d+ patches to train|resumed from step "
-    r"|.* has changed since it was prepared|the validation score is optimistic"
+    r"|.* has changed since it was prepared|the score is optimistic"
 )
 CSVS = {"train": "train_labels.csv", "test": "sample_submission.csv"}
-HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 
 def draw(count: int) -> dict[str, np.ndarray]:
@@ -74,14 +71,15 @@ class Place:
 
     def begin(self) -> "Place":
         """Puts there what an earlier run would have left."""
-        with workdirs.session(self.workdir, "fit"):
-            workdirs.acquire(self.workdir, self.config())
+        run = Workdir(self.workdir)
+        with run.session("fit"):
+            run.acquire(self.config())
         (self.workdir / "submission.csv").write_text("id,label\nold,0.5\n")
         (self.workdir / "evaluation.json").write_text('{"auc": 0.5}\n')
         return self
 
     def prepare(self) -> "Place":
-        assert here(self.argv("--mode=prepare"))[0] == 0
+        histo_jax.prepare(self.config())
         return self
 
     def make_other_model(self) -> list[str]:
@@ -111,7 +109,7 @@ class Place:
 
 
 def real(argv: list[str]) -> tuple[int, str]:
-    """Runs the command in a process of its own; returns its status and what it said."""
+    """Runs the command in a process of its own; returns its status and its stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "histo_jax.main", *argv],
         cwd=ROOT,
@@ -123,35 +121,23 @@ def real(argv: list[str]) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def here(argv: list[str]) -> tuple[int, str]:
-    """Runs the command's code in this process, which has the heavy imports behind it."""
-    said, status, before = io.StringIO(), 0, set(flags.FLAGS)
-    with (
-        contextlib.redirect_stderr(said),
-        warnings.catch_warnings(record=True) as warned,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        warnings.resetwarnings()
-        for kind in HIDDEN:  # as Python itself does
-            warnings.simplefilter("ignore", kind)
-        patch.setattr(sys, "argv", ["histo_jax", *argv])
-        try:
-            cli._define_flags()
-            cli.main(cli._parse_flags(sys.argv))
-        except SystemExit as leave:
-            status = leave.code
-        finally:
-            for name in set(flags.FLAGS) - before:
-                delattr(flags.FLAGS, name)
-    return status, "\n".join([said.getvalue(), *(str(warning.message) for warning in warned)])
+@pytest.fixture
+def here(run_command) -> Callable[[list[str]], tuple[int, str]]:
+    """Runs the command in this process; returns its status and its stderr."""
+
+    def run(argv: list[str]) -> tuple[int, str]:
+        ended = run_command(*argv)
+        return ended.status, ended.stderr
+
+    return run
 
 
 def refuses(run: Callable, place: Place, argv: list[str], *words: str) -> None:
     """Asserts status 2, one line with all the words, and that every file is as it was."""
     before = place.files()
-    status, said = run(argv)
-    lines = [line for line in said.splitlines() if line and not PROGRESS.match(line)]
-    assert (status, len(lines)) == (2, 1), said
+    status, stderr = run(argv)
+    lines = [line for line in stderr.splitlines() if line and not PROGRESS.match(line)]
+    assert (status, len(lines)) == (2, 1), stderr
     assert lines[0].startswith("histo_jax: ")
     assert "Traceback" not in lines[0]
     assert not [word for word in words if word not in lines[0]], lines[0]
@@ -164,7 +150,7 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
-# --- the command line: each case a real process. Left what is typed, right what the line holds ---
+# --- the command line. Left: what is typed; right: what the one line contains -------------
 
 MISTYPED = """
 --config.fit.epoch=3                     | config.fit.epoch --help
@@ -191,7 +177,6 @@ MISTYPED = """
 fit                                      | 'fit' --help
 --workdir=                               | --workdir
 """
-# In this process, where each takes a few milliseconds.
 MISTYPED_TOO = """
 --config.fit.epoch=3                     | did you mean config.fit.epochs?
 --noconfig.predict.ta                    | did you mean config.predict.tta?
@@ -212,16 +197,16 @@ MISTYPED_TOO = """
 --config.data.validation_fraction=0      | fraction = 0 must be above 0 and below 1
 --config.model.features=8,8              | config.model.features = 8,8 must be five whole numbers
 --config.data.raw_dir=                   | config.data.raw_dir = '' must be a folder
---config.data.tfds_dir=$PLACE/records    | $PLACE/records was not replaced by the shell
+--config.data.tfds_dir=$PLACE/records    | $PLACE/records was not expanded by the shell
 predict                                  | 'predict' did you mean --mode=predict?
---workdir=$PLACE/run                     | --workdir=$PLACE/run was not replaced by the shell
---workdir='run'                          | --workdir='run' has quotes around it
+--workdir=$PLACE/run                     | --workdir=$PLACE/run was not expanded by the shell
+--workdir='run'                          | --workdir='run' is in quotes
 --workdir=~no-such-user/run              | no-such-user/run such home folder
 --workdir --mode=fit                     | --workdir has no value before --mode=fit
 --config --workdir=run                   | --config has no value
 --flagfile=/no/such                      | --flagfile: No such file /no/such
 --flagfile=FOLDER                        | --flagfile: Is a directory
---flagfile=FOLDER/train/ID.tif           | --flagfile is no text
+--flagfile=FOLDER/train/ID.tif           | --flagfile is not a text
 """
 OUT_OF_RANGE = """seed=-1 data.source=pictures data.samples_per_class=0 data.validation_fraction=1
 data.split_by=patient data.split_seed=-1 data.fold=6/5 data.fold=1/1 data.fold=half
@@ -248,28 +233,28 @@ def table(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("typed", "words"), table(MISTYPED))
-def test_mistyped(place: Place, typed: str, words: str) -> None:
-    refuses(real, place.begin(), place.argv("--mode=evaluate", typed), *words.split())
+def test_mistyped(place: Place, here, typed: str, words: str) -> None:
+    refuses(here, place.begin(), place.argv("--mode=evaluate", typed), *words.split())
 
 
 @pytest.mark.parametrize(("typed", "words"), table(MISTYPED_TOO))
-def test_mistyped_in_words(place: Place, typed: str, words: str, monkeypatch) -> None:
+def test_mistyped_in_words(place: Place, here, typed: str, words: str, monkeypatch) -> None:
     monkeypatch.setenv("PLACE", str(place.root))
     typed = typed.replace("FOLDER", str(place.raw)).replace("ID", ID)
     refuses(here, place, place.argv(*typed.split()), *words.split())
 
 
 @pytest.mark.parametrize("setting", OUT_OF_RANGE.split())
-def test_out_of_range(place: Place, setting: str) -> None:
+def test_out_of_range(place: Place, here, setting: str) -> None:
     field, _, value = setting.partition("=")
     argv = place.begin().argv(f"--config.{setting}")
-    refuses(real, place, argv, f"config.{field} = ", value.split(",")[0], " must be ")
+    refuses(here, place, argv, f"config.{field} = ", value.split(",")[0], " must be ")
 
 
 @pytest.mark.parametrize(("typed", "words"), table(LEFT_OUT))
-def test_left_out(place: Place, typed: str, words: str) -> None:
+def test_left_out(place: Place, here, typed: str, words: str) -> None:
     typed = typed.replace("RUN", str(place.workdir)).replace("tiny.py", str(place.config_file))
-    refuses(real, place, typed.split(), *words.split())
+    refuses(here, place, typed.split(), *words.split())
 
 
 CONFIG_FILES = {
@@ -289,24 +274,24 @@ CONFIG_FILES = {
 
 @pytest.mark.parametrize("override", [[], ["--config.seed=1"]], ids=["plain", "override"])
 @pytest.mark.parametrize("name", CONFIG_FILES)
-def test_broken_config_file(place: Place, name: str, override: list[str]) -> None:
+def test_broken_config_file(place: Place, here, name: str, override: list[str]) -> None:
     text, *words = CONFIG_FILES[name]
     place.config_file.write_text(text)
-    refuses(real, place, place.argv("--mode=predict", *override), *words)
+    refuses(here, place, place.argv("--mode=predict", *override), *words)
 
 
-def test_help_is_no_mistake() -> None:
-    assert real(["--help"]) == (0, "")
+def test_help_is_no_mistake(here) -> None:
+    assert here(["--help"]) == (0, "")
 
 
-def test_without_options_one_line_says_what_to_try() -> None:
-    status, said = here([])
+def test_without_options_one_line_says_what_to_try(here) -> None:
+    status, stderr = here([])
     assert status == 2
-    assert said.count("\n") == 1
-    assert "--config=configs/quickstart.py --workdir=" in said
+    assert stderr.count("\n") == 1
+    assert "--config=configs/quickstart.py --workdir=" in stderr
 
 
-def test_ctrl_c_while_a_config_file_is_read_is_one_line(place: Place) -> None:
+def test_ctrl_c_while_a_config_file_is_read_is_one_line(place: Place, here) -> None:
     place.config_file.write_text("raise KeyboardInterrupt")
     assert here(place.argv()) == (130, "histo_jax: interrupted while the config file was read\n")
 
@@ -321,13 +306,13 @@ optimizer.ema_decay=0.5 augment.shift=1"""
 
 
 @pytest.mark.parametrize("setting", IDENTITY.split())
-def test_workdir_of_another_run(place: Place, setting: str) -> None:
+def test_workdir_of_another_run(place: Place, here, setting: str) -> None:
     field, _, new = setting.partition("=")
     old = json.loads((place.begin().workdir / "config.json").read_text())[field]
     argv = place.argv(f"--config.{field}={new.strip(chr(39) + '[]')}")
     now = new.replace(",", ", ")
     words = (str(place.workdir), field, f"was {old!r}", f"is {now}", "choose another --workdir")
-    refuses(real, place, argv, *words)
+    refuses(here, place, argv, *words)
 
 
 def test_lengths_and_folders_may_change(place: Place) -> None:
@@ -336,34 +321,40 @@ def test_lengths_and_folders_may_change(place: Place) -> None:
     config.data.placement = "disk"
     config.early_stopping.patience, config.evaluate.split = 9, "test"
     config.predict.batch_size, config.predict.tta = 9, True
-    workdirs.check_compatible(place.workdir, config)
+    Workdir(place.workdir).check_compatible(config)
     config.seed = 1
-    with pytest.raises(workdirs.UserError, match="seed"):
-        workdirs.check_compatible(place.workdir, config)
+    with pytest.raises(UserError, match="seed"):
+        Workdir(place.workdir).check_compatible(config)
 
 
 def test_a_schedule_ties_the_run_to_its_length(place: Place) -> None:
     config = place.config()
     config.optimizer.schedule = "one_cycle"
-    with workdirs.session(place.workdir, "fit"):
-        workdirs.acquire(place.workdir, config)
+    run = Workdir(place.workdir)
+    with run.session("fit"):
+        run.acquire(config)
     config.fit.epochs = 9
-    with pytest.raises(workdirs.UserError, match=r"fit\.epochs was .* and is 9"):
-        workdirs.check_compatible(place.workdir, config)
+    with pytest.raises(UserError, match=r"fit\.epochs was .* and is 9"):
+        Workdir(place.workdir).check_compatible(config)
 
 
-def parse(argv: list[str]) -> Config:
+@pytest.fixture
+def parse(here, monkeypatch) -> Callable[[list[str]], Config]:
     """Returns the settings that the command line gives to its mode."""
-    seen: list[Config] = []
-    with pytest.MonkeyPatch.context() as patch:
-        for mode in cli.MODES:
-            patch.setitem(cli._VERBS, mode, lambda config, _: seen.append(config))
-        status, said = here(argv)
-    assert (status, len(seen)) == (0, 1), said
-    return seen[0]
+
+    def run(argv: list[str]) -> Config:
+        calls: list[Config] = []
+        monkeypatch.setattr(cli, "load_command", lambda _: lambda config, *_: calls.append(config))
+        monkeypatch.setattr(cli, "_show", lambda *_: 0)
+        status, stderr = here(argv)
+        monkeypatch.undo()
+        assert (status, len(calls)) == (0, 1), stderr
+        return calls[0]
+
+    return run
 
 
-def test_options_in_any_form_and_order(place: Place) -> None:
+def test_options_in_any_form_and_order(place: Place, parse) -> None:
     flagfile = place.root / "flags"
     flagfile.write_text(f"# said\n--config={place.config_file}\n--config.fit.epochs=2\n")
     run = f"--workdir={place.workdir}"
@@ -385,8 +376,8 @@ def test_options_in_any_form_and_order(place: Place) -> None:
     assert parse(place.argv(*twice)).model.features == (2, 2, 2, 2, 2)
 
 
-@pytest.mark.parametrize("mode", cli.MODES)
-def test_a_run_needs_no_config(place: Place, mode: str) -> None:
+@pytest.mark.parametrize("mode", cli.COMMANDS)
+def test_a_run_needs_no_config(place: Place, parse, mode: str) -> None:
     config = place.begin().config()
     argv = [f"--workdir={place.workdir}", f"--mode={mode}", "--config.predict.tta"]
     parsed = parse(argv)
@@ -396,37 +387,39 @@ def test_a_run_needs_no_config(place: Place, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["evaluate", "predict", "audit", "report", "explain", "fit"])
-def test_an_option_against_the_run_is_refused_without_a_config_too(place: Place, mode) -> None:
+def test_an_option_of_another_run_is_refused_without_a_config_too(
+    place: Place, here, parse, mode
+) -> None:
     argv = [f"--workdir={place.begin().workdir}", f"--mode={mode}", "--config.model.dense=9"]
     refuses(here, place, argv, "model.dense was 4 there and is 9 here")
-    if mode != "fit":  # what the file says is not asked for on the command line
+    if mode != "fit":  # which takes only folders from the file
         place.config_file.write_text(place.config_file.read_text().replace("), 4", "), 8"))
         assert parse(place.argv(f"--mode={mode}")).model.dense == 4
 
 
-def test_compare_needs_neither_config_nor_workdir(place: Place) -> None:
+def test_compare_needs_neither_config_nor_workdir(place: Place, here, parse) -> None:
     assert parse(["--mode=compare", "--config.compare.runs=a,b"]).compare.runs == "a,b"
     refuses(here, place, ["--mode=compare", "--workdir="], "--workdir is empty")
 
 
-def test_compare_without_two_runs(place: Place) -> None:
-    refuses(real, place, place.argv("--mode=compare"), "config.compare.runs=RUN1,RUN2")
+def test_compare_without_two_runs(place: Place, here) -> None:
+    refuses(here, place, place.argv("--mode=compare"), "config.compare.runs=RUN1,RUN2")
     argv = place.argv("--mode=compare", "--config.compare.runs=here,there")
-    refuses(real, place, argv, "here/predictions_validation.csv is missing", "--mode=evaluate")
+    refuses(here, place, argv, "here/predictions_validation.csv is missing", "--mode=evaluate")
 
 
 @pytest.mark.parametrize("below", ["", "/run", "/deeper/run"])
-def test_workdir_that_cannot_be_written(place: Place, below: str) -> None:
+def test_workdir_that_cannot_be_written(place: Place, here, below: str) -> None:
     (place.root / "file").write_text("not a folder")
     argv = place.argv(f"--workdir={place.root}/file{below}")
-    refuses(real, place, argv, f"--workdir={place.root}/file{below} cannot be written", "choose")
+    refuses(here, place, argv, f"--workdir={place.root}/file{below} cannot be written", "choose")
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b""])
-def test_damaged_config_json(place: Place, content: bytes) -> None:
+def test_corrupt_config_json(place: Place, here, content: bytes) -> None:
     path = place.begin().workdir / "config.json"
     path.write_bytes(content)
-    refuses(real, place, place.argv(), str(path), "damaged", "choose another --workdir")
+    refuses(here, place, place.argv(), str(path), "corrupt", "choose another --workdir")
 
 
 # --- the raw data -----------------------------------------------------------------------------
@@ -460,7 +453,7 @@ def gone(name: str, *, and_back: bool = False) -> Spoiler:
 
 
 ROW, HEX = f"{LABELS}, line 2", "40 hex digits"
-TIFF = (FILE, "no readable TIFF", "download it again")
+TIFF = (FILE, "not a readable TIFF", "download it again")
 SIZE = (FILE, "96x96 RGB", "download it")
 RAW: dict[str, tuple] = {
     "no-folder": (gone("."), "raw: no such folder", "--config.data.raw_dir"),
@@ -468,13 +461,13 @@ RAW: dict[str, tuple] = {
     "no-test-csv": (gone(SAMPLE), SAMPLE, "missing", "unpack"),
     "no-test-folder": (gone("test"), "raw/test", "missing", "unpack"),
     "empty-test-folder": (gone("test", and_back=True), "raw/test", "empty", "unpack"),
-    "no-header": (content(LABELS, lambda old: old[9:]), LABELS, "id,label", "mend the header"),
+    "no-header": (content(LABELS, lambda old: old[9:]), LABELS, "id,label", "correct the header"),
     "other-header": (
         content(SAMPLE, lambda old: b"x" + old),
         SAMPLE,
         "must be id,",
         "xid,label",
-        "mend the header",
+        "correct the header",
     ),
     "header-alone": (content(SAMPLE, lambda old: old[:9]), SAMPLE, "no patches", "again"),
     "empty-csv": (content(LABELS, lambda _: b""), LABELS, "no readable CSV"),
@@ -482,14 +475,14 @@ RAW: dict[str, tuple] = {
     "binary-csv": (content(LABELS, lambda _: bytes(range(256)) * 9), LABELS),
     "not-utf-8-csv": (content(SAMPLE, lambda old: old + b"\xe9,0\n"), SAMPLE, "save it as UTF-8"),
     "ragged-csv": (content(LABELS, lambda old: old + b"a,b,c\n"), LABELS, "no readable CSV"),
-    "label-2": (row(f"{ID},2"), ROW, "'2'", "0 or 1", "mend"),
-    "label-half": (row(f"{ID},0.5"), ROW, "'0.5'", "0 or 1", "mend"),
-    "label-empty": (row(f"{ID},"), ROW, "0 or 1", "mend"),
-    "label-left-out": (row(ID), ROW, "0 or 1", "mend"),
-    "id-a-path": (row("../../etc/passwd,0"), ROW, "../../etc/passwd", HEX, "mend"),
-    "id-too-short": (row(f"{ID[1:]},0"), ROW, ID[1:], HEX, "mend"),
-    "id-empty": (row(",0"), ROW, HEX, "mend"),
-    "id-twice": (row(f"{SECOND},1"), f"{LABELS}, line 3", SECOND, "remove one row"),
+    "label-2": (row(f"{ID},2"), ROW, "'2'", "0 or 1", "correct the row"),
+    "label-half": (row(f"{ID},0.5"), ROW, "'0.5'", "0 or 1", "correct the row"),
+    "label-empty": (row(f"{ID},"), ROW, "0 or 1", "correct the row"),
+    "label-left-out": (row(ID), ROW, "0 or 1", "correct the row"),
+    "id-a-path": (row("../../etc/passwd,0"), ROW, "../../etc/passwd", HEX, "correct the row"),
+    "id-too-short": (row(f"{ID[1:]},0"), ROW, ID[1:], HEX, "correct the row"),
+    "id-empty": (row(",0"), ROW, HEX, "correct the row"),
+    "id-twice": (row(f"{SECOND},1"), f"{LABELS}, line 3", "duplicate id", SECOND, "remove the row"),
     "no-file": (gone(FILE), ROW, FILE, "missing", "restore it"),
     "cut-in-half": (content(FILE, lambda old: old[: len(old) // 2]), *TIFF),
     "cut-in-header": (content(FILE, lambda old: old[:100]), *TIFF),
@@ -500,13 +493,13 @@ RAW: dict[str, tuple] = {
     "wrong-size": (image("TIFF", "RGB", 96, 95), "96x95", *SIZE),
     "grey": (image("TIFF", "L", 96, 96), "96x96 L", *SIZE),
     "transparent": (image("TIFF", "RGBA", 96, 96), "RGBA", *SIZE),
-    "cut-test-file": (content(TEST_FILE, lambda old: old[:9999]), TEST_FILE, "no readable TIFF"),
+    "cut-test-file": (content(TEST_FILE, lambda old: old[:9999]), TEST_FILE, "not a readable TIFF"),
 }
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["fresh", "begun"])
 @pytest.mark.parametrize("name", RAW)
-def test_bad_raw_data(place: Place, name: str, begun: bool) -> None:
+def test_bad_raw_data(place: Place, here, name: str, begun: bool) -> None:
     spoil, *words = RAW[name]
     if begun:
         place.begin()
@@ -515,7 +508,7 @@ def test_bad_raw_data(place: Place, name: str, begun: bool) -> None:
 
 
 @pytest.mark.parametrize("label", "01")
-def test_one_class_only(place: Place, label: str) -> None:
+def test_one_class_only(place: Place, here, label: str) -> None:
     content(LABELS, lambda old: re.sub(rb",\d\n", f",{label}\n".encode(), old))(place.raw)
     words = ("training set has", "9 with tumour" if label == "1" else "0 with tumour", "both")
     refuses(here, place.prepare(), place.argv(), *words, "give more patches")
@@ -530,26 +523,26 @@ fit.batch_size=12        | config.fit.batch_size 12 9 smaller more
 
 
 @pytest.mark.parametrize(("setting", "words"), table(INDIVISIBLE))
-def test_data_that_cannot_be_divided(place: Place, setting: str, words: str) -> None:
+def test_data_that_cannot_be_divided(place: Place, here, setting: str, words: str) -> None:
     refuses(here, place.prepare(), place.argv(f"--config.{setting}"), *words.split())
 
 
-def test_records_of_other_files(place: Place) -> None:
+def test_records_of_other_files(place: Place, here) -> None:
     """A new run would get records of its own; this one began with others."""
     place.begin().prepare()
     (records,) = (path.name for path in (place.tfds / "histopathology").iterdir())
-    workdirs.update_status(place.workdir, records=records)
+    Workdir(place.workdir).update_status(records=records)
     content(LABELS, lambda old: old[:-43])(place.raw)
-    refuses(here, place, place.argv(), "other files", str(place.raw), records, "--workdir")
+    refuses(here, place, place.argv(), "other data", str(place.raw), records, "--workdir")
 
 
-def test_neither_raw_files_nor_records(place: Place) -> None:
+def test_neither_raw_files_nor_records(place: Place, here) -> None:
     argv = place.argv("--config.data.raw_dir=None")
     refuses(here, place, argv, "set --config.data.raw_dir")
 
 
 @pytest.mark.parametrize("below", ["", "/records"])
-def test_records_folder_that_cannot_be_written(place: Place, below: str) -> None:
+def test_records_folder_that_cannot_be_written(place: Place, here, below: str) -> None:
     (place.root / "file").write_text("not a folder")
     argv = place.argv("--mode=prepare", f"--config.data.tfds_dir={place.root}/file{below}")
     refuses(here, place, argv, f"{place.root}/file{below}", "data.tfds_dir")
@@ -561,8 +554,7 @@ def test_records_folder_that_cannot_be_written(place: Place, below: str) -> None
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
     place = Place(tmp_path_factory.mktemp("trained"))
-    status, said = real(place.argv("--mode=fit"))
-    assert status == 0, said
+    histo_jax.fit(place.config(), place.workdir)
     return place
 
 
@@ -573,7 +565,7 @@ def copy(trained: Place, tmp_path: Path) -> Place:
     return Place(tmp_path).begin()
 
 
-def test_raw_data_that_is_typed_must_be_the_runs(copy: Place) -> None:
+def test_raw_data_that_is_typed_must_be_the_runs(copy: Place, here) -> None:
     """The run's own `config.json` may name a folder that is gone; a command line may not."""
     refuses(here, copy, copy.argv("--mode=predict", "--config.data.raw_dir=nope"), "nope", "folder")
     shutil.rmtree(copy.raw)
@@ -583,7 +575,7 @@ def test_raw_data_that_is_typed_must_be_the_runs(copy: Place) -> None:
 
 @pytest.mark.parametrize("mode", ["evaluate", "predict"])
 @pytest.mark.parametrize("left", ["nothing", "config", "folder"])
-def test_no_checkpoint(place: Place, mode: str, left: str) -> None:
+def test_no_checkpoint(place: Place, here, mode: str, left: str) -> None:
     if left != "nothing":
         place.begin()
     if left == "folder":
@@ -593,51 +585,49 @@ def test_no_checkpoint(place: Place, mode: str, left: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["fit", "evaluate", "predict"])
-def test_checkpoint_of_another_model(copy: Place, mode: str) -> None:
+def test_checkpoint_of_another_model(copy: Place, here, mode: str) -> None:
     argv = [*copy.make_other_model(), f"--mode={mode}"]
     refuses(here, copy, argv, "checkpoints/2", "another model", "config.model", "--workdir")
 
 
-def test_checkpoints_in_a_folder_without_config(copy: Place) -> None:
+def test_checkpoints_in_a_folder_without_config(copy: Place, here) -> None:
     (copy.workdir / "config.json").unlink()
-    refuses(real, copy, copy.argv(), str(copy.workdir), "no config.json", "another --workdir")
+    refuses(here, copy, copy.argv(), str(copy.workdir), "no config.json", "another --workdir")
 
 
-def test_test_patches_without_labels(copy: Place) -> None:
+def test_test_patches_without_labels(copy: Place, here) -> None:
     argv = copy.argv("--mode=evaluate", "--config.evaluate.split=test")
     refuses(here, copy, argv, "no labels", "--mode=predict", "--config.evaluate.split=validation")
 
 
-def test_a_full_device_memory_is_one_line(place: Place, monkeypatch) -> None:
-    monkeypatch.setitem(cli._VERBS, "fit", lambda *_: jnp.zeros((2**20, 2**20, 2**10)) + 1)
+def test_a_full_device_memory_is_one_line(place: Place, here, monkeypatch) -> None:
+    full = lambda *_: jnp.zeros((2**20, 2**20, 2**10)) + 1  # noqa: E731
+    monkeypatch.setattr(cli, "load_command", lambda _: full)
     refuses(here, place, place.argv("--mode=fit"), "memory", "config.fit.batch_size", "placement")
 
 
-def test_the_home_folder_may_be_written_as_a_tilde(place: Place, monkeypatch) -> None:
+def test_the_home_folder_may_be_written_as_a_tilde(place: Place, here, monkeypatch) -> None:
     monkeypatch.setenv("HOME", str(place.root))
-    seen = []
-    monkeypatch.setitem(cli._VERBS, "fit", lambda _, workdir: seen.append(workdir))
+    calls = []
+    monkeypatch.setattr(cli, "load_command", lambda _: lambda _, workdir: calls.append(workdir))
     assert here(place.argv("--mode=fit", "--workdir=~/runs/x")) == (0, "")
-    assert seen == [place.root / "runs" / "x"]
+    assert calls == [place.root / "runs" / "x"]
 
 
 def test_the_heavy_ones_in_real_processes(copy: Place, tmp_path_factory) -> None:
-    no_raw, cut, unwritable, new, small = [
-        Place(tmp_path_factory.mktemp("place")).begin() for _ in range(5)
+    """With the interpreter, the logs and the exit of the real command line."""
+    typed, broken, other, cut = [Place(tmp_path_factory.mktemp("place")).begin() for _ in range(4)]
+    jobs = [
+        (typed, typed.argv("--mode=evaluate", "--config.fit.epochs=ten"), "config.fit.epochs ten"),
+        (other, other.argv("--config.seed=1"), "seed was 0 there and is 1 here"),
     ]
-    jobs = []
-    for place, name in ((no_raw, "no-folder"), (cut, "cut-in-header")):
-        spoil, *words = RAW[name]
-        spoil(place.raw)
-        jobs.append((place, place.argv("--mode=prepare"), *words))
-    argv = unwritable.argv("--mode=prepare", f"--config.data.tfds_dir={unwritable.config_file}/x")
-    jobs.append((unwritable, argv, str(unwritable.config_file)))
-    jobs.append((new, new.argv("--mode=predict"), "no checkpoint", "--mode=fit"))
-    shutil.copytree(copy.tfds, small.tfds)
-    argv = small.argv(f"--workdir={small.root}/fresh", "--config.fit.batch_size=12")
-    jobs.append((small, argv, "fit.batch_size = 12", "9"))
+    broken.config_file.write_text("def get_config(:\n")
+    jobs.append((broken, broken.argv("--mode=predict"), "tiny.py, line 1 SyntaxError"))
+    spoil, *words = RAW["cut-in-header"]
+    spoil(cut.raw)
+    jobs.append((cut, cut.argv("--mode=prepare"), " ".join(words[:1])))
     argv = [*copy.make_other_model(), "--mode=evaluate"]
-    jobs.append((copy, argv, "checkpoints/2", "another model"))
+    jobs.append((copy, argv, "checkpoints/2 another model"))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(refuses, real, *job) for job in jobs]:
+        for done in [pool.submit(refuses, real, p, argv, *w.split()) for p, argv, w in jobs]:
             done.result()

@@ -63,31 +63,31 @@ def test_the_verdict_names_each_score_for_itself(scored):
     plain, sure = scored("plain", 30), scored("sure", 30, scale=9.0)
     _, verdict = verdict_of(sure, plain)
     assert verdict.startswith(f"{plain} is better in NLL (by ")
-    assert verdict.endswith("; AUC: no difference can be shown")
+    assert verdict.endswith("; AUC: no significant difference")
     _, verdict = verdict_of(plain, plain)
-    assert verdict == "AUC and NLL: no difference can be shown"
+    assert verdict == "AUC and NLL: no significant difference"
 
 
 @pytest.mark.parametrize(
     ("slides", "scores", "caveat"),
     [
-        (0, {}, "slides are unknown, so the intervals are too narrow"),
-        (10, {}, "few slides (10), so the intervals are rather too narrow"),
+        (0, {}, "slides are not known, so the intervals are too narrow"),
+        (10, {}, "few slides (10), so the intervals may be too narrow"),
         (
             30,
             {"slide_disjoint": False},
-            "slides may be shared with training, so it may not hold for other",
+            "slides may be shared with training, so this may not hold for other",
         ),
         (30, {"slide_disjoint": None}, None),
-        (5, {}, "with so few slides (5; at least 6"),
-        (1, {}, "with so few slides (1; at least 6"),
+        (5, {}, "too few slides to show a difference (5; at least 6"),
+        (1, {}, "too few slides to show a difference (1; at least 6"),
     ],
 )
 def test_the_verdict_says_what_may_be_wrong_with_it(scored, slides, scores, caveat):
     _, verdict = verdict_of(scored("a", slides), scored("b", slides, noise=0.5, **scores))
     assert (caveat or "NLL (by") in verdict
     assert ("is better in" in verdict) == (slides not in (1, 5))
-    assert sum(text in verdict for text in ("unknown", "few", "shared")) == (caveat is not None)
+    assert sum(text in verdict for text in ("not known", "few", "shared")) == (caveat is not None)
 
 
 @pytest.mark.parametrize("changes", [{"auc": 0.1}, {"nll": None}, {"count": 599}])

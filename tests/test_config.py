@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from histo_jax.config import Config, flat, set_field, type_name, unknown_field, validate
+from histo_jax.config import Config, flat, set_field
+from histo_jax.config_checks import type_name, unknown_field, validate
 from histo_jax.errors import UserError
 
 MISSPELT = {
@@ -19,7 +20,7 @@ MISSPELT = {
 
 
 @pytest.mark.parametrize("name", MISSPELT)
-def test_an_unknown_field_is_told_which_is_meant(name):
+def test_an_unknown_field_names_the_closest_one(name):
     message = unknown_field(name)
     assert message.startswith(f"unknown config field: config.{name};")
     assert MISSPELT[name] in message
@@ -54,7 +55,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "value", "words"), WRONG)
-def test_a_wrong_value_is_told_what_it_must_be(name, value, words):
+def test_a_wrong_value_names_what_it_must_be(name, value, words):
     config = Config()
     set_field(config, name, value)
     with pytest.raises(UserError) as error:

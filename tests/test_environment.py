@@ -83,9 +83,9 @@ def test_settings_of_the_user_change_no_byte_and_hold_again_afterwards(
     tiny_config.data.raw_dir = str(make_kaggle(tmp_path / "raw", train=2, test=1))
     tiny_config.data.tfds_dir = str(tmp_path / "records")
     assert len(histo_jax.prepare(tiny_config).tables["train"]) == 2
-    said = capfd.readouterr()
-    assert "absl" not in said.err
-    assert "Compiling" not in said.err
+    output = capfd.readouterr()
+    assert "absl" not in output.err
+    assert "Compiling" not in output.err
     assert jax.config.values["jax_enable_x64"]
     assert jax.dtypes.canonicalize_dtype(float) == np.float64
     assert np.geterr()["under"] == "raise"
@@ -138,7 +138,7 @@ def test_a_warning_is_logged_once_a_command(caplog):
 def test_imports_work_where_warnings_are_errors_and_a_notebooks_backend_is_missing():
     script = (
         "import runpy, histo_jax; histo_jax.compare\n"
-        "with runpy.run_path('histo_jax/report/backend.py')['ignored'](): import matplotlib\n"
+        "with runpy.run_path('histo_jax/report/backend.py')['isolated'](): import matplotlib\n"
         "print(matplotlib.get_backend(auto_select=False))"
     )
     variables = {
@@ -156,7 +156,7 @@ def test_imports_work_where_warnings_are_errors_and_a_notebooks_backend_is_missi
     ("variable", "value"), [("JAX_ENABLE_X64", "maybe"), ("JAX_NUMPY_RANK_PROMOTION", "some")]
 )
 def test_a_variable_that_jax_cannot_read_is_named(variable, value):
-    script = "import histo_jax\ntry: histo_jax.fit\nexcept histo_jax.ExpectedError as e: print(e)"
+    script = "import histo_jax\ntry: histo_jax.fit\nexcept histo_jax.UserError as e: print(e)"
     done = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {variable: value}, cwd=ROOT,
         capture_output=True, text=True, check=True,
@@ -221,7 +221,7 @@ def test_a_workdir_in_the_home_of_nobody_is_refused(tiny_config, command):
 
 
 @pytest.mark.parametrize("cause", ["no home", "relative", "not a folder"])
-def test_without_a_place_for_compiled_programs_work_goes_on_and_says_so(
+def test_without_a_cache_folder_compiled_programs_are_not_kept(
     cause, monkeypatch, tmp_path, caplog
 ):
     values = {"jax_compilation_cache_dir": None}

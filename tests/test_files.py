@@ -16,12 +16,12 @@ def raised_inside(folder, error):
 
 def test_a_librarys_error_of_the_disk_names_the_folder_or_the_other_file(tmp_path):
     for number in (errno.ENOSPC, errno.EACCES, errno.EIO):
-        said = os.strerror(number)
-        inside = f'Error opening "{tmp_path}/run/0/d": {said}'
+        message = os.strerror(number)
+        inside = f'Error opening "{tmp_path}/run/0/d": {message}'
         for words, place in (
-            (f"write failed: {said}", tmp_path),
+            (f"write failed: {message}", tmp_path),
             (inside, tmp_path),
-            (f"Error opening '/dev/shm/part': {said}", "/dev/shm/part"),
+            (f"Error opening '/dev/shm/part': {message}", "/dev/shm/part"),
         ):
             error = raised_inside(tmp_path, ValueError(words))
             assert (error.errno, error.filename) == (number, str(place))

@@ -114,8 +114,10 @@ def test_the_sheet_shows_patches_of_the_first_batches_as_they_are_trained_on(tin
     events = EventAccumulator(str(tmp_path / "events"), size_guidance={"images": 0}).Reload()
     (sheet,) = events.Images("training_patches")
     shown = np.asarray(Image.open(io.BytesIO(sheet.encoded_image_string)))
-    prepared = fitting.prepare(tiny_config)
-    train = fitting.splits.make_subsets(prepared.tables, tiny_config).train
+    prepared = histo_jax.prepare(tiny_config)
+    train = fitting.splits.make_subsets(
+        prepared.tables, tiny_config.data, tiny_config.data_seed
+    ).train
     order = fitting.loader.training_order(len(train.rows), 8, tiny_config.seed)
     rows = train.rows[np.concatenate([order[step] for step in range(4)])[:30]]
     images = jax.numpy.asarray(prepared.records(train.records, rows).images(np.arange(30)))
@@ -188,8 +190,8 @@ def test_a_learnable_difference_is_learnt(tiny_config, tmp_path):
 def test_normalisation_is_the_runs_own_and_saved(tiny_config, tmp_path):
     tiny_config.fit.epochs = 1
     histo_jax.fit(tiny_config, tmp_path)
-    prepared = fitting.prepare(tiny_config)
-    split = fitting.splits.make_subsets(prepared.tables, tiny_config)
+    prepared = histo_jax.prepare(tiny_config)
+    split = fitting.splits.make_subsets(prepared.tables, tiny_config.data, tiny_config.data_seed)
     records = prepared.source("train").__getitems__(split.train.rows.tolist())
     pixels = np.stack([record["image"] for record in records]) / 255
     with Checkpoints(tmp_path) as checkpoints:

@@ -1,4 +1,4 @@
-"""The real command line, in processes of its own."""
+"""The command line from end to end: one run in a process of its own, the rest in this process."""
 
 import json
 import os
@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+
+from histo_jax.data import leakage
+from histo_jax.version import VERSION
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
@@ -26,16 +29,18 @@ def get_config():
     config.data.tfds_dir = {records!r}
     return config
 """
+SCRIPT = """
+import sys
+from histo_jax.main import cli
+sys.exit(cli())
+"""
 
 
-def start(*options, devices=1, path=(), check=True):
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.pathsep.join(map(str, path)),
-    }
+def start(*command, path=(), folder=ROOT, check=True):
+    variables = {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path)))}
     done = subprocess.run(
-        [sys.executable, "-m", "histo_jax.main", *map(str, options)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        [sys.executable, *map(str, command)], cwd=folder, env=os.environ | variables,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 or not check, done.stderr
     return done
@@ -43,7 +48,7 @@ def start(*options, devices=1, path=(), check=True):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, make_kaggle):
-    """A finished run on 13 test images, made where `tensorflow` raises when imported."""
+    """A finished run on 13 test images, made on one device where importing tensorflow fails."""
     folder = tmp_path_factory.mktemp("main")
     raw = make_kaggle(folder / "raw", train=40, test=13)
     (folder / "config.py").write_text(CONFIG.format(raw=str(raw), records=str(folder / "records")))
@@ -52,97 +57,126 @@ def run(tmp_path_factory, make_kaggle):
         "raise RuntimeError('tensorflow was imported')"
     )
     options = (f"--config={folder / 'config.py'}", f"--workdir={folder / 'run'}")
-    start(*options, path=[folder / "stand_in"])
+    start("-m", "histo_jax.main", *options, path=[folder / "stand_in"])
     return folder / "run", options
 
 
-def test_the_main_job_needs_no_tensorflow(run):
+def test_a_run_needs_no_tensorflow(run):
     workdir, _ = run
     assert json.loads((workdir / "status.json").read_text())["state"] == "complete"
     ids = pd.read_csv(workdir.parent / "raw" / "sample_submission.csv")["id"]
     assert pd.read_csv(workdir / "submission.csv")["id"].tolist() == ids.tolist()
 
 
-@pytest.mark.parametrize("devices", [3, 4])
-def test_prediction_is_the_same_on_other_devices(run, devices):
-    workdir, options = run
-    one = pd.read_csv(workdir / "submission.csv")
-    start(*options, "--mode=predict", devices=devices)
-    several = pd.read_csv(workdir / "submission.csv")
-    assert one["id"].tolist() == several["id"].tolist()
-    assert len(one) == 13
-    np.testing.assert_allclose(one["label"], several["label"], rtol=0, atol=1e-5)
-
-
-def test_a_finished_run_exits_at_once_and_says_so(run):
-    workdir, options = run
-    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
-    done = start(*options)
-    assert "already complete" in done.stdout
-    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
-
-
-def test_prepare_alone_names_the_folder(run, tmp_path):
-    _, options = run
-    records = tmp_path / "records"
-    done = start(*options, f"--config.data.tfds_dir={records}", "--mode=prepare")
-    assert str(records) in done.stdout
-    assert list(records.rglob("train.csv"))
-
-
-def test_optional_fields_take_none(run):
-    _, options = run
-    done = start(
-        options[0], "--workdir=/nowhere", "--config.data.samples_per_class=None",
-        "--config.fit.batch_size=None", check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "fit.batch_size" in done.stderr
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_configs_are_valid(path):
-    done = start(f"--config={path}", "--workdir=/dev/null/run", "--mode=fit", check=False)
-    assert done.returncode == 2
-    assert "--workdir=/dev/null/run cannot be written" in done.stderr
-
-
-def test_a_run_is_predicted_with_again_without_its_config(run, tmp_path):
+def test_predictions_without_config_on_several_devices_are_the_same(run, run_command):
     workdir, _ = run
     before = pd.read_csv(workdir / "submission.csv")
     (workdir / "submission.csv").unlink()
     assert "histo_jax.models.cnn" in json.loads((workdir / "config.json").read_text())["source"]
     assert "histo_jax.models.cnn" not in (workdir / "report.html").read_text()
-    start(f"--workdir={workdir}", "--mode=predict")
-    pd.testing.assert_frame_equal(pd.read_csv(workdir / "submission.csv"), before)
-    lines = start("--mode=compare", f"--config.compare.runs={workdir},{workdir}").stdout
+    assert run_command(f"--workdir={workdir}", "--mode=predict").status == 0
+    after = pd.read_csv(workdir / "submission.csv")
+    assert before["id"].tolist() == after["id"].tolist()
+    assert len(before) == 13
+    np.testing.assert_allclose(before["label"], after["label"], rtol=0, atol=1e-5)
+
+
+def test_compare_prints_a_table_and_needs_no_workdir(run, run_command, tmp_path, monkeypatch):
+    workdir, _ = run
+    monkeypatch.chdir(tmp_path)
+    lines = run_command("--mode=compare", f"--config.compare.runs={workdir},{workdir}").stdout
     assert f"{workdir} minus {workdir}" in lines
-    assert not (ROOT / "compare.json").exists()
+    assert not list(tmp_path.iterdir())
 
 
-def test_questions_are_answered_without_the_heavy_imports():
+def test_audit_prints_a_table_and_exits_with_status_1_where_there_is_a_leak(
+    run, run_command, monkeypatch
+):
+    workdir, _ = run
+    ended = run_command(f"--workdir={workdir}", "--mode=audit")
+    assert (ended.status, "no leak found" in ended.stdout) == (0, True)
+    monkeypatch.setattr(leakage, "has_leak", lambda _: True)
+    assert run_command(f"--workdir={workdir}", "--mode=audit").status == 1
+
+
+def test_prepare_names_the_folder(run, run_command, tmp_path):
+    _, options = run
+    records = tmp_path / "records"
+    ended = run_command(*options, f"--config.data.tfds_dir={records}", "--mode=prepare")
+    assert str(records) in ended.stdout
+    assert list(records.rglob("train.csv"))
+
+
+def test_optional_fields_take_none(run, run_command):
+    _, options = run
+    ended = run_command(
+        options[0], "--workdir=/nowhere", "--config.data.samples_per_class=None",
+        "--config.fit.batch_size=None",
+    )  # fmt: skip
+    assert ended.status == 2
+    assert "fit.batch_size" in ended.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_configs_are_valid(path, run_command):
+    ended = run_command(f"--config={path}", "--workdir=/dev/null/run", "--mode=fit")
+    assert ended.status == 2
+    assert "--workdir=/dev/null/run cannot be written" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [("--help", "--config.predict.batch_size="), ("--version", "histo_jax 0.")]
+)
+def test_questions_are_answered_without_the_heavy_imports(option, words):
+    heavy = "[n for n in sys.modules if n in ('jax', 'flax', 'numpy', 'pandas')]"
     code = (
-        "import sys; from histo_jax import main as m; m._define_flags(); m._parse_flags(sys.argv)"
+        f"import atexit, sys; atexit.register(lambda: print({heavy}))\n"
+        "from histo_jax import main; main.main(sys.argv)"
     )
-    watch = "; print([n for n in sys.modules if n in ('jax', 'flax', 'numpy', 'pandas')])"
-    for option, words in (("--help", "--config.seed="), ("--version", "histo_jax ")):
-        wrapped = f"import atexit, sys; atexit.register(lambda: exec({watch[2:]!r})); {code}"
-        command = [sys.executable, "-c", wrapped, option]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert words in done.stdout
-        assert done.stdout.endswith("[]\n")
+    done = start("-c", code, option)
+    assert words in done.stdout
+    assert done.stdout.endswith("[]\n")
 
 
-def test_help_lists_every_field():
-    text = start("--help").stdout
-    for name in ("--workdir", "--mode", "--config.data.raw_dir", "--config.predict.batch_size"):
-        assert name in text
+def test_the_console_script_is_the_same_command_line(tmp_path):
+    """As pip writes it; modules of the current folder are found, after installed ones."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "histo_jax").write_text(SCRIPT)
+    (tmp_path / "bin" / "absl.py").write_text("raise SystemExit('hidden')")
+    (tmp_path / "helper.py").write_text("SEED = -7")
+    (tmp_path / "absl.py").write_text("raise SystemExit('hidden')")
+    (tmp_path / "mine.py").write_text(
+        "import helper, histo_jax\ndef get_config(): return histo_jax.Config(seed=helper.SEED)\n"
+    )
+    script = tmp_path / "bin" / "histo_jax"
+    done = start(script, "--config=mine.py", "--workdir=run", folder=tmp_path, check=False)
+    assert done.stderr.startswith("histo_jax: config.seed = -7 must be ")
+    assert done.returncode == 2
+    project = (ROOT / "pyproject.toml").read_text()
+    assert '[project.scripts]\nhisto_jax = "histo_jax.main:cli"\n' in project
 
 
-def test_a_finished_run_is_evaluated_anew_once_where_that_was_changed(run):
+def test_the_version_is_that_of_the_package():
+    assert f'\nversion = "{VERSION}"\n' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_importing_the_package_shows_no_log():
+    code = (
+        "import logging, histo_jax; histo_jax.recipe('pcam')\n"
+        "log = logging.getLogger('histo_jax')\n"
+        "log.error('hidden'); print([type(h).__name__ for h in log.handlers], log.level)"
+    )
+    done = start("-c", code)
+    assert (done.stdout, done.stderr) == ("['NullHandler'] 0\n", "")
+
+
+def test_a_finished_run_exits_at_once_and_is_evaluated_once_where_that_changed(run, run_command):
     workdir, options = run
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    assert "already complete" in run_command(*options).stdout
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
     changed = [*options, "--config.predict.batch_size=5"]
-    assert "already complete" not in start(*changed).stdout
+    assert "already complete" not in run_command(*changed).stdout
     assert '"predict.batch_size": 5' in (workdir / "config.json").read_text()
     assert re.search(r"predict\.batch_size\D+5\D", (workdir / "report.html").read_text())
-    assert "already complete" in start(*changed).stdout
+    assert "already complete" in run_command(*changed).stdout

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 import histo_jax
-from histo_jax.config import Config, folders, validate
+from histo_jax.config import Config
+from histo_jax.config_checks import validate
+from histo_jax.config_values import folders
 from histo_jax.errors import UserError
-from histo_jax.run import files, workdir
+from histo_jax.run import files
+from histo_jax.run.workdir import Workdir
 
 URLS = (
     "gs://bucket/run", "s3://bucket", "S3A://bucket/x", "hdfs://host:8020/run", "https://a.org/x",
@@ -62,7 +65,7 @@ def test_a_url_is_refused_and_nothing_is_made(tmp_path, monkeypatch, url):
 
 def test_names_that_look_like_urls_are_paths():
     for path in PATHS:
-        workdir.check_path(Path(path))
+        Workdir(path).check_path()
         validate(Config(data=histo_jax.config.DataConfig(raw_dir=path)))
 
 
@@ -124,7 +127,7 @@ def test_records_and_runs_in_folders_with_patterns_in_their_names(make_tiny_conf
     shutil.copytree(runs[0], runs[1])
     config.predict.checkpoints = ", ".join(map(str, runs))
     scores = histo_jax.evaluate(config, place / "both")
-    assert [member["run"] for member in scores["members"]] == [str(run) for run in runs]
+    assert [run["run"] for run in scores["runs"]] == [str(run) for run in runs]
     assert [path.name for path in tmp_path.iterdir()] == [place.name]
     written = [p for p in place.rglob("*") if p.suffix in (".json", ".csv")]
     assert not any("/proc/" in p.read_text() for p in written)
@@ -133,16 +136,19 @@ def test_records_and_runs_in_folders_with_patterns_in_their_names(make_tiny_conf
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (OSError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: Permission denied; mend that"),
-        (OSError(errno.EACCES, "Permission denied", b"/a/b"), "/a/b: Permission denied; mend that"),
+        (OSError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: Permission denied; fix this"),
+        (OSError(errno.EACCES, "Permission denied", b"/a/b"), "/a/b: Permission denied; fix this"),
         (OSError(errno.EMFILE, "Too many open files"), "Too many open files: raise the limit (ul"),
-        (OSError(errno.ENOSPC, "No space left on device"), "FULL: No space left on device; free"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "FULL: No space left on device; free some",
+        ),
         (OSError(errno.EIO, "Input/output error"), "Input/output error (in test_paths, which"),
         (
             OSError(errno.EBADF, "Bad file", 3),
-            "Bad file (in test_paths, which names no file): mend",
+            "Bad file (in test_paths, which names no file): fix this",
         ),
-        (OSError("odd"), "odd (in test_paths, which names no file): mend that"),
+        (OSError("odd"), "odd (in test_paths, which names no file): fix this"),
     ],
 )
 def test_an_error_of_the_system_blames_what_it_names(tmp_path, monkeypatch, error, line):
@@ -157,9 +163,9 @@ def test_an_error_of_the_system_blames_what_it_names(tmp_path, monkeypatch, erro
     try:
         raise error
     except OSError as caught:
-        said = files.describe(caught, (other, full / "new"))
-    assert said.replace("(in tests.", "(in ").startswith(line.replace("FULL", str(full)))
-    assert str(other) not in said
+        message = files.describe(caught, (other, full / "new"))
+    assert message.replace("(in tests.", "(in ").startswith(line.replace("FULL", str(full)))
+    assert str(other) not in message
 
 
 def test_a_write_that_fails_names_the_file(tmp_path, monkeypatch):

@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from histo_jax import fitting, provenance, settings
-from histo_jax.config import Config
+from histo_jax import config_files, fitting, provenance, recipes, settings
+from histo_jax.config import Config, ConfigFile
 from histo_jax.models.cnn import FiveBlockCNN
 from histo_jax.models.p4m import FiveBlockP4M
-from histo_jax.run import workdir as workdirs
+from histo_jax.run.workdir import Workdir
+from histo_jax.settings import load_run_config
 from histo_jax.training import step
 from histo_jax.training.losses import binary_cross_entropy
 from histo_jax.training.optimizer import create_optimizer
@@ -18,11 +19,6 @@ from histo_jax.training.optimizer import create_optimizer
 CODE = "class Net:\n    width = 1\n"
 GET_CONFIG = "from histo_jax.config import Config\ndef get_config():\n    return Config()\n"
 PARTS = (FiveBlockCNN, create_optimizer, step.make_train_step, binary_cross_entropy)
-
-
-@pytest.fixture(autouse=True)
-def no_config_file(monkeypatch):
-    monkeypatch.setattr(settings, "_code", {})
 
 
 @pytest.fixture
@@ -75,10 +71,11 @@ def test_a_config_files_class_brings_the_module_of_its_base(own_module, tmp_path
     (tmp_path / "my.py").write_text(
         GET_CONFIG + "import my_module\nclass Net(my_module.Base): pass\n"
     )
-    settings.load(str(tmp_path / "my.py"))
-    names = provenance.source_hashes(sys.modules[settings.CONFIG_FILE_MODULE].Net).keys()
+    file = settings.load(str(tmp_path / "my.py")).config_file
+    network = sys.modules[config_files.MODULE].Net
+    names = provenance.source_hashes(network, config_file=file).keys()
     assert {"my.py", "my_module"} <= names
-    assert settings.CONFIG_FILE_MODULE not in names
+    assert config_files.MODULE not in names
 
 
 def test_what_has_no_source_is_left_out(monkeypatch):
@@ -107,25 +104,24 @@ def test_what_a_notebook_defines_stands_for_itself():
 def test_of_a_config_file_only_the_code_counts(tmp_path):
     def code(text):
         (tmp_path / "my.py").write_text(text)
-        settings.load(str(tmp_path / "my.py"))
-        return settings.config_file_code()
+        return settings.load(str(tmp_path / "my.py")).config_file.code_hash
 
-    assert code(GET_CONFIG) == code('"""Text."""\nRAW = "x"\nimport math\n' + GET_CONFIG) == {}
+    assert code(GET_CONFIG) == code('"""Text."""\nRAW = "x"\nimport math\n' + GET_CONFIG) == ""
     before = code(GET_CONFIG + CODE)
-    assert before.keys() == {"my.py"}
     assert code("# said\n" + GET_CONFIG.replace("()\n", "(seed=1)\n") + "\n\n" + CODE) == before
     assert code(GET_CONFIG + CODE.replace("1", "2")) != before
     assert code(GET_CONFIG + "import math\nmath.x = 3\n")
     loss = "mine = print(lambda logits, labels: 1)\n"  # as a decorator is called on a function
-    assert code(GET_CONFIG + loss) != code(GET_CONFIG + loss.replace("1", "2")) != {}
+    assert code(GET_CONFIG + loss) != code(GET_CONFIG + loss.replace("1", "2")) != ""
     inside = GET_CONFIG.replace("    return", "    def loss(): return 1\n    return")
-    assert code(inside) != code(inside.replace("1", "2")) != {}
-    settings.load("quickstart")
-    assert settings.config_file_code() == {}
+    assert code(inside) != code(inside.replace("1", "2")) != ""
+    assert settings.load("quickstart").config_file == ConfigFile(
+        str(recipes.path("quickstart")), "quickstart"
+    )
 
 
 @pytest.fixture
-def said(monkeypatch):
+def warnings(monkeypatch):
     lines = []
     monkeypatch.setattr(
         provenance.log, "warning", lambda text, *values: lines.append(text % values)
@@ -133,29 +129,31 @@ def said(monkeypatch):
     return lines
 
 
-def test_changes_are_one_line_and_only_where_hashes_were_kept(tmp_path, said):
+def test_changes_are_one_line_and_only_where_hashes_were_kept(tmp_path, warnings):
     old = {"histo_jax": "0.1.0", "a": "1", "b": "1", "my.py": "1"}
     new = {"histo_jax": "0.2.0", "a": "2", "b": "1", "c": "1"}
-    workdirs.save_config(tmp_path, Config())
-    provenance.warn_of_changes(tmp_path, new)
-    workdirs.save_config(tmp_path, Config(), old)
-    provenance.warn_of_changes(tmp_path, old)
-    assert not said
-    workdirs.save_config(tmp_path, Config())  # keeps them
-    provenance.warn_of_changes(tmp_path, new)
-    assert ": a, c (new), histo_jax (0.1.0, now 0.2.0), my.py (no longer used); " in said[0]
-    provenance.warn_of_changes(tmp_path, {str(i): "1" for i in range(99)})
-    assert " and 99 more;" in said[1]
-    assert workdirs.load_config(tmp_path) == Config()
+    run = Workdir(tmp_path)
+    run.save_config(Config())
+    provenance.warn_of_changes(run, new)
+    run.save_config(Config(), old)
+    provenance.warn_of_changes(run, old)
+    assert not warnings
+    run.save_config(Config())  # keeps them
+    provenance.warn_of_changes(run, new)
+    assert ": a, c (new), histo_jax (0.1.0, now 0.2.0), my.py (no longer used); " in warnings[0]
+    provenance.warn_of_changes(run, {str(i): "1" for i in range(99)})
+    assert " and 99 more;" in warnings[1]
+    assert load_run_config(tmp_path) == Config()
 
 
-def test_a_run_that_goes_on_says_what_has_changed(tiny_config, tmp_path, said, monkeypatch):
+def test_a_run_that_resumes_reports_what_has_changed(tiny_config, tmp_path, warnings, monkeypatch):
     monkeypatch.setattr(fitting, "_train", lambda *_: [])
-    with workdirs.session(tmp_path, "fit"):
-        workdirs.acquire(tmp_path, tiny_config)
+    run = Workdir(tmp_path)
+    with run.session("fit"):
+        run.acquire(tiny_config)
         now = provenance.source_hashes(*PARTS)
-        workdirs.save_config(tmp_path, tiny_config, now | {"histo_jax.models.cnn": "other"})
+        run.save_config(tiny_config, now | {"histo_jax.models.cnn": "other"})
     fitting.fit(tiny_config, tmp_path)
-    [line] = [line for line in said if "code" in line]
-    assert "has changed since it was last started: histo_jax.models.cnn; it goes on" in line
-    assert workdirs.read_source(tmp_path) == now
+    [line] = [line for line in warnings if "code" in line]
+    assert "has changed since its last start: histo_jax.models.cnn; training continues" in line
+    assert run.saved_config().source == now

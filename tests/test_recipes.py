@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from histo_jax import recipes
-from histo_jax.config import validate
+from histo_jax.config_checks import validate
 from histo_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -39,14 +39,14 @@ def test_recipes_are_found_from_any_folder(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", ".", "none", "../configs/pcam", "pcam/", ".py", "configs/"])
-def test_another_name_is_no_recipe(folder, name):
+def test_other_names_are_not_recipes(folder, name):
     assert recipes.path(name) is None
 
 
-def test_an_unknown_recipe_is_told_which_there_are():
+def test_an_unknown_recipe_names_the_known_ones():
     with pytest.raises(UserError) as error:
         recipes.recipe("pcam_bets")
     assert str(error.value) == (
-        "no recipe is called 'pcam_bets'; did you mean pcam_best? there are kaggle, kaggle_best, "
-        "pcam, pcam_best, quickstart"
+        "unknown recipe 'pcam_bets': choose from kaggle, kaggle_best, pcam, pcam_best, quickstart; "
+        "did you mean pcam_best?"
     )

@@ -176,8 +176,8 @@ def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(
         histo_jax.fit(tiny_config, tmp_path)
     # Step 9, before it, was good and was saved.
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == before | {"9"}
-    prepared = fitting.prepare(tiny_config)
-    subsets = fitting.splits.make_subsets(prepared.tables, tiny_config)
+    prepared = histo_jax.prepare(tiny_config)
+    subsets = fitting.splits.make_subsets(prepared.tables, tiny_config.data, tiny_config.data_seed)
     chosen = fitting.loader.training_order(len(subsets.train.rows), 8, tiny_config.seed)[9]
     for name in prepared.tables["train"]["id"].iloc[subsets.train.rows[chosen]]:
         assert name in str(error.value)

@@ -1,5 +1,6 @@
 """Where settings come from; in this process, without training."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,10 +8,10 @@ import threading
 
 import pytest
 
-from histo_jax import settings
+from histo_jax import recipes, registry, settings
 from histo_jax.config import Config
 from histo_jax.errors import UserError
-from histo_jax.run import workdir as workdirs
+from histo_jax.run.workdir import Workdir
 
 HEAD = "from histo_jax.config import Config\n"
 GOOD = HEAD + "def get_config(seed=3):\n    return Config(seed=int(seed))\n"
@@ -43,7 +44,7 @@ def test_the_argument_may_hold_colons(file):
     assert settings.load("tiny.py:a:b:c").seed == 5
 
 
-def test_a_path_that_is_no_text_and_one_below_home(file, monkeypatch):
+def test_a_path_that_is_not_utf8_and_one_below_home(file, monkeypatch):
     name = os.fsdecode(b"r\xe9sum.py")
     (file.parent / name).write_text(GOOD)
     assert settings.load(name).seed == 3
@@ -51,7 +52,7 @@ def test_a_path_that_is_no_text_and_one_below_home(file, monkeypatch):
     assert settings.load("~/tiny.py").seed == 3
 
 
-def test_a_config_file_is_executed_once_and_anew(file):
+def test_a_config_file_is_executed_once_per_load(file):
     file.write_text(GOOD + "open('count', 'a').write('x')\n")
     settings.load("tiny.py")
     assert (file.parent / "count").read_text() == "x"
@@ -82,11 +83,11 @@ BROKEN = {
     "line of a syntax error": (HEAD + "def f(:\n  pass", "tiny.py, line 2", "SyntaxError"),
     "line of an error": (HEAD + "def get_config():\n  x = 1\n  return 1 / 0", "tiny.py, line 4"),
     "exit": ("import sys\nsys.exit('no GPU')", "tiny.py, line 2", "SystemExit: no GPU"),
-    "exit without a word": ("raise SystemExit", "line 1", "SystemExit"),
-    "error without a word": ("assert False", "line 1", "AssertionError"),
-    "relative file": ("open('ids.txt')", "line 1", "'ids.txt', looked for from /"),
+    "exit without a message": ("raise SystemExit", "line 1", "SystemExit"),
+    "error without a message": ("assert False", "line 1", "AssertionError"),
+    "relative file": ("open('ids.txt')", "line 1", "'ids.txt', relative to /"),
     "missing": ("", "get_config() is missing"),
-    "no function": (HEAD + "get_config = Config()", "get_config() is no function"),
+    "no function": (HEAD + "get_config = Config()", "get_config() is not a function"),
     "argument": (NEEDS, "get_config() needs an argument", "tiny.py:ARGUMENT"),
     "class": (HEAD + "def get_config(): return Config", "histo_jax.Config, not type"),
     "group": (HEAD + "def get_config():\n c = Config()\n c.fit = 3\n return c", "config.fit = 3"),
@@ -94,8 +95,8 @@ BROKEN = {
               "tiny.py: unknown", "did you mean config.fit.epochs?"),
     "subclass": (HEAD + "import dataclasses\n@dataclasses.dataclass\nclass Mine(Config):\n"
                  "  more: 'int' = 1\ndef get_config(): return Mine()", "config.more"),
-    "latin-1": (b"# caf\xe9\n" + GOOD.encode(), "tiny.py is no text in UTF-8"),
-    "utf-16": (GOOD.encode("utf-16"), "tiny.py is no text in UTF-8"),
+    "latin-1": (b"# caf\xe9\n" + GOOD.encode(), "tiny.py is not UTF-8 text"),
+    "utf-16": (GOOD.encode("utf-16"), "tiny.py is not UTF-8 text"),
 }  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def run(file):
     config.predict.tta, config.data.slide_map = True, str(file.parent / "slides.csv")
     folder = file.parent / "run"
     folder.mkdir()
-    workdirs.save_config(folder, config)
+    Workdir(folder).save_config(config)
     file.write_text(
         HEAD + "def get_config():\n    config = Config(seed=7)\n"
         "    config.data.source, config.model.dense = 'kaggle', 5\n"
@@ -168,14 +169,14 @@ def run(file):
 @pytest.mark.parametrize("mode", ["run", "fit", "prepare", "compare", *settings.READING_MODES])
 def test_without_a_file_the_run_gives_all_settings(run, mode):
     config, notes = settings.resolve(None, run, mode, ())
-    assert config == workdirs.load_config(run)
+    assert config == settings.load_run_config(run)
     assert not notes
     assert settings.load("run/config.json") == config
 
 
 @pytest.mark.parametrize("mode", settings.READING_MODES)
 def test_a_mode_that_reads_takes_what_the_run_is_from_the_run(run, mode):
-    own = workdirs.load_config(run)
+    own = settings.load_run_config(run)
     config, [note] = settings.resolve("tiny.py", run, mode, ("model.dense",))
     assert (config.model, config.fit.epochs, config.seed) == (own.model, 9, 7)
     # A folder is the file's where it names one, else the run's, which is saved as an absolute path.
@@ -193,15 +194,15 @@ def test_a_mode_that_trains_takes_the_file_as_it_is(run, mode):
 
 
 def test_a_mode_that_reads_refuses_a_file_about_other_data(run):
-    with pytest.raises(UserError, match=r"'synthetic' and 'kaggle' in .*leave --config out"):
+    with pytest.raises(UserError, match=r"'synthetic' there and 'kaggle' in .*leave --config out"):
         settings.resolve("quickstart", run, "predict", ())
     assert settings.resolve("quickstart", run, "predict", ("data.source",))[0].seed == 7
 
 
-def test_an_ensemble_remains_one_where_the_file_says_nothing_of_it(run):
-    own = workdirs.load_config(run)
+def test_an_ensemble_remains_one_where_the_file_names_none(run):
+    own = settings.load_run_config(run)
     own.predict.checkpoints = "/runs/a,/runs/b"
-    workdirs.save_config(run, own)
+    Workdir(run).save_config(own)
     config, _ = settings.resolve("tiny.py", run, "predict", ())
     assert config.predict.checkpoints == "/runs/a,/runs/b"
 
@@ -218,16 +219,107 @@ def test_settings_that_are_nowhere(file):
         ({"model.features": 5}, "model.features = 5 must be five whole numbers"),
         ({"fit.epochs": "3"}, "fit.epochs = '3' must be a whole number"),
         ({"fit.epochs": 0}, "fit.epochs = 0 must be at least 1"),
-        ({"data": {"source": "kaggle"}}, "another version of histo_jax: it holds data"),
+        ({"data": {"source": "kaggle"}}, "this one has no setting data"),
         ({"source": 3}, ""),
         ({"source": {"a": "b"}}, ""),
     ],
 )
 def test_a_config_json_of_somebody_else(run, values, words):
-    (run / "config.json").write_text("\ufeff" + json.dumps(values))
+    (run / "config.json").write_text("\ufeff" + json.dumps({"version": "0.2.0"} | values))
     if not words:
         assert settings.resolve(None, run, "predict", ())[0] == Config()
         return
     with pytest.raises(UserError, match=re.escape(words)) as error:
         settings.resolve(None, run, "predict", ())
     assert "config.json" in str(error.value)
+
+
+NETWORK = HEAD + (
+    "import histo_jax\n"
+    "@histo_jax.register_model('{name}')\n"
+    "class Net:\n    pass\n"
+    "def get_config(seed='3'):\n"
+    "    config = Config(seed=int(seed))\n    config.model.name = '{name}'\n    return config\n"
+)
+
+
+@pytest.fixture
+def own_network(file, monkeypatch):
+    """A run whose config file registers its network, in a process that has not registered it."""
+    monkeypatch.setattr(registry.MODELS, "_entries", {})
+    file.write_text(NETWORK.format(name="mine"))
+    run = Workdir(file.parent / "own")
+    run.path.mkdir()
+    run.save_config(settings.load("tiny.py:5"), {"tiny.py": "1"})
+    registry.MODELS._entries.clear()
+    monkeypatch.chdir("/")
+    return run
+
+
+@pytest.mark.parametrize("mode", ["run", "fit", *settings.READING_MODES])
+def test_a_run_loads_its_config_file_where_that_registers_its_network(own_network, mode):
+    config, notes = settings.resolve(None, own_network.path, mode, ())
+    assert (config.model.name, config.seed, notes) == ("mine", 5, [])
+    assert config.config_file == own_network.saved_config().config_file
+
+
+def test_python_loads_the_config_file_of_a_run_where_it_is_needed(own_network, file):
+    config = settings.load_run_config(own_network.path)
+    assert config.model.name == "mine"
+    registry.MODELS._entries.clear()
+    settings.register_missing(config, own_network)
+    assert registry.MODELS.names()[-1] == "mine"
+    file.unlink()  # no longer needed: this process has it
+    assert settings.load_run_config(own_network.path) == config
+
+
+def test_a_config_file_that_is_gone_is_named_with_the_network(own_network, file):
+    file.unlink()
+    with pytest.raises(UserError) as error:
+        settings.load_run_config(own_network.path)
+    for word in ("own/config.json", "config.model.name = 'mine'", str(file), "is gone", "--config"):
+        assert word in str(error.value)
+    with pytest.raises(UserError, match="is gone"):
+        settings.resolve(None, own_network.path, "predict", ())
+    other = file.with_name("other.py")
+    other.write_text(NETWORK.format(name="mine"))
+    config, _ = settings.resolve(f"{other}:5", own_network.path, "predict", ())
+    assert config.model.name == "mine"
+
+
+def test_a_config_file_that_no_longer_registers_the_network_is_an_error(own_network, file):
+    file.write_text(NETWORK.format(name="yours"))
+    with pytest.raises(UserError, match=r"config\.model\.name = 'mine' must be one of .*yours"):
+        settings.load_run_config(own_network.path)
+
+
+def test_code_of_a_config_file_is_executed_or_its_loss_is_logged(file):
+    file.write_text(GOOD + "open('count', 'a').write('x')\n")
+    run = Workdir(file.parent / "run")
+    run.path.mkdir()
+    run.save_config(settings.load("tiny.py"))
+    settings.resolve(None, run.path, "fit", ())
+    assert (file.parent / "count").read_text() == "xx"
+    settings.load_run_config(run.path)  # executes nothing: all is registered
+    assert (file.parent / "count").read_text() == "xx"
+    file.unlink()
+    _, [note] = settings.resolve(None, run.path, "fit", ())
+    assert note == f"{file}, with code that the run was trained with, is gone"
+
+
+def test_a_recipe_is_found_where_the_package_has_moved(run):
+    file = settings.load("quickstart").config_file
+    assert (file.recipe, file.code_hash) == ("quickstart", "")
+    moved = dataclasses.replace(file, path="/gone/quickstart.py")
+    assert settings._path(moved) == recipes.path("quickstart")
+
+
+@pytest.mark.parametrize("mode", ["run", "prepare", "compare", *settings.READING_MODES])
+def test_a_run_of_version_0_1_0_is_refused_by_every_mode(run, mode):
+    path = run / "config.json"
+    values = json.loads(path.read_text())
+    del values["version"]  # as 0.1.0 wrote it
+    path.write_text(json.dumps(values))
+    for given in (None, "tiny.py"):
+        with pytest.raises(UserError, match=r"run/config\.json was written by histo_jax 0\.1\.0"):
+            settings.resolve(given, run, mode, ())

@@ -38,7 +38,7 @@ def test_outside_the_environment_one_line_names_the_command(module, inside, tmp_
 
 def test_a_python_that_is_too_old_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "version_info", (3, 9, 2))
-    with pytest.raises(ImportError, match=r"^Python 3\.9 is too old, 3\.11 to 3\.13 is needed$"):
+    with pytest.raises(ImportError, match=r"^Python 3\.9 is too old: .* needs 3\.11 to 3\.13$"):
         startup.check()
     monkeypatch.chdir(ROOT)
     monkeypatch.delattr(sys, "orig_argv")  # as it was before 3.10
@@ -46,8 +46,8 @@ def test_a_python_that_is_too_old_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         startup.check()
     assert capsys.readouterr().err == (
-        "histo_jax: Python 3.9 is too old, 3.11 to 3.13 is needed: run launch/install.sh, then "
-        ".venv/bin/python -m histo_jax.main\n"
+        "histo_jax: Python 3.9 is too old: histo_jax needs 3.11 to 3.13; run "
+        "launch/install.sh, then .venv/bin/python -m histo_jax.main\n"
     )
 
 
@@ -102,4 +102,4 @@ def test_a_bug_of_our_own_is_no_broken_library(line, named):
 def test_a_wheel_has_no_script_to_name(monkeypatch, tmp_path):
     monkeypatch.setattr(startup, "__file__", str(tmp_path / "histo_jax" / "startup.py"))
     error = ImportError("no", name="jax")
-    assert startup.explain(error) == "jax cannot be imported (no): install histo_jax again by pip"
+    assert startup.explain(error) == "jax cannot be imported (no): reinstall histo_jax with pip"

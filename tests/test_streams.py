@@ -66,5 +66,5 @@ def test_characters_that_the_encoding_lacks_are_escaped(tmp_path):
 def test_help_whose_reader_has_gone_ends_quietly_and_a_full_disk_is_named(target, status):
     done = shell(f'"$@" {target}; exit ${{PIPESTATUS[0]}}', "-m", "histo_jax.main", "--help")
     assert done.returncode == status
-    wanted = b"" if status == 0 else b"histo_jax: stdout was lost: No space left on device\n"
-    assert done.stderr == wanted
+    expected = b"" if status == 0 else b"histo_jax: stdout was lost: No space left on device\n"
+    assert done.stderr == expected

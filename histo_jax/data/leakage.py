@@ -1,4 +1,4 @@
-"""Proof that training, validation and test share nothing, and what colour alone can tell."""
+"""Checks that training, validation and test share no slide and no patch, and scores a baseline."""
 
 import hashlib
 import itertools
@@ -15,17 +15,18 @@ from sklearn.preprocessing import StandardScaler
 from histo_jax.data import near_duplicates
 from histo_jax.data.example import IMAGE_SIZE, UNLABELLED
 from histo_jax.data.loader import Records, ordered_batches
-from histo_jax.data.records import SQUARES, SUMS, Prepared
-from histo_jax.data.splits import Subset, Subsets, caveat, has_slide_names
+from histo_jax.data.record_files import SQUARES, SUMS
+from histo_jax.data.record_reader import Prepared
+from histo_jax.data.splits import Subset, Subsets, caveat, has_slide_names, pixel_hashes
 from histo_jax.run import progress, signals
 
 # Examples that the report lists of each finding.
 EXAMPLES, NEAR_EXAMPLES = 20, 50
-# Training patches of the control: more do not help 48 numbers, and cost time.
-CONTROL_PATCHES = 20_000
+# Training patches of the baseline: more do not improve a model of 48 numbers, and cost time.
+BASELINE_PATCHES = 20_000
 _BINS = 16
-# A patch of one colour: no channel deviates by more than this, grey levels (0 to 255). It is dark
-# or white if all means are beyond these: empty glass has 224 to 251 in Kaggle's patches.
+# Grey levels (0 to 255). A patch has one colour if no channel has a higher standard deviation than
+# `_FLAT`. It is dark or white if all means are beyond these; glass has 224 to 251 in Kaggle's data.
 _FLAT, _DARK, _WHITE = 5, 64, 224
 _BATCH = 256
 _COUNTS = {
@@ -34,71 +35,86 @@ _COUNTS = {
     "with_tumour": "with tumour",
     "unknown_label": "label not known",
     "slides": "slides",
-    "patches_per_slide": "patches a slide (least, median, most)",
-    "repeated": "repeats inside the side",
+    "patches_per_slide": "patches per slide (minimum, median, maximum)",
+    "duplicates": "duplicates inside the subset",
     "dark": "all dark",
     "white": "all white",
-    "blank": "blank, not searched for near ones",
+    "blank": "blank, not searched for near-duplicates",
 }
 _FINDINGS = {
     "identical": "identical patches (leak)",
     "shared_slides": "shared slides (leak)",
-    "near": "nearly identical patches (warning)",
+    "near_duplicates": "near-duplicates (warning)",
 }
 
 
-class _Part(NamedTuple):
-    """One side and what was seen of its n images; see `near_duplicates.hash_images`."""
+class _Scan(NamedTuple):
+    """A subset of n examples with features of its images.
+
+    Attributes:
+        records: the examples.
+        table: their rows.
+        hashes: uint64[n, 8], see `near_duplicates.hash_images`.
+        contrast: float32[n], likewise.
+        knows_slides: whether every example names its slide.
+        histograms: int64[k, 48] of red, green and blue, of the k examples that were selected.
+    """
 
     records: Records
     table: pd.DataFrame
     hashes: np.ndarray
     contrast: np.ndarray
     knows_slides: bool
-    histograms: np.ndarray  # int64[k, 48]: red, green and blue of the k rows that were wanted
+    histograms: np.ndarray
 
 
 def audit(prepared: Prepared, subsets: Subsets, seed: int) -> dict[str, Any]:
-    """Looks for patches and slides that are on two sides, reading the images once.
+    """Searches for patches and slides that several subsets share; reads the images once.
 
     Args:
         prepared: the records.
-        subsets: who trains, validates and tests.
-        seed: chooses the training patches of the control.
+        subsets: of training, validation and test.
+        seed: chooses the training patches of the baseline.
 
     Returns:
-        What JSON can hold. `subsets`: the counts of `_describe` for each. `pairs`: per pair of
-        subsets, as 'train/validation', patches that are `identical` by id, the SHA-1 of the
-        pixels; the `shared_slides`, None where none is found and not all are known; patches of
-        the second
-        that are `near` to one of the first. `control`: validation AUC of a logistic regression on
-        colour histograms. `honest`, see `Subsets`, and in `note` why the validation score is not.
+        A dict for JSON:
+        `subsets`: the counts of `_describe` for each.
+        `pairs`: for each pair of subsets, as 'train/validation': patches that are `identical` to
+        the pixel; `shared_slides`, None where none were found and not all slides are known; the
+        `near_duplicates` of the second subset in the first.
+        `colour_histogram_baseline`: validation AUC of a logistic regression on colour histograms.
+        `slide_disjoint`, see `Subsets`, and in `note` its caveat.
     """
     named = {"train": subsets.train, "validation": subsets.validation}
     if subsets.test is not None:
         named["test"] = subsets.test
-    # Whose colours are counted: a sample of those that train, and all that validate.
-    wanted = {name: np.zeros(len(subset.rows), bool) for name, subset in named.items()}
+    # The baseline trains on a sample of the training patches and is scored on all of validation.
+    with_histogram = {name: np.zeros(len(subset.rows), bool) for name, subset in named.items()}
     rank = np.random.default_rng(seed).permutation(len(subsets.train.rows))
-    wanted["train"] = rank < CONTROL_PATCHES
-    wanted["validation"][:] = True
+    with_histogram["train"] = rank < BASELINE_PATCHES
+    with_histogram["validation"][:] = True
     total = sum(len(subset.rows) for subset in named.values())
     with progress.bar("audit", total, unit=" patches") as bar:
-        parts = {name: _look(prepared, subset, wanted[name], bar) for name, subset in named.items()}
+        scans = {
+            name: _scan(prepared, subset, with_histogram[name], bar)
+            for name, subset in named.items()
+        }
     return {
-        "sides": {name: _describe(part) for name, part in parts.items()},
+        "subsets": {name: _describe(scan) for name, scan in scans.items()},
         "pairs": {
-            f"{first}/{second}": _compare(parts[first], parts[second])
-            for first, second in itertools.combinations(parts, 2)
+            f"{first}/{second}": _compare(scans[first], scans[second])
+            for first, second in itertools.combinations(scans, 2)
         },
-        "control": _control(parts["train"], wanted["train"], parts["validation"]),
+        "colour_histogram_baseline": _baseline(
+            scans["train"], with_histogram["train"], scans["validation"]
+        ),
         "slide_disjoint": subsets.slide_disjoint,
         "note": caveat(subsets.slide_disjoint),
     }
 
 
 def has_leak(report: dict[str, Any]) -> bool:
-    """Whether two sides share a slide or, to the pixel, a patch."""
+    """Whether two subsets share a slide or, to the pixel, a patch."""
     return any(
         pair["identical"]["count"] or (pair["shared_slides"] or {"count": 0})["count"]
         for pair in report["pairs"].values()
@@ -106,7 +122,7 @@ def has_leak(report: dict[str, Any]) -> bool:
 
 
 def digest(table: pd.DataFrame) -> str:
-    """Returns a SHA-256 of `id` and `label` of patches: tells whether others were audited."""
+    """Returns a SHA-256 of `id` and `label` of patches, to detect that others were audited."""
     pairs = zip(table["id"], table["label"], strict=True)
     return hashlib.sha256(
         "".join(f"{name} {label}\n" for name, label in pairs).encode()
@@ -114,23 +130,24 @@ def digest(table: pd.DataFrame) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Returns the report as plain text for people: counts, what two sides share, conclusions."""
-    pairs, control = report["pairs"], report["control"]
-    lines = [_columns(_COUNTS, report["sides"]), "", _columns(_FINDINGS, pairs), ""]
+    """Returns the report as plain text: counts, what subsets share, conclusions."""
+    pairs, baseline = report["pairs"], report["colour_histogram_baseline"]
+    lines = [_columns(_COUNTS, report["subsets"]), "", _columns(_FINDINGS, pairs), ""]
     if any(pair["shared_slides"] is None for pair in pairs.values()):
-        lines.append("slides: not known, cannot be checked")
+        lines.append("slides: not all known, shared ones cannot be found")
     for name, pair in pairs.items():
         for key in ("identical", "shared_slides"):
             if pair[key] and pair[key]["count"]:
                 lines.append(f"LEAK: {_FINDINGS[key]}, {name}: {', '.join(pair[key]['examples'])}")
-        for found in pair["near"]["examples"][:3]:
+        for example in pair["near_duplicates"]["examples"][:3]:
             lines.append(
-                f"warning: nearly identical, {name}: {' and '.join(found['ids'])} "
-                f"({found['bits']} of 64 bits differ, correlation {found['correlation']})"
+                f"warning: near-duplicates, {name}: {' and '.join(example['ids'])} "
+                f"({example['hamming_distance']} of 64 bits differ, correlation "
+                f"{example['correlation']})"
             )
     lines += [
-        f"control: colour histograms of {control['train_patches']:,} training patches alone reach "
-        f"validation AUC {control['validation_auc']:.3f}",
+        f"baseline: colour histograms of {baseline['train_patches']:,} training patches alone "
+        f"reach validation AUC {baseline['validation_auc']:.3f}",
         *filter(None, [report["note"]]),
         "LEAK FOUND" if has_leak(report) else "no leak found",
     ]
@@ -148,33 +165,47 @@ def _columns(labels: dict[str, str], columns: dict[str, dict[str, Any]]) -> str:
     return pd.DataFrame(cells, index=list(labels.values())).to_string()
 
 
-def _look(prepared: Prepared, subset: Subset, wanted: np.ndarray, bar: progress.Bar) -> _Part:
-    """Reads a side's images once; counts the colours of the rows in bool[n] `wanted`."""
+def _scan(
+    prepared: Prepared, subset: Subset, with_histogram: np.ndarray, bar: progress.Bar
+) -> _Scan:
+    """Reads the images of a subset once.
+
+    Args:
+        prepared: the records.
+        subset: of them.
+        with_histogram: bool[n], the examples whose colour histogram is needed.
+        bar: counts the images.
+    """
     records = prepared.records(*subset)
-    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    hashes: list[tuple[np.ndarray, np.ndarray]] = []
     histograms = []
     # Red falls into bins 0 to 15, green into 16 to 31, blue into 32 to 47.
-    shift = np.arange(0, 3 * _BINS, _BINS, dtype=np.uint8)
+    offset = np.arange(0, 3 * _BINS, _BINS, dtype=np.uint8)
     for batch in signals.stopping(ordered_batches(records.source, subset.rows, _BATCH)):
         images = batch["image"][batch["mask"]]
-        for image in images[wanted[_BATCH * len(seen) :][: len(images)]]:
-            bins = image // (256 // _BINS) + shift
+        selected = with_histogram[_BATCH * len(hashes) :][: len(images)]
+        for image in images[selected]:
+            bins = image // (256 // _BINS) + offset
             histograms.append(np.bincount(bins.ravel(), minlength=3 * _BINS))
-        seen.append(near_duplicates.hash_images(images))
+        hashes.append(near_duplicates.hash_images(images))
         bar.update(len(images))
-    hashes, contrast = (np.concatenate(values) for values in zip(*seen, strict=True))
-    rows = prepared.tables[subset.records].iloc[subset.rows]
-    knows_slides = bool((rows["slide"] != "").all()) and has_slide_names(
-        prepared.tables[subset.records]
+    table = prepared.tables[subset.records]
+    rows = table.iloc[subset.rows]
+    return _Scan(
+        records,
+        table=rows,
+        hashes=np.concatenate([pair[0] for pair in hashes]),
+        contrast=np.concatenate([pair[1] for pair in hashes]),
+        knows_slides=bool((rows["slide"] != "").all()) and has_slide_names(table),
+        histograms=np.array(histograms),
     )
-    return _Part(records, rows, hashes, contrast, knows_slides, np.array(histograms))
 
 
-def _describe(part: _Part) -> dict[str, Any]:
-    """Counts one side, as `_COUNTS` says; None = not known. `per_slide`: [without, with tumour]."""
-    rows, labels = part.table, part.table["label"].to_numpy()
-    known = rows[rows["slide"] != ""].groupby("slide")["label"]
-    sizes = known.size().to_numpy()
+def _describe(scan: _Scan) -> dict[str, Any]:
+    """Returns counts of a subset, None = not known; `per_slide`: [without, with tumour]."""
+    rows, labels = scan.table, scan.table["label"].to_numpy()
+    by_slide = rows[rows["slide"] != ""].groupby("slide")["label"]
+    sizes = by_slide.size().to_numpy()
     mean = rows[list(SUMS)].to_numpy(np.float64) / IMAGE_SIZE**2
     variance = rows[list(SQUARES)].to_numpy(np.float64) / IMAGE_SIZE**2 - mean**2
     flat = (variance <= _FLAT**2).all(axis=1)
@@ -187,62 +218,71 @@ def _describe(part: _Part) -> dict[str, Any]:
         "unknown_label": int((labels == UNLABELLED).sum()),
         "slides": len(sizes) or None,
         "patches_per_slide": np.quantile(sizes, (0, 0.5, 1)).tolist() if len(sizes) else None,
-        "per_slide": {str(k): [int((v == 0).sum()), int((v == 1).sum())] for k, v in known},
-        "repeated": int(rows["id"].duplicated().sum()),
-        "dark": _found(ids[flat & (mean <= _DARK).all(axis=1)]),
-        "white": _found(ids[flat & (mean >= _WHITE).all(axis=1)]),
-        "blank": int((part.contrast < near_duplicates.BLANK).sum()),
+        "per_slide": {str(k): [int((v == 0).sum()), int((v == 1).sum())] for k, v in by_slide},
+        "duplicates": int(pixel_hashes(rows).duplicated().sum()),
+        "dark": _listed(ids[flat & (mean <= _DARK).all(axis=1)]),
+        "white": _listed(ids[flat & (mean >= _WHITE).all(axis=1)]),
+        "blank": int((scan.contrast < near_duplicates.BLANK).sum()),
     }
 
 
-def _found(names: Iterable[str]) -> dict[str, Any]:
+def _listed(names: Iterable[str]) -> dict[str, Any]:
     names = sorted(names)
     return {"count": len(names), "examples": names[:EXAMPLES]}
 
 
-def _compare(first: _Part, second: _Part) -> dict[str, Any]:
+def _compare(first: _Scan, second: _Scan) -> dict[str, Any]:
+    """Returns what two subsets share, see `audit`; `identical` lists the ids of the first."""
     shared = (set(first.table["slide"]) & set(second.table["slide"])) - {""}
     is_known = bool(shared) or (first.knows_slides and second.knows_slides)
+    is_identical = pixel_hashes(first.table).isin(pixel_hashes(second.table))
     return {
-        "identical": _found(set(first.table["id"]) & set(second.table["id"])),
-        "shared_slides": _found(shared) if is_known else None,
-        "near": _near(first, second),
+        "identical": _listed(set(first.table["id"][is_identical])),
+        "shared_slides": _listed(shared) if is_known else None,
+        "near_duplicates": _near_duplicates(first, second),
     }
 
 
-def _near(first: _Part, second: _Part) -> dict[str, Any]:
-    """Patches of `second` whose nearest hash in `first` matches, and whose pixels correlate.
+def _near_duplicates(first: _Scan, second: _Scan) -> dict[str, Any]:
+    """Returns patches of `second` whose nearest hash in `first` matches and whose pixels correlate.
 
-    Identical patches are counted elsewhere. Hashes alone match by chance where little is to be
-    seen: 9 of 2,907 patches of PatchCamelyon match one of 19,171 of other slides.
+    Identical patches are counted elsewhere. Hashes alone match by chance where patches have little
+    structure: 9 of 2,907 patches of PatchCamelyon match one of 19,171 of other slides.
 
     Returns:
-        `count`; `hash_matches`, which the pixels had to confirm; `examples`, nearest first, with
-        the `ids` of both, the `bits` that differ and the `correlation`.
+        `count`; `hash_matches`, the candidates before pixels were compared; `examples`, nearest
+        first, with the `ids` of both, the `hamming_distance` in bits and the `correlation`.
     """
-    new = ~second.table["id"].isin(first.table["id"]).to_numpy()
+    is_new = ~pixel_hashes(second.table).isin(pixel_hashes(first.table)).to_numpy()
     left = np.flatnonzero(first.contrast >= near_duplicates.BLANK)
-    right = np.flatnonzero((second.contrast >= near_duplicates.BLANK) & new)
-    asked, known, bits = near_duplicates.nearest(first.hashes[left, 0], second.hashes[right])
-    left, right = left[known], right[asked]
-    alike = np.zeros(len(asked))
-    for start in range(0, len(asked), _BATCH):
+    right = np.flatnonzero((second.contrast >= near_duplicates.BLANK) & is_new)
+    queries, matches, distances = near_duplicates.nearest(
+        first.hashes[left, 0], second.hashes[right]
+    )
+    left, right = left[matches], right[queries]
+    correlation = np.zeros(len(queries))
+    for start in range(0, len(queries), _BATCH):
         part = slice(start, start + _BATCH)
         pixels = first.records.images(left[part]), second.records.images(right[part])
-        alike[part] = near_duplicates.correlation(*pixels)
-    same = [k for k in np.lexsort((-alike, bits)) if alike[k] >= near_duplicates.SAME]
+        correlation[part] = near_duplicates.correlation(*pixels)
+    order = np.lexsort((-correlation, distances))
+    confirmed = order[correlation[order] >= near_duplicates.MIN_CORRELATION]
     ids = first.table["id"].to_numpy()[left], second.table["id"].to_numpy()[right]
     examples = [
-        {"ids": [i[k] for i in ids], "bits": int(bits[k]), "correlation": round(float(alike[k]), 3)}
-        for k in same[:NEAR_EXAMPLES]
+        {
+            "ids": [column[k] for column in ids],
+            "hamming_distance": int(distances[k]),
+            "correlation": round(float(correlation[k]), 3),
+        }
+        for k in confirmed[:NEAR_EXAMPLES]
     ]
-    return {"count": len(same), "hash_matches": len(alike), "examples": examples}
+    return {"count": len(confirmed), "hash_matches": len(queries), "examples": examples}
 
 
-def _control(train: _Part, chosen: np.ndarray, validation: _Part) -> dict[str, Any]:
-    """Trains a logistic regression on standardised histograms of `chosen`; scores validation."""
+def _baseline(train: _Scan, selected: np.ndarray, validation: _Scan) -> dict[str, Any]:
+    """Fits a logistic regression to standardised histograms of `selected`; scores validation."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    model.fit(train.histograms, train.table["label"].to_numpy()[chosen])
+    model.fit(train.histograms, train.table["label"].to_numpy()[selected])
     scores = model.decision_function(validation.histograms)
     auc = roc_auc_score(validation.table["label"].to_numpy(), scores)
-    return {"train_patches": int(chosen.sum()), "validation_auc": float(auc)}
+    return {"train_patches": int(selected.sum()), "validation_auc": float(auc)}

@@ -1,8 +1,8 @@
 """Order and batches, by Grain.
 
-What is shuffled are positions, the numbers of a side's examples; pixels are gathered a batch at a
-time. The batch of a step is a function of seed and step alone, so one integer says where a run
-stands.
+Positions are shuffled, the numbers of a subset's examples; pixels are gathered a batch at a time.
+The batch of a step is a function of seed and step alone, so the state of a run's data is one
+integer.
 """
 
 import sys
@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-# Batches made ahead of need: enough to hide a slow read, few enough for a small machine (a batch
+# Batches prefetched: enough to hide a slow read, few enough for a small machine (a batch
 # of 64 is 1.8 MB). Worker processes instead of threads were slower on two cores, and take 2 s to
 # start.
 _READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 
 @runtime_checkable
-class Source(Protocol):
-    """Random access to records, as TFDS's data sources give it."""
+class RandomAccessSource(Protocol):
+    """Random access to records, as a data source of TFDS."""
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Reads several records at once."""
@@ -31,15 +31,15 @@ class Source(Protocol):
 
 
 class Records(NamedTuple):
-    """The examples of one side as they lie on disk; position i is row `rows[i]`.
+    """The examples of a subset on disk; position i is row `rows[i]`.
 
     Attributes:
-        source: the records of which they are some.
+        source: records that contain them.
         rows: int64[n].
         labels: float32[n], 0 or 1.
     """
 
-    source: Source
+    source: RandomAccessSource
     rows: np.ndarray
     labels: np.ndarray
 
@@ -55,7 +55,7 @@ class Batch(TypedDict):
     Attributes:
         image: uint8[batch, 96, 96, 3], in memory or on the devices.
         label: float32[batch], 0 or 1 (-1 where not known).
-        mask: bool[batch], False where a row only fills up the batch.
+        mask: bool[batch], False where a row is padding.
     """
 
     image: Any
@@ -66,7 +66,8 @@ class Batch(TypedDict):
 def training_order(count: int, batch_size: int, seed: int) -> grain.MapDataset:
     """Returns the endless sequence of batches: element k = int64[batch_size], positions of step k.
 
-    Every pass shuffles anew and leaves out the remainder that fills no batch. The order is that of
+    Every pass has a new order and drops the remainder that is smaller than a batch. The order is
+    that of
     `range(count).seed(seed).shuffle().batch(batch_size, drop_remainder=True).repeat()`, which
     would take three times as long: 160,000 a second, and a GPU trains as fast.
     """
@@ -87,7 +88,7 @@ def training_order(count: int, batch_size: int, seed: int) -> grain.MapDataset:
 def eval_order(count: int, batch_size: int) -> grain.MapDataset:
     """Returns the positions from 0 up in batches of int64[batch_size].
 
-    The last batch is filled up with the last position.
+    The last batch is padded with the last position.
     """
     starts = grain.MapDataset.range(0, count, batch_size)
     return starts.map(lambda start: np.minimum(np.arange(start, start + batch_size), count - 1))
@@ -96,14 +97,16 @@ def eval_order(count: int, batch_size: int) -> grain.MapDataset:
 def prefetch(
     order: grain.MapDataset, make: Callable[[np.ndarray], T], first: int = 0
 ) -> Iterator[T]:
-    """Yields what `make` makes of element `first` and all later ones, ahead of need in threads."""
+    """Yields `make(element)` for element `first` and all later ones, prefetched in threads."""
     iterator = iter(order.map(make).to_iter_dataset(_READ_AHEAD))
     iterator.set_state({"next_index": first})
     return iterator
 
 
-def ordered_batches(source: Source, rows: np.ndarray, batch_size: int) -> Iterator[Batch]:
-    """Yields the given rows once, in order; the last batch is filled up and masked."""
+def ordered_batches(
+    source: RandomAccessSource, rows: np.ndarray, batch_size: int
+) -> Iterator[Batch]:
+    """Yields the given rows once, in order; the last batch is padded and masked."""
 
     def gather(positions: np.ndarray) -> Batch:
         mask = np.diff(positions, prepend=-1) > 0

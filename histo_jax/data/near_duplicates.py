@@ -1,4 +1,4 @@
-"""Finds nearly identical images: a perceptual hash in all symmetries, its search, and a check."""
+"""Near-duplicates: a perceptual hash in all symmetries, its nearest-neighbour search, a check."""
 
 import itertools
 
@@ -10,32 +10,32 @@ from histo_jax import symmetries
 from histo_jax.data.example import IMAGE_SIZE
 
 # Hashes match when at most this many of their 64 bits differ: JPEG of quality 75 changed no more
-# on 294 of Kaggle's patches. Below this contrast (blank) noise decides, and it changed up to 14.
-DISTANCE, BLANK = 4, 2.0
-# Matching patches are one image from this correlation on: PatchCamelyon's unrelated ones that match
-# by chance have at most 0.82, copies by JPEG of quality 75 at least 0.977.
-SAME = 0.9
+# on 294 of Kaggle's patches. Below the contrast `BLANK` noise decides: JPEG changed up to 14 bits.
+MAX_DISTANCE, BLANK = 4, 2.0
+# Matching patches with at least this correlation are one image: PatchCamelyon's unrelated patches
+# that match by chance have at most 0.82, copies by JPEG of quality 75 at least 0.977.
+MIN_CORRELATION = 0.9
 # Luma of ITU-R BT.601, as Pillow's mode "L".
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-# Linear maps of a column: means of 3 of its 96 pixels, and the 8 lowest frequencies of these 32.
+# Linear maps of a column: means of 3 of its 96 pixels each, and the 8 lowest frequencies of them.
 _MEANS = np.repeat(np.eye(32, dtype=np.float32), IMAGE_SIZE // 32, axis=1) / np.float32(3)
 _COSINES = scipy.fft.dct(np.eye(32, dtype=np.float32), axis=0)[:8]
 _BANDS = 6
 _BAND_MASKS = [np.uint64(sum(1 << bit for bit in range(k, 64, _BANDS))) for k in range(_BANDS)]
-# Candidates that are compared at once: about 50 MB of temporary arrays.
+# Candidates compared at a time: about 50 MB of temporary arrays.
 _CHUNK = 1 << 20
 
 
 def hash_images(
     images: UInt8[np.ndarray, "n 96 96 3"],
 ) -> tuple[UInt64[np.ndarray, "n 8"], Float32[np.ndarray, " n"]]:
-    """Hashes images by which low frequencies are strong, in each of the eight symmetries.
+    """Returns hashes of the low frequencies of images in each of the eight symmetries.
 
     The "DCT hash" of Zauner 2010 (Implementation and Benchmarking of Perceptual Image Hash
     Functions, 3.2.1) as `imagehash.phash` computes it: grey, 32x32, two-dimensional DCT, lowest
-    8x8 coefficients, a bit where one is above their median. Here 3x3 means make the image small.
+    8x8 coefficients, a bit where one is above their median. Here 3x3 means reduce the image.
 
-    The hashes of all symmetries come from one transform.
+    One transform gives the hashes of all symmetries.
 
     Returns:
         hashes, of the symmetries in the order of `symmetries.ELEMENTS`, so that column 0 is the
@@ -50,28 +50,28 @@ def hash_images(
 
 
 def nearest(
-    known: UInt64[np.ndarray, " n"], asked: UInt64[np.ndarray, "m 8"]
+    known: UInt64[np.ndarray, " n"], queries: UInt64[np.ndarray, "m 8"]
 ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
-    """Finds, for each row of `asked`, its nearest hash of `known`, if within `DISTANCE`.
+    """Returns for each row of `queries` its nearest hash of `known`, if within `MAX_DISTANCE`.
 
     Exact, by the pigeonhole principle: at most 4 differing bits leave at least 2 of 6 bands of
     bits equal, so only hashes that share two bands (21 bits) are compared. Equal hashes are
     compared once, and candidates in chunks, so that memory stays flat.
 
     Returns:
-        the k rows of `asked` that have one, ascending; its row in `known`, the first of several;
+        the k rows of `queries` that have one, ascending; its row in `known`, the first of several;
         and its distance in bits. The nearest of a row's eight hashes counts.
     """
     known, first = np.unique(known, return_index=True)
-    asked_once, origin = np.unique(asked, return_inverse=True)
+    unique_queries, origin = np.unique(queries, return_inverse=True)
     # Distance and row in one number, so that one minimum finds the nearest, then the first.
-    best = np.full(len(asked_once), 64 << 32)
-    for bands in itertools.combinations(_BAND_MASKS, _BANDS - DISTANCE):
+    best = np.full(len(unique_queries), 64 << 32)
+    for bands in itertools.combinations(_BAND_MASKS, _BANDS - MAX_DISTANCE):
         mask = np.bitwise_or.reduce(bands)
         order = np.argsort(known & mask)
         keys = (known & mask)[order]
-        start = np.searchsorted(keys, asked_once & mask, "left")
-        count = np.searchsorted(keys, asked_once & mask, "right") - start
+        start = np.searchsorted(keys, unique_queries & mask, "left")
+        count = np.searchsorted(keys, unique_queries & mask, "right") - start
         rows = np.flatnonzero(count)
         ends = np.cumsum(count[rows])
         cuts = np.searchsorted(ends, np.arange(_CHUNK, count.sum(), _CHUNK))
@@ -79,12 +79,12 @@ def nearest(
             counts = count[part]
             begin = np.cumsum(counts) - counts
             candidates = order[np.repeat(start[part] - begin, counts) + np.arange(counts.sum())]
-            distance = np.bitwise_count(known[candidates] ^ np.repeat(asked_once[part], counts))
-            found = (distance.astype(np.int64) << 32) | first[candidates]
-            best[part] = np.minimum(best[part], np.minimum.reduceat(found, begin))
-    per_row = best[origin].reshape(asked.shape).min(axis=1)
-    near = np.flatnonzero(per_row >> 32 <= DISTANCE)
-    return near, per_row[near] & 0xFFFFFFFF, per_row[near] >> 32
+            distance = np.bitwise_count(known[candidates] ^ np.repeat(unique_queries[part], counts))
+            packed = (distance.astype(np.int64) << 32) | first[candidates]
+            best[part] = np.minimum(best[part], np.minimum.reduceat(packed, begin))
+    per_row = best[origin].reshape(queries.shape).min(axis=1)
+    rows = np.flatnonzero(per_row >> 32 <= MAX_DISTANCE)
+    return rows, per_row[rows] & 0xFFFFFFFF, per_row[rows] >> 32
 
 
 def correlation(

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from histo_jax.config import Config
 from histo_jax.errors import UserError
-from histo_jax.run import workdir as workdirs
+from histo_jax.run.saved_config import LOCATIONS, plain
 
 # A network file system may show what another machine has written only after its cache has aged.
 _SEEN_WITHIN_SECONDS = 60
@@ -55,7 +55,8 @@ def check_options(config: Config, mode: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    settings = {k: v for k, v in workdirs.plain(config).items() if k not in workdirs.WHERE}
+    values = plain(config)
+    settings = {name: value for name, value in values.items() if name not in LOCATIONS}
     _refuse_others(
         "options than", json.dumps([mode, settings]).encode(), "start all with the same command"
     )

@@ -19,7 +19,6 @@ from jax.experimental import multihost_utils
 
 from histo_jax.distributed import mesh
 from histo_jax.errors import UserError
-from histo_jax.run import workdir
 from histo_jax.run.signals import EXIT_STATUS
 
 # A process that is silent for so long is taken for dead, and the others end.
@@ -140,10 +139,17 @@ def _warm_up_collectives() -> None:
     )
 
 
+def is_primary() -> bool:
+    """Returns whether this process writes the run's files; of several the first does.
+
+    Starts no device where this process is the only one.
+    """
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 def assign_roles() -> None:
-    """Lets the first process write the run's files and talk, and no other."""
-    workdir.set_primary(jax.process_index() == 0)
-    if jax.process_index():
+    """Lets only the primary process log what is not a warning."""
+    if not is_primary():
         logging.getLogger("histo_jax").setLevel(logging.WARNING)
 
 

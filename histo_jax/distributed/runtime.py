@@ -7,24 +7,21 @@ import importlib.metadata
 import logging
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import jax
 
 from histo_jax import environment
 from histo_jax.distributed import processes
 from histo_jax.errors import UserError, one_line
-from histo_jax.run import files, progress
+from histo_jax.run import files
+from histo_jax.version import VERSION
 
 log = logging.getLogger("histo_jax")
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
 _CACHE_BYTES = 2**30
-_PACKAGES = ("histo_jax", "jax", "flax", "optax", "numpy")
+_PACKAGES = ("jax", "flax", "optax", "numpy")
 # Names of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 # JAX's defaults for what changes results, or stops a run; each is a context manager of `jax`.
@@ -57,28 +54,14 @@ def versions() -> dict[str, str]:
     """Returns what computes here: Python, the packages that results depend on, the devices."""
     devices, found = jax.devices(), dict.fromkeys(_PACKAGES, "unknown")
     for name in _PACKAGES:
-        # A clone that runs without being installed has none.
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return {
         "python": platform.python_version(),
+        "histo_jax": VERSION,
         **found,
         "devices": f"{len(devices)} {devices[0].device_kind}",
     }
-
-
-def session(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Decorates a command that computes: it runs under the defaults of JAX and other libraries.
-
-    What the user has set holds again afterwards; only the compilation cache stays as it was set up.
-    """
-
-    @functools.wraps(command)
-    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with environment.defaults(), jax_defaults(), progress.working(command.__name__):
-            return command(*args, **kwargs)
-
-    return run
 
 
 @contextlib.contextmanager

@@ -1,7 +1,13 @@
-"""Scores and their uncertainty: pure functions over arrays."""
+"""Scores, confidence intervals and calibration: pure functions of arrays."""
 
 from histo_jax.metrics.calibration import Calibration
-from histo_jax.metrics.intervals import difference, with_intervals
+from histo_jax.metrics.intervals import confidence_intervals, difference
 from histo_jax.metrics.scores import binary_scores, operating_points
 
-__all__ = ["Calibration", "binary_scores", "difference", "operating_points", "with_intervals"]
+__all__ = [
+    "Calibration",
+    "binary_scores",
+    "confidence_intervals",
+    "difference",
+    "operating_points",
+]

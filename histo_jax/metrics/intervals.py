@@ -1,4 +1,4 @@
-"""95% intervals by the bootstrap over slides, whose patches are alike, or over patches."""
+"""95% confidence intervals and paired comparisons, by bootstrap over slides or over patches."""
 
 from collections.abc import Iterator
 
@@ -8,95 +8,99 @@ from jaxtyping import Shaped
 from histo_jax.metrics.scores import Values, Weights, weighted_scores
 
 RESAMPLES = 2000
-_AT_ONCE = 3_000_000  # weights, 24 MB, which the caches like better than all at once
+_CHUNK_ELEMENTS = 3_000_000  # weights, 24 MB: faster than all at once, which overflow the caches
 _QUANTILES = (0.025, 0.975)
 
 Groups = Shaped[np.ndarray, " examples"]
 
 
 def _resamples(groups: Groups | None, examples: int, seed: int) -> Iterator[Weights]:
-    """Yields weights of the examples, in parts: how often each one's group was drawn.
+    """Yields chunks of resamples: how often each example counts in each of them.
 
-    Groups are drawn with replacement, as many as there are (Field & Welsh, "Bootstrapping clustered
-    data", 2007, the cluster bootstrap); without groups, examples are. One group alone says nothing
-    of how groups differ: nothing is drawn.
+    Whole groups are drawn with replacement (the cluster bootstrap: Field & Welsh, "Bootstrapping
+    clustered data", 2007); without groups, single examples are. The variation between groups cannot
+    be estimated from one group: all weights are then 0.
     """
     rng = np.random.default_rng(seed)
-    members = np.unique(groups, return_inverse=True)[1] if groups is not None else None
-    count = examples if members is None else int(members.max()) + 1
-    part = max(1, _AT_ONCE // examples)
+    group_index = np.unique(groups, return_inverse=True)[1] if groups is not None else None
+    count = examples if group_index is None else int(group_index.max()) + 1
+    chunk = max(1, _CHUNK_ELEMENTS // examples)
     if count == 1:
         yield np.zeros((1, examples))
         return
-    for first in range(0, RESAMPLES, part):
-        rows = min(part, RESAMPLES - first)
+    for first in range(0, RESAMPLES, chunk):
+        rows = min(chunk, RESAMPLES - first)
         drawn = rng.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
-        weights = weights if members is None else weights[:, members]
+        weights = weights if group_index is None else weights[:, group_index]
         yield weights.astype(np.float64)
 
 
 def _interval(values: np.ndarray) -> list[float]:
-    """The middle 95%; resamples without one of the classes have no score and are left out."""
+    """Returns the percentile interval, without resamples whose score is undefined (nan)."""
     if np.isnan(values).all():
         return [float("nan"), float("nan")]
     return np.nanquantile(values, _QUANTILES).tolist()
 
 
-def with_intervals(
+def confidence_intervals(
     logits: Values, labels: Values, groups: Groups | None, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Returns for each score of `weighted_scores` the ends of its 95% interval.
+    """Returns the 95% confidence interval [low, high] of each score of `weighted_scores`.
+
+    These are percentile intervals; for `ece` the basic bootstrap interval (Davison & Hinkley,
+    "Bootstrap Methods", 1997, 5.2), clipped to contain the score: noise biases the calibration
+    error upwards, and a second time in each resample.
 
     Args:
-        logits: of the positive class.
-        labels: 0 or 1.
-        groups: the slide of each example; None draws examples.
-        seed: of the 2,000 resamples.
+        logits: float[examples], of the positive class.
+        labels: float[examples], 0 or 1.
+        groups: the slide of each example; None: examples are resampled one by one.
+        seed: seed of the 2,000 resamples.
 
     Returns:
-        The middle 95% of the resamples' scores; for `ece`, which chance only adds to, and once more
-        in each resample, the basic bootstrap's ends (Davison & Hinkley, "Bootstrap Methods", 1997,
-        5.2), but never below the score itself. nan where there is one group only.
+        Low and high end of each score's interval; nan where there is only one group.
     """
-    parts = [
+    chunks = [
         weighted_scores(logits, labels, weights)
         for weights in _resamples(groups, len(logits), seed)
     ]
-    ends = {name: _interval(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+    intervals = {
+        name: _interval(np.concatenate([chunk[name] for chunk in chunks])) for name in chunks[0]
+    }
     ece = float(weighted_scores(logits, labels, np.ones((1, len(logits))))["ece"][0])
-    low, high = ends["ece"]
-    ends["ece"] = [np.maximum(0.0, 2 * ece - high), np.maximum(ece, 2 * ece - low)]
-    return ends
+    low, high = intervals["ece"]
+    intervals["ece"] = [np.maximum(0.0, 2 * ece - high), np.maximum(ece, 2 * ece - low)]
+    return intervals
 
 
 def difference(
     logits: tuple[Values, Values], labels: Values, groups: Groups | None, seed: int = 0
 ) -> dict[str, dict[str, float | list[float]]]:
-    """Compares two classifiers on the same examples, resampled alike (paired bootstrap).
+    """Compares two classifiers on the same examples by the paired bootstrap.
 
     Args:
-        logits: of the first and of the second.
-        labels: 0 or 1.
-        groups: the slide of each example; None draws examples.
-        seed: of the 2,000 resamples.
+        logits: logits of the first and of the second classifier, float[examples] each.
+        labels: float[examples], 0 or 1.
+        groups: the slide of each example; None: examples are resampled one by one.
+        seed: seed of the 2,000 resamples.
 
     Returns:
-        For each score `difference`, second minus first, its 95% `interval`, and `p`, two-sided:
-        twice the share of resamples on the other side of zero, at least 1 / 2,000.
+        For each score: `difference`, second minus first; its 95% `interval`; and the two-sided
+        p-value `p`, at least 1 / 2,000.
     """
     once = np.ones((1, len(labels)))
     first, second = (weighted_scores(values, labels, once) for values in logits)
-    parts = []
+    chunks = []
     for weights in _resamples(groups, len(labels), seed):
         one, other = (weighted_scores(values, labels, weights) for values in logits)
-        parts.append({name: other[name] - one[name] for name in one})
+        chunks.append({name: other[name] - one[name] for name in one})
     result: dict[str, dict[str, float | list[float]]] = {}
     for name in first:
-        values = np.concatenate([part[name] for part in parts])
-        # Resamples without one of the classes have no score.
-        told = values[~np.isnan(values)]
-        tails = [np.mean(told <= 0), np.mean(told >= 0)] if len(told) else [np.nan]
+        values = np.concatenate([chunk[name] for chunk in chunks])
+        # A score is undefined in resamples that lack one of the classes.
+        defined = values[~np.isnan(values)]
+        tails = [np.mean(defined <= 0), np.mean(defined >= 0)] if len(defined) else [np.nan]
         result[name] = {
             "difference": float(second[name][0] - first[name][0]),
             "interval": _interval(values),

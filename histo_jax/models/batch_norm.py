@@ -1,7 +1,7 @@
-"""BatchNorm before a 2x2 maximum: what both forms of the block need of it, and of its gradient.
+"""BatchNorm followed by 2x2 max-pooling, and its gradient; shared by both forms of the block.
 
-Channels may be several orientations of the same features, as in `p4m.py`; all orientations of a
-feature then share its statistics.
+The channels may hold several orientations of the same features, as in `p4m.py`. All orientations of
+a feature then share its statistics.
 """
 
 from typing import NamedTuple
@@ -10,23 +10,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int8
 
-# PyTorch's defaults. At Flax's momentum of 0.99 the running statistics lag behind short trainings
-# so far that validation loss says nothing.
+# PyTorch's defaults. With Flax's momentum of 0.99 the running statistics lag so far behind in a
+# short training that the validation loss is meaningless.
 MOMENTUM = 0.9
 EPSILON = 1e-5
 
 Channels = Float[Array, " channels"]
 Values = Float[Array, "*positions channels"]
+Argmax = Int8[Array, "*positions channels"]
 
 
 class FoldedBatchNorm(NamedTuple):
-    """BatchNorm by the statistics of a batch, as one product and one sum: float[channels] each.
+    """BatchNorm with the statistics of a batch, folded into one scale and one bias.
 
     Attributes:
-        mean: of the batch.
-        variance: of the batch, the biased estimate.
-        scale: factor of the values: the parameter `scale` over the standard deviation.
-        bias: what is added then: the parameter `bias` less `mean * scale`.
+        mean: batch mean.
+        variance: batch variance, the biased estimate.
+        scale: folded scale: the parameter `scale` divided by the standard deviation.
+        bias: folded bias: the parameter `bias` minus `mean * folded scale`.
     """
 
     mean: Channels
@@ -38,12 +39,20 @@ class FoldedBatchNorm(NamedTuple):
 def fold(
     mean: Channels, variance: Channels, scale: Channels, bias: Channels
 ) -> tuple[Channels, Channels]:
-    """Returns the folded scale and bias, so that BatchNorm is `values * scale + bias`."""
+    """Returns the folded scale and bias, with which BatchNorm is `values * scale + bias`.
+
+    Args:
+        mean: batch or running mean.
+        variance: batch or running variance.
+        scale: the parameter of BatchNorm.
+        bias: the parameter of BatchNorm.
+    """
     folded_scale = scale * lax.rsqrt(variance + EPSILON)
     return folded_scale, bias - mean * folded_scale
 
 
 def _mean_over_orientations(sums: Channels, count: int, orientations: int) -> Channels:
+    """Returns the mean of each feature over all orientations, repeated for each orientation."""
     mean = sums.reshape(orientations, -1).sum(0) / (orientations * count)
     return jnp.tile(mean, orientations)
 
@@ -56,24 +65,31 @@ def fold_sums(
     bias: Channels,
     orientations: int,
 ) -> FoldedBatchNorm:
-    """Returns BatchNorm folded from a batch's sums of `count` values and of their squares."""
+    """Returns BatchNorm with the statistics of a batch.
+
+    Args:
+        sums: sum of the values of each channel.
+        squares: sum of their squares.
+        count: number of values of each channel.
+        scale: the parameter of BatchNorm, repeated for each orientation.
+        bias: likewise.
+        orientations: number of orientations that share their statistics.
+    """
     mean = _mean_over_orientations(sums, count, orientations)
     second_moment = _mean_over_orientations(squares, count, orientations)
     variance = jnp.maximum(second_moment - mean * mean, 0)
     return FoldedBatchNorm(mean, variance, *fold(mean, variance, scale, bias))
 
 
-def select_maximum(
-    window: list[Values], scale: Channels
-) -> tuple[Values, Int8[Array, "*positions channels"]]:
-    """Returns the value that is the maximum of a 2x2 window after BatchNorm, and its index.
+def select_maximum(window: list[Values], scale: Channels) -> tuple[Values, Argmax]:
+    """Selects from each 2x2 window the value that is the maximum after BatchNorm.
 
     Args:
         window: the four values of each window before BatchNorm, row by row.
-        scale: the parameter of BatchNorm; its sign decides.
+        scale: the parameter of BatchNorm; only its sign matters.
 
     Returns:
-        the value before BatchNorm; its index in `window`, the first of equal values.
+        The selected value, before BatchNorm, and its index in `window`; the first of equal values.
     """
     # A negative scale reverses the order: the maximum after it is the minimum before it.
     sign = jnp.where(scale < 0, -1, 1).astype(window[0].dtype)
@@ -85,14 +101,14 @@ def select_maximum(
 
 
 class Gradient(NamedTuple):
-    """The gradient of BatchNorm, float[channels] each.
+    """The gradient of BatchNorm.
 
-    With respect to the input it is `folded_scale * g + slope * input + constant`, where `g`, that
-    of the output, is zero but for the maxima.
+    The gradient of the input is `folded_scale * g + slope * input + constant`. Here `g` is the
+    gradient of the output; it is zero except at the maxima.
 
     Attributes:
-        scale: with respect to the parameter `scale`.
-        bias: with respect to the parameter `bias`.
+        scale: gradient of the parameter `scale`.
+        bias: gradient of the parameter `bias`.
         slope: see above.
         constant: see above.
     """
@@ -106,14 +122,14 @@ class Gradient(NamedTuple):
 def gradient(
     norm: FoldedBatchNorm, total: Channels, weighted: Channels, count: int, orientations: int
 ) -> Gradient:
-    """Returns the gradient from sums over the maxima alone.
+    """Returns the gradient, computed from sums over the maxima only.
 
     Args:
-        norm: that of the batch.
-        total: sum of the output's gradient.
-        weighted: sum of it times `input - mean`.
-        count: values of a channel in the batch.
-        orientations: how many share their statistics.
+        norm: BatchNorm with the statistics of the batch.
+        total: sum of the output's gradient over the maxima.
+        weighted: sum of the output's gradient times `input - mean` over the maxima.
+        count: number of values of each channel in the batch, before pooling.
+        orientations: number of orientations that share their statistics.
     """
     # folded_scale * (g - mean(g) - normalised * mean(g * normalised))
     inverse_std = lax.rsqrt(norm.variance + EPSILON)

@@ -1,4 +1,4 @@
-"""One block of the networks: 3x3 convolution, BatchNorm, 2x2 maximum, ReLU."""
+"""The block of the networks: 3x3 convolution, BatchNorm, 2x2 max-pooling, ReLU."""
 
 import functools
 import math
@@ -29,17 +29,24 @@ def _convolve(
 
 def _windows(x: Image) -> list[Pooled]:
     """Returns the four values of each 2x2 window, row by row."""
-    return [x[:, p::2, q::2] for p in (0, 1) for q in (0, 1)]
+    return [x[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
 
 
 def max_pool(x: Image) -> Pooled:
     """Returns the maxima of 2x2 windows; height and width must be even."""
-    # Not `reduce_window`: its gradient is several times slower on CPU.
+    # The gradient of `reduce_window` is several times slower on CPU.
     return functools.reduce(jnp.maximum, _windows(x))
 
 
 class _Saved(NamedTuple):
-    """For the gradient of `norm_pool_relu`: the maxima before BatchNorm and which they are."""
+    """Residuals of `norm_pool_relu` for its gradient.
+
+    Attributes:
+        y: the input.
+        maximum: the maximum of each window, before BatchNorm.
+        argmax: its index in the window.
+        norm: BatchNorm with the statistics of the batch.
+    """
 
     y: Image
     maximum: Pooled
@@ -51,11 +58,20 @@ class _Saved(NamedTuple):
 def norm_pool_relu(
     y: Image, scale: Channels, bias: Channels, orientations: int
 ) -> tuple[Pooled, Channels, Channels]:
-    """Returns BatchNorm with the batch's own statistics, 2x2 maximum, ReLU; mean; variance.
+    """Applies BatchNorm with the statistics of the batch, 2x2 max-pooling and ReLU.
 
-    Statistics are float32 whatever the type of `y`, and shared by the orientations of a feature.
-    The gradient, through the output alone and of equal maxima to the first, is written out: its
-    sums need only the maxima, a quarter of the values, and the whole is read and written once.
+    The gradient is written by hand: its sums need only the maxima, a quarter of the values, and the
+    input is read and its gradient written once. Of equal maxima the first one gets the gradient.
+    The mean and the variance have no gradient.
+
+    Args:
+        y: output of the convolution.
+        scale: the parameter of BatchNorm.
+        bias: the parameter of BatchNorm.
+        orientations: number of orientations of each feature that share their statistics.
+
+    Returns:
+        The output in the dtype of `y`; the batch mean and variance, float32.
     """
     return _norm_pool_relu(y, scale, bias, orientations)[0]
 
@@ -75,16 +91,16 @@ def _norm_pool_relu_gradient(
     orientations: int, saved: _Saved, gradients: tuple[Pooled, Channels, Channels]
 ) -> tuple[Image, Channels, Channels]:
     y, maximum, argmax, norm = saved
-    passed = maximum * norm.scale + norm.bias > 0
-    gradient = jnp.where(passed, gradients[0].astype(norm.scale.dtype), 0)
+    is_active = maximum * norm.scale + norm.bias > 0
+    gradient = jnp.where(is_active, gradients[0].astype(norm.scale.dtype), 0)
     total = gradient.sum((0, 1, 2))
     weighted = (gradient * (maximum - norm.mean)).sum((0, 1, 2))
     terms = batch_norm.gradient(norm, total, weighted, math.prod(y.shape[:3]), orientations)
     batch, height, width, channels = y.shape
     windows = (batch, height // 2, 2, width // 2, 2, channels)
-    place = jnp.arange(4, dtype=jnp.int8).reshape(2, 1, 2, 1)
+    index = jnp.arange(4, dtype=jnp.int8).reshape(2, 1, 2, 1)
     through_maxima = jnp.where(
-        argmax[:, :, None, :, None] == place, (gradient * norm.scale)[:, :, None, :, None], 0
+        argmax[:, :, None, :, None] == index, (gradient * norm.scale)[:, :, None, :, None], 0
     )
     y_gradient = through_maxima + (terms.slope * y.reshape(windows) + terms.constant)
     return y_gradient.reshape(y.shape).astype(y.dtype), terms.scale, terms.bias
@@ -94,33 +110,42 @@ norm_pool_relu.defvjp(_norm_pool_relu, _norm_pool_relu_gradient)
 
 
 class Block(nn.Module):
-    """3x3 convolution, BatchNorm, 2x2 maximum, ReLU.
+    """3x3 convolution, BatchNorm, 2x2 max-pooling, ReLU.
 
     Attributes:
-        features: channels of the output.
-        dtype: type of the arithmetic; parameters and statistics are float32.
-        use_winograd: whether to compute by `histo_jax.models.winograd_block`.
+        features: number of output features.
+        dtype: dtype of the computation; parameters and statistics are float32.
+        use_winograd: compute with `histo_jax.models.winograd_block`.
     """
 
     features: int
     dtype: DTypeLike
     use_winograd: bool
 
-    # How many channels each feature has, which share scale, bias and statistics.
+    # Output channels of each feature; they share scale, bias and statistics.
     orientations = 1
 
     def kernel_shape(self, channels: int) -> tuple[int, ...]:
-        """Returns the shape of the parameter that the kernel is made of."""
+        """Returns the shape of the parameter `kernel` for an input of `channels` channels."""
         return (3, 3, channels, self.features)
 
     def make_kernel(self, weights: Float[Array, "..."]) -> Float[Array, "3 3 channels outputs"]:
-        """Returns the kernel to `orientations * features` channels from that parameter."""
+        """Returns the convolution kernel, with `orientations * features` outputs.
+
+        Args:
+            weights: the parameter `kernel`.
+        """
         return weights
 
     @nn.compact
     def __call__(self, x: Image, train: bool) -> Float[Array, "batch h w outputs"]:
-        """Returns the block's output; `train` uses the batch's own statistics and updates them."""
-        # Without a bias: BatchNorm's own makes it idle.
+        """Returns the block's output.
+
+        Args:
+            x: height and width must be even.
+            train: use the statistics of the batch and update the running ones.
+        """
+        # The convolution needs no bias: BatchNorm has one.
         shape = self.kernel_shape(x.shape[-1])
         kernel = self.make_kernel(self.param("kernel", nn.initializers.lecun_normal(), shape))
         scale = self.param("scale", nn.initializers.ones, self.features)
@@ -128,21 +153,26 @@ class Block(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, self.features)
         variance = self.variable("batch_stats", "var", jnp.ones, self.features)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if train:
-            scale, bias = jnp.tile(scale, self.orientations), jnp.tile(bias, self.orientations)
-            if self.use_winograd:
-                x, *batch = winograd_block.train_block(x, kernel, scale, bias, self.orientations)
-            else:
-                x, *batch = norm_pool_relu(_convolve(x, kernel), scale, bias, self.orientations)
-            momentum = batch_norm.MOMENTUM
-            for running, new in zip((mean, variance), batch, strict=True):
-                new = new[: self.features]
-                running.value = momentum * running.value + (1 - momentum) * new
-            return x
-        scale, bias = (
-            jnp.tile(v, self.orientations)
-            for v in batch_norm.fold(mean.value, variance.value, scale, bias)
-        )
+        if not train:
+            folded = batch_norm.fold(mean.value, variance.value, scale, bias)
+            return self._infer(x, kernel, *(jnp.tile(v, self.orientations) for v in folded))
+        scale, bias = jnp.tile(scale, self.orientations), jnp.tile(bias, self.orientations)
+        if self.use_winograd:
+            x, *batch = winograd_block.train_block(x, kernel, scale, bias, self.orientations)
+        else:
+            x, *batch = norm_pool_relu(_convolve(x, kernel), scale, bias, self.orientations)
+        momentum = batch_norm.MOMENTUM
+        for running, new in zip((mean, variance), batch, strict=True):
+            running.value = momentum * running.value + (1 - momentum) * new[: self.features]
+        return x
+
+    def _infer(
+        self,
+        x: Image,
+        kernel: Float[Array, "3 3 channels outputs"],
+        scale: Float[Array, " outputs"],
+        bias: Float[Array, " outputs"],
+    ) -> Float[Array, "batch h w outputs"]:
         if self.use_winograd:
             return winograd_block.infer_block(x, kernel, scale, bias)
         return nn.relu(max_pool(_convolve(x, kernel) * scale + bias)).astype(self.dtype)

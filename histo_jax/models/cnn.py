@@ -1,4 +1,4 @@
-"""The plain network: convolution blocks, then dense layers."""
+"""The plain five-block network: convolution blocks, then dense layers."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,14 +11,14 @@ from histo_jax.registry import register_model
 
 @register_model("five_block")
 class FiveBlockCNN(nn.Module):
-    """`Block` five times; dense, ReLU, dropout, logit.
+    """Five blocks, then dense, ReLU, dropout and logit.
 
     Attributes:
-        features: channels of each block.
-        dense: units of the dense layer.
-        dropout: fraction of the dense units dropped in training.
-        dtype: type of the arithmetic; parameters, statistics and logits are float32.
-        use_winograd: whether blocks of 16 channels or more compute by `winograd_block.py`.
+        features: number of features of each block.
+        dense: number of units of the dense layer.
+        dropout: fraction of the dense units that are dropped in training.
+        dtype: dtype of the computation; parameters, statistics and logits are float32.
+        use_winograd: compute blocks with 16 or more output channels with `winograd_block.py`.
     """
 
     features: tuple[int, ...]
@@ -27,28 +27,29 @@ class FiveBlockCNN(nn.Module):
     dtype: DTypeLike = jnp.float32
     use_winograd: bool = False
 
-    # These fields are set by the fields of `config.model` of the same names.
+    # Fields that are set by the fields of the same name in `config.model`.
     config_fields = ("features", "dense", "dropout")
     block = Block
 
     def flatten(self, x: Float[Array, "batch h w channels"]) -> Float[Array, "batch values"]:
-        """Returns what the dense layer sees of the last block's output."""
+        """Returns the input of the dense layer, given the output of the last block."""
         return x.reshape(x.shape[0], -1)
 
     @nn.compact
     def __call__(
         self, images: Float[Array, "batch height width 3"], train: bool = False
     ) -> Float[Array, " batch"]:
-        """Returns one tumour logit an image.
+        """Returns the tumour logit of each image.
 
         Args:
-            images: normalised pixels; height and width must divide by 2 for every block.
-            train: use the batch's own statistics (and update the running ones) and drop units;
+            images: normalised pixels; height and width must be divisible by 2 once per block.
+            train: use the statistics of the batch, update the running ones, and apply dropout;
                 needs the random stream `dropout`.
         """
         x = images
         for i, features in enumerate(self.features):
-            # Tiles pay when their matrix products are not tiny, and take longer to compile.
+            # With few channels the matrix products are too small to gain anything, and Winograd
+            # takes longer to compile.
             use_winograd = self.use_winograd and features * self.block.orientations >= 16
             x = self.block(features, self.dtype, use_winograd, name=f"Block_{i}")(x, train)
         x = self.flatten(x)

@@ -17,28 +17,36 @@ Features = Float[Array, "batch h w features"]
 
 
 def _convolution(dtype: DTypeLike) -> Callable[..., nn.Conv]:
+    """Returns a function of features, kernel size and stride that makes a convolution."""
+
     def make(features: int, size: int, stride: int = 1) -> nn.Conv:
         return nn.Conv(
-            features, (size, size), stride, size // 2, use_bias=False, dtype=dtype,
+            features,
+            (size, size),
+            stride,
+            size // 2,
+            use_bias=False,
+            dtype=dtype,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
-        )  # fmt: skip
+        )
 
     return make
 
 
 def _norm(dtype: DTypeLike, train: bool) -> Callable[..., nn.BatchNorm]:
+    """Returns a function that makes a BatchNorm."""
     return functools.partial(
         nn.BatchNorm, use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON, dtype=dtype
     )
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, added to their input.
+    """Two 3x3 convolutions with BatchNorm, added to their input.
 
     Attributes:
-        features: channels of the output.
-        stride: of the first convolution.
-        dtype: type of the arithmetic.
+        features: number of output channels.
+        stride: stride of the first convolution.
+        dtype: dtype of the computation.
     """
 
     features: int
@@ -47,13 +55,18 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Image, train: bool) -> Features:
-        """Returns the block's output; `train` uses the batch's own statistics and updates them."""
+        """Returns the block's output.
+
+        Args:
+            x: input of the block.
+            train: use the statistics of the batch and update the running ones.
+        """
         convolution, norm = _convolution(self.dtype), _norm(self.dtype, train)
         y = convolution(self.features, 3, self.stride)(x)
         y = nn.relu(norm()(y))
         y = convolution(self.features, 3)(y)
-        # Each block is the identity at first, which trains better: Goyal et al., "Accurate, Large
-        # Minibatch SGD", 2017.
+        # With a scale of 0 each block is initialised to the identity, which trains better: Goyal et
+        # al., "Accurate, Large Minibatch SGD", 2017.
         y = norm(scale_init=nn.initializers.zeros)(y)
         if x.shape != y.shape:
             x = norm()(convolution(self.features, 1, self.stride)(x))
@@ -62,13 +75,13 @@ class ResidualBlock(nn.Module):
 
 @register_model("resnet18")
 class ResNet18(nn.Module):
-    """Four stages of two residual blocks, mean over positions, logit.
+    """Four stages of two residual blocks, global average pooling, logit.
 
     Attributes:
-        stem: `small`, a 3x3 convolution, for patches of 96x96; or `imagenet`, a 7x7 convolution
-            with stride 2 and a 3x3 maximum with stride 2, for a sixteenth of the work.
-        width: channels of the first stage; each later one doubles them.
-        dtype: type of the arithmetic; parameters, statistics and logits are float32.
+        stem: `small`, a 3x3 convolution, for patches of 96x96 pixels; or `imagenet`, a 7x7
+            convolution and a 3x3 max-pooling, both with stride 2, at a sixteenth of the cost.
+        width: number of channels of the first stage; each later stage doubles it.
+        dtype: dtype of the computation; parameters, statistics and logits are float32.
     """
 
     stem: Literal["small", "imagenet"] = "small"
@@ -79,11 +92,11 @@ class ResNet18(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width 3"], train: bool = False
     ) -> Float[Array, " batch"]:
-        """Returns one tumour logit an image.
+        """Returns the tumour logit of each image.
 
         Args:
             images: normalised pixels.
-            train: use the batch's own statistics, and update the running ones.
+            train: use the statistics of the batch and update the running ones.
         """
         convolution, norm = _convolution(self.dtype), _norm(self.dtype, train)
         if self.stem == "small":

@@ -1,18 +1,19 @@
-"""The block of `block.py` in the form that is fast on one CPU; the same numbers up to rounding.
+"""The block of `block.py` in a form that is fast on one CPU; equal up to rounding.
 
-Every array that does not fit the cache costs more than the arithmetic there. So
+On CPU, reading and writing arrays that do not fit the cache costs more than the arithmetic.
+Therefore
 
-- convolutions work tile by tile (`winograd.py`), and a tile's outputs stay apart as phases, so that
-  the 2x2 maximum compares whole arrays and nothing is interleaved but the small result;
+- convolutions are tiled (`winograd.py`) and return output phases, so that max-pooling compares
+  whole arrays and only the small result is interleaved;
 - images are processed in chunks;
-- the gradient of BatchNorm, maximum and ReLU is written out: its sums need only the maxima.
+- the gradient of BatchNorm, max-pooling and ReLU is written by hand: its sums need only the maxima.
 
 Height and width must be equal and even.
 """
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,40 +24,47 @@ from histo_jax.models import batch_norm, winograd
 from histo_jax.models.batch_norm import FoldedBatchNorm
 from histo_jax.models.winograd import Grid, Image, Kernel, Values, interleave
 
-# Values before pooling in one chunk of images, 10 MB in float32: measured best among 2 to 75 MB
-# with 1 MiB of second-level cache a core.
+# Values before pooling in one chunk of images, 10 MB in float32: the fastest of 2 to 75 MB with
+# 1 MiB of L2 cache per core.
 CHUNK_ELEMENTS = 2_500_000
 
 Halved = Float[Array, "images half half features"]
 Features = Float[Array, " features"]
-Chunks = Float[Array, "chunks images_each height width channels"]
-# The four phases of each 2x2 window, by the window's row and column in a tile.
+Chunks = Float[Array, "chunks chunk_images height width channels"]
+# The four phases of each 2x2 window, indexed by the row and column of the window in a tile.
 Windows = list[list[list[Values]]]
-# The maximum of each window and its index there, by the window's row and column in a tile.
+# The maximum of each window and its index in the window, indexed likewise.
 Maxima = list[list[tuple[Values, Int8[Array, "..."]]]]
 
 
 class _Saved(NamedTuple):
-    """What the gradient needs of the forward pass.
+    """Residuals of the forward pass for the gradient.
 
     Attributes:
         x: the input.
-        kernel: transformed.
-        phases: of the convolution's output by chunks, or None where they are computed again.
-        maxima: likewise.
-        norm: BatchNorm by the batch's own statistics.
+        kernel: the transformed kernel.
+        phases: output phases of the convolution, in chunks; None: to be recomputed.
+        maxima: maxima of the windows, in chunks.
+        norm: BatchNorm with the statistics of the batch.
     """
 
     x: Image
-    kernel: Any
+    kernel: Grid
     phases: Grid | None
     maxima: Maxima
     norm: FoldedBatchNorm
 
 
 def infer_block(x: Image, kernel: Kernel, scale: Features, bias: Features) -> Halved:
-    """Returns the ReLU of the 2x2 maxima of `convolution * scale + bias`, the folded BatchNorm."""
-    convolution = winograd.choose(x, infer=True)
+    """Returns the output of the block with folded BatchNorm.
+
+    Args:
+        x: the input.
+        kernel: kernel of the convolution.
+        scale: folded scale of BatchNorm.
+        bias: folded bias of BatchNorm.
+    """
+    convolution = winograd.choose_convolution(x, infer=True)
     transformed = convolution.transform(kernel * scale)
 
     def infer_chunk(x: Image) -> Grid:
@@ -74,16 +82,19 @@ def infer_block(x: Image, kernel: Kernel, scale: Features, bias: Features) -> Ha
 def train_block(
     x: Image, kernel: Kernel, scale: Features, bias: Features, orientations: int
 ) -> tuple[Halved, Features, Features]:
-    """Returns the block's output with the batch's own statistics, and these: mean and variance.
+    """Returns the output of the block with the statistics of the batch, and these statistics.
 
-    The gradient goes through the output alone, and of equal maxima to the first.
+    Of equal maxima the first one gets the gradient. The mean and the variance have no gradient.
 
     Args:
         x: the input.
-        kernel: of the convolution.
+        kernel: kernel of the convolution.
         scale: the parameter of BatchNorm.
-        bias: likewise.
-        orientations: how many of each feature share their statistics.
+        bias: the parameter of BatchNorm.
+        orientations: number of orientations of each feature that share their statistics.
+
+    Returns:
+        The output; the batch mean and variance.
     """
     return _train_block(x, kernel, scale, bias, orientations)[0]
 
@@ -91,7 +102,7 @@ def train_block(
 def _train_block(
     x: Image, kernel: Kernel, scale: Features, bias: Features, orientations: int
 ) -> tuple[tuple[Halved, Features, Features], _Saved]:
-    convolution = winograd.choose(x, infer=False)
+    convolution = winograd.choose_convolution(x, infer=False)
     transformed = convolution.transform(kernel)
     chunks = _split(x, kernel.shape[-1])
 
@@ -100,7 +111,7 @@ def _train_block(
         leaves = jax.tree.leaves(phases)
         sums = sum(v.sum((0, 1, 2)) for v in leaves)
         squares = sum((v * v).sum((0, 1, 2)) for v in leaves)
-        return (None if convolution.recomputes else phases), sums, squares
+        return (None if convolution.recompute_phases else phases), sums, squares
 
     phases, sums, squares = lax.map(convolve, chunks)
     norm = batch_norm.fold_sums(
@@ -112,7 +123,7 @@ def _train_block(
             [batch_norm.select_maximum(window, scale) for window in row] for row in _windows(phases)
         ]
 
-    if convolution.recomputes:
+    if phases is None:
         maxima = lax.map(lambda x: select_maxima(convolution.phases(x, transformed)), chunks)
     else:
         maxima = select_maxima(phases)
@@ -128,14 +139,14 @@ def _train_block_gradient(
     orientations: int, saved: _Saved, gradients: tuple[Halved, Features, Features]
 ) -> tuple[Image, Kernel, Features, Features]:
     x, kernel, phases, maxima, norm = saved
-    convolution = winograd.choose(x, infer=False)
+    convolution = winograd.choose_convolution(x, infer=False)
     chunks = _split(x, len(norm.scale))
     masked = _mask(gradients[0], maxima, norm, len(chunks))
     terms = _norm_gradient(masked, maxima, norm, math.prod(x.shape[:3]), orientations)
 
-    def add_chunk(total: Any, chunk: Any) -> tuple[Any, Grid]:
+    def add_chunk(total: Grid, chunk: tuple[Image, Grid | None, Maxima, Grid]) -> tuple[Grid, Grid]:
         x, phases, maxima, masked = chunk
-        if convolution.recomputes:
+        if phases is None:
             phases = convolution.phases(x, kernel)
         phase_gradients = _phase_gradients(phases, masked, maxima, norm, terms)
         gradient, x_gradient = convolution.gradients(x, kernel, phase_gradients)
@@ -155,12 +166,22 @@ train_block.defvjp(_train_block, _train_block_gradient)
 
 
 def _mask(gradient: Halved, maxima: Maxima, norm: FoldedBatchNorm, chunks: int) -> Grid:
-    """Returns the output's gradient by chunks and windows, zero where the ReLU was."""
-    side, half = len(maxima), gradient.shape[1] // len(maxima)
-    cut = gradient.reshape(chunks, len(gradient) // chunks, half, side, half, side, -1)
+    """Returns the gradient of the maxima before the ReLU.
+
+    Args:
+        gradient: gradient of the output.
+        maxima: maxima of the windows, in chunks.
+        norm: BatchNorm with the statistics of the batch.
+        chunks: number of chunks.
+
+    Returns:
+        In chunks, indexed by the row and column of the window in a tile.
+    """
+    size, half = len(maxima), gradient.shape[1] // len(maxima)
+    windows = gradient.reshape(chunks, len(gradient) // chunks, half, size, half, size, -1)
     return [
         [
-            jnp.where(maximum * norm.scale + norm.bias > 0, cut[:, :, :, i, :, j], 0)
+            jnp.where(maximum * norm.scale + norm.bias > 0, windows[:, :, :, i, :, j], 0)
             for j, (maximum, _) in enumerate(row)
         ]
         for i, row in enumerate(maxima)
@@ -170,6 +191,7 @@ def _mask(gradient: Halved, maxima: Maxima, norm: FoldedBatchNorm, chunks: int) 
 def _norm_gradient(
     masked: Grid, maxima: Maxima, norm: FoldedBatchNorm, count: int, orientations: int
 ) -> batch_norm.Gradient:
+    """Returns the gradient of BatchNorm, given the gradient of the maxima before the ReLU."""
     axes = (0, 1, 2, 3)
     total = functools.reduce(jnp.add, [v.sum(axes) for row in masked for v in row])
     weighted = functools.reduce(
@@ -190,23 +212,32 @@ def _phase_gradients(
     norm: FoldedBatchNorm,
     terms: batch_norm.Gradient,
 ) -> Grid:
-    """Returns the gradient of the phases of one chunk: through the maxima and the statistics."""
+    """Returns the gradient of the output phases of the convolution, for one chunk.
+
+    Args:
+        phases: output phases of the convolution.
+        masked: gradient of the maxima before the ReLU.
+        maxima: maxima of the windows.
+        norm: BatchNorm with the statistics of the batch.
+        terms: gradient of BatchNorm.
+    """
     windows = [
         [
             [
-                jnp.where(argmax == place, v * norm.scale, 0)
+                jnp.where(argmax == index, v * norm.scale, 0)
                 + (terms.slope * value + terms.constant)
-                for place, value in enumerate(window)
+                for index, value in enumerate(window)
             ]
             for window, v, (_, argmax) in zip(*rows, strict=True)
         ]
         for rows in zip(_windows(phases), masked, maxima, strict=True)
     ]
-    side = range(2 * len(windows))
-    return [[windows[p // 2][q // 2][2 * (p % 2) + q % 2] for q in side] for p in side]
+    size = range(2 * len(windows))
+    return [[windows[p // 2][q // 2][2 * (p % 2) + q % 2] for q in size] for p in size]
 
 
 def _windows(phases: Grid) -> Windows:
+    """Returns the phases grouped by 2x2 window, row by row in each window."""
     half = range(len(phases) // 2)
     return [
         [[phases[2 * i + p][2 * j + q] for p in (0, 1) for q in (0, 1)] for j in half] for i in half
@@ -214,11 +245,12 @@ def _windows(phases: Grid) -> Windows:
 
 
 def _split(x: Image, features: int) -> Chunks:
-    """Returns the images in equal chunks, of at most `CHUNK_ELEMENTS` output values each."""
+    """Splits the images into equal chunks of at most `CHUNK_ELEMENTS` output values each."""
     count = -(-x.shape[1] * x.shape[2] * features * len(x) // CHUNK_ELEMENTS)
     count = next(k for k in range(min(count, len(x)), len(x) + 1) if len(x) % k == 0)
     return x.reshape(count, len(x) // count, *x.shape[1:])
 
 
 def _join(x: Chunks) -> Image:
+    """Returns the images of all chunks."""
     return x.reshape(-1, *x.shape[2:])

@@ -1,4 +1,4 @@
-"""What people look at: the page `report.html`, and pictures of where the network looked.
+"""Reports for people: the page `report.html`, and attribution images of single patches.
 
 As a function, `histo_jax.report(config, workdir)` writes the page; see `histo_jax.report.report`.
 """
@@ -6,19 +6,19 @@ As a function, `histo_jax.report(config, workdir)` writes the page; see `histo_j
 import os
 import sys
 import types
-from pathlib import Path
 
 from histo_jax.config import Config
 from histo_jax.report.explanation import explain
-from histo_jax.report.page import report
+from histo_jax.report.reporting import report
+from histo_jax.report.result import Report
 
-__all__ = ["explain", "report"]
+__all__ = ["Report", "explain", "report"]
 
 
 class _Callable(types.ModuleType):
     """Lets `histo_jax.report` be this package and the command: the attribute can be only one."""
 
-    def __call__(self, config: Config, workdir: str | os.PathLike[str]) -> Path:
+    def __call__(self, config: Config, workdir: str | os.PathLike[str]) -> Report:
         """Writes `report.html`; see `histo_jax.report.report`."""
         return report(config, workdir)
 

@@ -1,21 +1,20 @@
-"""Imports Matplotlib whatever the user's settings are."""
+"""Imports Matplotlib independently of the settings of the user."""
 
 import contextlib
 import logging
 import os
 import sys
 from collections.abc import Iterator
-from unittest import mock
 
 from histo_jax.errors import UserError, one_line
 
 
 @contextlib.contextmanager
-def ignored() -> Iterator[None]:
-    """Hides MPLBACKEND while Matplotlib is imported, and what that logs of settings and folders.
+def isolated() -> Iterator[None]:
+    """Hides MPLBACKEND and the log of Matplotlib while it is imported.
 
-    Notebooks hand MPLBACKEND to every program that they start, and without that backend in its
-    environment the import fails.
+    Notebooks set MPLBACKEND for every program that they start; the import fails if that backend is
+    not installed. After the import, the backend is set if Matplotlib knows it.
 
     Raises:
         UserError: a matplotlibrc cannot be decoded.
@@ -23,17 +22,18 @@ def ignored() -> Iterator[None]:
     is_first = "matplotlib" not in sys.modules
     logger, silent = logging.getLogger("matplotlib"), logging.Filter("nothing")
     logger.addFilter(silent)
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
-        with mock.patch.dict(os.environ):
-            backend = os.environ.pop("MPLBACKEND", None)
-            yield
+        yield
     except UnicodeDecodeError as error:
         raise UserError(
-            f"Matplotlib cannot read its settings ({one_line(error)}): correct the matplotlibrc in "
+            f"Matplotlib cannot read its settings ({one_line(error)}): fix the matplotlibrc in "
             "this folder, in MATPLOTLIBRC or in ~/.config/matplotlib"
         ) from None
     finally:
         logger.removeFilter(silent)
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     if backend and is_first:
-        with contextlib.suppress(ValueError):  # the user's own figures are drawn with it
+        with contextlib.suppress(ValueError):
             sys.modules["matplotlib"].rcParams["backend"] = backend

@@ -1,4 +1,4 @@
-"""Folders of generated files that belong together."""
+"""Folders of generated files that are replaced together."""
 
 import contextlib
 import glob
@@ -13,57 +13,57 @@ from histo_jax.run import files
 
 
 def update(folder: Path, new: Mapping[str, bytes], obsolete: Collection[str] = ()) -> None:
-    """Writes files into a folder and removes others from it, all in one step.
+    """Writes files into a folder and removes others, atomically.
 
-    A copy of the folder is changed and then takes its place, so that a process that is killed
-    leaves either all of the old files or all of the new ones.
+    Changes a copy of the folder, which then replaces it. A process that is killed leaves either all
+    of the old files or all of the new ones.
 
     Args:
-        folder: made where it is missing; what it holds besides is kept.
+        folder: created if missing; its other files are kept.
         new: contents by file name.
-        obsolete: names of files to remove; those that are not there are passed over.
+        obsolete: names of files to remove; missing ones are ignored.
 
     Raises:
-        OSError: a file cannot be written; the folder is as it was.
+        OSError: a file cannot be written; the folder is unchanged.
     """
-    folder = folder.resolve()  # a link to another disk stays a link
+    folder = folder.resolve()  # keeps a symbolic link to another disk
     recover(folder)
     copy = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
 
-    def leave_out(parent: str, names: list[str]) -> set[str]:
-        gone = {*new, *obsolete} if Path(parent) == folder else set()
-        return {name for name in names if name in gone or fnmatch(name, ".*.part")}
+    def ignored(parent: str, names: list[str]) -> set[str]:
+        replaced = {*new, *obsolete} if Path(parent) == folder else set()
+        return {name for name in names if name in replaced or fnmatch(name, ".*.part")}
 
     try:
         if folder.exists():
-            shutil.copytree(folder, copy, symlinks=True, ignore=leave_out, copy_function=_link)
+            shutil.copytree(folder, copy, symlinks=True, ignore=ignored, copy_function=_link)
         else:
             copy.mkdir(parents=True)
         for name, content in new.items():
             files.write_bytes(copy / name, content)
         if folder.exists():
-            folder.rename(_aside(folder))
+            folder.rename(_backup(folder))
         copy.rename(folder)
     finally:
         recover(folder)
 
 
 def recover(folder: Path) -> None:
-    """Cleans up after an `update` that did not end: the folder is as before or as after it."""
+    """Cleans up after an interrupted `update`: restores the old folder, or keeps the new one."""
     folder = folder.resolve()
-    if not folder.exists() and _aside(folder).exists():
-        _aside(folder).rename(folder)
-    for left_over in (_aside(folder), *folder.parent.glob(f".{glob.escape(folder.name)}.*.part")):
-        shutil.rmtree(left_over, ignore_errors=True)
+    if not folder.exists() and _backup(folder).exists():
+        _backup(folder).rename(folder)
+    for leftover in (_backup(folder), *folder.parent.glob(f".{glob.escape(folder.name)}.*.part")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _aside(folder: Path) -> Path:
-    """Where the old folder stands for the instant between two renames."""
+def _backup(folder: Path) -> Path:
+    """Returns the path of the old folder between the two renames."""
     return folder.with_name(f".{folder.name}.old")
 
 
 def _link(source: str, target: str) -> None:
-    """Copies a file by a hard link, which costs neither time nor disk, where there are any."""
+    """Hard-links a file, which takes neither time nor space, or copies it where links fail."""
     with contextlib.suppress(OSError):
         os.link(source, target)
         return

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never a part."""
+"""Atomic writes, locks, paths, and errors of the file system."""
 
 import contextlib
 import errno
@@ -17,13 +17,13 @@ from typing import IO, Any
 
 from histo_jax.errors import UserError
 
-# Orbax and TFDS make a pattern of a folder's name; etils takes these folders of the root for
-# buckets; TensorStore makes `/` of a backslash and knows UTF-8 only.
+# Orbax and TFDS treat a folder's name as a pattern; etils treats these folders of the root as
+# buckets; TensorStore turns a backslash into `/` and accepts only UTF-8.
 _SPECIAL = re.compile(r"[*?\[\]\\\udc80-\udcff]|^/(gs|s3|az|hf)(/|$)|gs:/")
 _DESCRIPTORS = Path("/proc/self/fd")
-# Bytes of a path, of the system's 4096: the rest is for what is written inside the folder.
+# Bytes of a path; the rest of the system's 4096 is for the files inside the folder.
 _LONG, _LONGEST = 3000, 3900
-# A full, forbidden or failing disk, or a limit of the process: no file is damaged by these.
+# A full, forbidden or failing disk, or a limit of the process: no file is corrupt because of these.
 _NOT_OF_THE_CONTENT = (
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO,
     errno.ESTALE,
@@ -33,7 +33,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text` as UTF-8; see `write_bytes`."""
-    # The name of a folder, which reports show, may be no UTF-8.
+    # The name of a folder, which reports show, may not be UTF-8.
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 
@@ -41,7 +41,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Writes `content` to a temporary name beside `path`, then renames it to `path`.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; `path` is as it was.
+        OSError: the folder cannot be written or the disk is full; `path` is unchanged.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -57,7 +57,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes `values` as indented JSON; see `write_text`. Not-a-number becomes null."""
+    """Writes `values` as indented JSON; see `write_text`. NaN becomes null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -70,7 +70,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def nearest(path: Path) -> Path:
-    """Returns `path`, or what is there of the folders above it."""
+    """Returns `path`, or the closest folder above it that exists."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
@@ -100,7 +100,7 @@ def user_caches() -> Path | None:
 
 
 def make_folder(folder: Path) -> bool:
-    """Makes a folder where it is missing; returns whether files can be made in it."""
+    """Makes a folder if it is missing; returns whether files can be created in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -110,7 +110,7 @@ def make_folder(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives the errors of the system that name no file, as those of writing do not, this one."""
+    """Adds this path to system errors that name no file, as those of writing."""
     try:
         yield
     except OSError as error:
@@ -120,53 +120,53 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def check_name(folder: Path, field: str) -> None:
-    """Refuses a folder that cannot be worked in because of its path; changes nothing.
+    """Refuses a folder that cannot be used because of its path; changes nothing.
 
     Raises:
-        UserError: names `field`, and the remedy.
+        UserError: names `field` and the fix.
     """
     if len(os.fsencode(folder.absolute())) > _LONGEST:
         raise UserError(f"the path of {field} is longer than {_LONGEST} bytes: choose another")
     if is_special(folder) and not _DESCRIPTORS.exists():
         raise UserError(
-            f"{field}={folder} has a character in its path that libraries take for a pattern "
+            f"{field}={folder} has a character in its path that libraries treat as a pattern "
             "(*, ?, a bracket, a backslash): choose another folder"
         )
 
 
 def is_special(folder: Path) -> bool:
-    """Whether a library would take the absolute path of this folder for something else."""
+    """Returns whether a library would misread the absolute path of this folder."""
     path = _absolute(folder)
     return bool(_SPECIAL.search(str(path))) or len(os.fsencode(path)) > _LONG
 
 
 def _absolute(folder: Path) -> Path:
-    # TensorStore takes `link/..` for the folder that holds the link.
+    # TensorStore reads `link/..` as the folder that contains the link.
     return Path(os.path.realpath(folder)) if ".." in folder.parts else folder.absolute()
 
 
 class LiteralFolder:
-    """A folder under a name that every library takes as it stands.
+    """A folder under a name that every library takes literally.
 
     Attributes:
-        path: the folder itself, absolute; where `is_special`, another name of it that is valid in
-            this process and as long as this object.
+        path: the folder itself, absolute; where `is_special`, another name of it, valid in this
+            process for the lifetime of this object.
 
     Raises:
-        OSError: it is not there.
+        OSError: the folder does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = _absolute(folder)
         if is_special(self.path):
-            # No symbolic link: a process that is killed would leave it behind.
+            # Not a symbolic link: a killed process would leave it behind.
             descriptor = os.open(self.path, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
             weakref.finalize(self, os.close, descriptor)
             self.path = _DESCRIPTORS / str(descriptor)
 
 
 def open_lock(path: Path) -> IO[str]:
-    """Opens a file that is to be locked, making it if it is missing.
+    """Opens a file to be locked, creating it if it is missing.
 
     Raises:
         OSError: it cannot be opened.
@@ -176,17 +176,17 @@ def open_lock(path: Path) -> IO[str]:
     except PermissionError:
         if not path.exists():
             raise
-        return path.open(errors="replace")  # another user's; to lock it, reading is enough
+        return path.open(errors="replace")  # another user's; reading is enough to lock it
 
 
 def lock(file: IO[str]) -> bool:
     """Locks an open file until it is closed, however the process ends.
 
     Returns:
-        False where the file system keeps no locks.
+        False where the file system has no locks.
 
     Raises:
-        BlockingIOError: somebody else has locked it.
+        BlockingIOError: it is locked already.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -201,33 +201,34 @@ def lock(file: IO[str]) -> bool:
 
 
 def describe(error: OSError, folders: Iterable[Path]) -> str:
-    """Returns one line on an error of the system: the file or what else failed, and the remedy.
+    """Returns one line about a system error: the file or what else failed, and the fix.
 
     Args:
         error: it may name no file.
-        folders: in which the command writes; of a full disk that is not named they are looked at.
+        folders: where the command writes; checked for a full disk if the error names none.
     """
-    words = error.strerror or str(error) or type(error).__name__
+    message = error.strerror or str(error) or type(error).__name__
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return f"{words}: raise the limit (ulimit -n) and start again"
+        return f"{message}: raise the limit (ulimit -n) and rerun the command"
     if isinstance(error.filename, str | bytes | os.PathLike):
-        return f"{os.fsdecode(error.filename)}: {words}; mend that and start again"
+        return f"{os.fsdecode(error.filename)}: {message}; fix this and rerun the command"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         places = (nearest(place) for place in (*folders, Path(tempfile.gettempdir())))
         full = [str(p) for p in places if shutil.disk_usage(p).free < 2**20]
         if full:
-            return f"{', '.join(dict.fromkeys(full))}: {words}; free some and start again"
+            disks = ", ".join(dict.fromkeys(full))
+            return f"{disks}: {message}; free some space and rerun the command"
     frames = list(traceback.walk_tb(error.__traceback__))
     where = frames[-1][0].f_globals.get("__name__") if frames else "a library"
-    return f"{words} (in {where}, which names no file): mend that and start again"
+    return f"{message} (in {where}, which names no file): fix this and rerun the command"
 
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns a library's own error about a full or forbidden disk into the system's `OSError`.
+    """Turns a library's error about a full or forbidden disk into the system's `OSError`.
 
-    TensorStore and ArrayRecord raise ValueError and RuntimeError with the system's words in them.
-    The error names `folder`, unless theirs quotes a file that lies elsewhere.
+    TensorStore and ArrayRecord raise ValueError and RuntimeError with the system's message in them.
+    The error names `folder`, unless theirs quotes a file outside it.
     """
     try:
         yield

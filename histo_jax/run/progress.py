@@ -1,4 +1,4 @@
-"""Progress: a bar where somebody watches, a line now and then where it goes into a log."""
+"""Progress: a bar on a terminal or in a notebook, regular lines in a log."""
 
 import contextlib
 import logging
@@ -12,9 +12,12 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tqdm import tqdm
 
+from histo_jax import environment
+from histo_jax.errors import UserError, one_line
+
 log = logging.getLogger("histo_jax")
 
-# Between two lines in a log.
+# Between two lines of a log.
 LOG_SECONDS = 30.0
 
 Item = TypeVar("Item")
@@ -22,14 +25,14 @@ Item = TypeVar("Item")
 
 @runtime_checkable
 class Bar(Protocol):
-    """What `tqdm` and `LogLines` have in common."""
+    """The interface that `tqdm` and `LogLines` share."""
 
     def update(self, n: int = 1) -> Any:
-        """Counts `n` more as done."""
+        """Counts `n` more items as done."""
 
 
 class _Active(threading.local):
-    """What a thread is at, the outermost first."""
+    """The tasks of a thread, the outermost first."""
 
     def __init__(self) -> None:
         self.lines: list[LogLines] = []
@@ -39,10 +42,10 @@ _active = _Active()
 
 
 class LogLines:
-    """Logs a line every `LOG_SECONDS`, also while nothing is counted; used as `tqdm` is.
+    """Logs a line every `LOG_SECONDS`, even while nothing is counted; used like `tqdm`.
 
-    A thread logs, so that a compilation or a slow disk does not look like a process that hangs. Of
-    nested ones the innermost is logged.
+    A thread logs, so that a compilation or a slow disk does not look like a hanging process. Of
+    nested tasks only the innermost is logged.
     """
 
     def __init__(
@@ -64,20 +67,20 @@ class LogLines:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        if self in self._stack:  # with those inside that were not closed
+        if self in self._stack:  # and nested ones that were not closed
             del self._stack[self._stack.index(self) :]
 
     def update(self, n: int = 1) -> None:
-        """Counts `n` more as done."""
+        """Counts `n` more items as done."""
         self._done += n
 
     def set_postfix(self, *, refresh: bool = True, **values: Any) -> None:
-        """Sets what is said beside the count."""
+        """Sets the values that are logged after the count."""
         self._values = values
 
     def _log(self) -> None:
         while not self._ended.wait(LOG_SECONDS):
-            with contextlib.suppress(IndexError):  # it ends just now
+            with contextlib.suppress(IndexError):  # it has just ended
                 log.info("%s", self._stack[-1])
 
     def __str__(self) -> str:
@@ -92,30 +95,36 @@ class LogLines:
 
 
 def bar(desc: str, total: int | None = None, *, is_shown: bool = True, **options: Any) -> Any:
-    """Returns a progress bar, to be used as a context and updated.
+    """Returns a progress bar, a context manager with `update`.
 
-    On a terminal and in a notebook it is `tqdm`'s, else `LogLines`. Under CI nobody watches a bar.
+    It is one of `tqdm` on a terminal and in a notebook, else `LogLines`. CI shows no bar.
 
     Args:
-        desc: what is done.
-        total: how many there are; None: not known.
+        desc: name of the task.
+        total: number of items; None = not known.
         is_shown: false shows nothing.
-        options: of `tqdm`; `unit` and `initial` hold for lines, too.
+        options: of `tqdm`; `LogLines` uses `unit` and `initial`.
     """
     if is_shown and not _is_live():
         return LogLines(desc, total, options.get("unit", ""), options.get("initial", 0))
     make = _notebook_tqdm() if _is_notebook() else tqdm
     is_hidden = not is_shown or bool(os.environ.get("CI"))
-    made = make(desc=desc, total=total, disable=is_hidden, **options)
+    try:
+        made = make(desc=desc, total=total, disable=is_hidden, **options)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        variables = environment.variables("TQDM_")
+        raise UserError(
+            f"the progress bar cannot be shown ({one_line(error)}): correct or unset {variables}"
+        ) from None
     if not made.disable and hasattr(made, "_time"):
-        # By the time of day, which it counts by, a clock that is set back stops it.
+        # tqdm counts by the time of day: a clock that is set back would stop the bar.
         made._time, made.start_t, made.last_print_t = time.monotonic, *[time.monotonic()] * 2
     return made
 
 
 @contextlib.contextmanager
 def working(desc: str) -> Iterator[None]:
-    """Logs a line every `LOG_SECONDS` where nothing inside is counted; nothing on a terminal."""
+    """Logs a line every `LOG_SECONDS` while nothing inside is counted; nothing on a terminal."""
     with contextlib.nullcontext() if _is_live() else LogLines(desc):
         yield
 
@@ -123,9 +132,9 @@ def working(desc: str) -> Iterator[None]:
 def counted(
     bar: Bar, items: Iterable[Item], size: int = 1, total: int = sys.maxsize
 ) -> Iterator[Item]:
-    """Passes the items on, and counts each as `size`, `total` at most, once the next is asked for.
+    """Yields the items, and counts each as `size` when the next is requested.
 
-    The last batch may be filled up, and would count too much.
+    Counts `total` at most: the last batch may be padded.
     """
     for item in items:
         yield item
@@ -135,19 +144,19 @@ def counted(
 
 
 def _is_live() -> bool:
-    """Whether somebody sees a bar move."""
+    """Returns whether a bar can be redrawn."""
     return _is_notebook() or (sys.stderr is not None and sys.stderr.isatty())
 
 
 def _is_notebook() -> bool:
-    """Whether this is a kernel of Jupyter, Colab or Kaggle; a console of IPython is none."""
+    """Returns whether this is a kernel of Jupyter, Colab or Kaggle, not a console of IPython."""
     get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
     shell = get_ipython and get_ipython()
     return "IPKernelApp" in getattr(shell, "config", {})
 
 
 def _notebook_tqdm() -> Any:
-    """Returns the bar with widgets, or text where ipywidgets is missing."""
+    """Returns tqdm with widgets, or with text where ipywidgets is missing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns where ipywidgets is missing
         from tqdm.auto import tqdm as auto

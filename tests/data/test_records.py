@@ -19,7 +19,8 @@ from tensorflow_datasets.core import ExampleSerializer
 from histo_jax import environment
 from histo_jax.data import records, splits
 from histo_jax.errors import UserError
-from histo_jax.run import workdir
+from histo_jax.run.workdir import Workdir
+from histo_jax.settings import load_run_config
 
 
 def test_records_follow_the_csv_and_the_tables(tiny_config, kaggle_dir):
@@ -95,8 +96,8 @@ def begin(config, folder):
     """What `fit` leaves in the folder of a run."""
     prepared = records.prepare(config, folder)
     folder.mkdir(exist_ok=True)
-    workdir.save_config(folder, config)
-    workdir.update_status(folder, records=prepared.name)
+    Workdir(folder).save_config(config)
+    Workdir(folder).update_status(records=prepared.name)
     return prepared
 
 
@@ -144,7 +145,7 @@ def test_relative_and_absolute_names_of_a_raw_folder_are_one(study, tmp_path, mo
     config.data.raw_dir, config.data.tfds_dir = "raw0", "records"
     begin(config, tmp_path / "run")
     monkeypatch.chdir("/")
-    saved = workdir.load_config(tmp_path / "run")
+    saved = load_run_config(tmp_path / "run")
     assert saved.data.raw_dir == str(tmp_path / "raw0")
     shutil.rmtree(tmp_path / "raw0")
     assert records.prepare(saved, tmp_path / "run", raw_may_be_gone=True).tables["train"].size

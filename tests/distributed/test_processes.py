@@ -19,10 +19,10 @@ import pandas as pd
 import pytest
 
 from histo_jax.data.loader import training_order
-from histo_jax.data.records import prepare
 from histo_jax.data.splits import make_subsets
 from histo_jax.distributed import mesh, processes
 from histo_jax.errors import UserError
+from histo_jax.preparation import prepare
 from histo_jax.training.checkpoints import Checkpoints
 from histo_jax.training.state import EarlyStopping, abstract_state
 
@@ -199,7 +199,7 @@ def order(place, first, last):
     """The ids of these steps' batches, from the config alone."""
     config = config_of(place)
     prepared = prepare(config)
-    train = make_subsets(prepared.tables, config).train
+    train = make_subsets(prepared.tables, config.data, config.data_seed).train
     batches = training_order(len(train.rows), config.fit.batch_size, config.seed)
     ids = prepared.tables[train.records]["id"].to_numpy()
     return {step: ids[train.rows[batches[step - 1]]].tolist() for step in range(first, last + 1)}

@@ -24,7 +24,7 @@ def draw(count, seed=0, ties=False):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_equals_scikit_learn_for_any_weights(ties):
+def test_weighted_scores_equal_scikit_learn(ties):
     logits, labels = draw(500, ties=ties)
     weights = np.random.default_rng(1).integers(0, 4, (3, 500)).astype(np.float64)
     weights[0] = 1
@@ -32,7 +32,7 @@ def test_equals_scikit_learn_for_any_weights(ties):
     probabilities = expit(logits.astype(np.float64))
     for row, weight in enumerate(weights):
         fpr, tpr, _ = roc_curve(labels, logits, sample_weight=weight, drop_intermediate=False)
-        wanted = {
+        expected = {
             "auc": roc_auc_score(labels, logits, sample_weight=weight),
             "average_precision": average_precision_score(labels, logits, sample_weight=weight),
             "nll": log_loss(labels, probabilities, sample_weight=weight),
@@ -41,40 +41,42 @@ def test_equals_scikit_learn_for_any_weights(ties):
             "sensitivity_at_95_specificity": tpr[fpr <= 0.05].max(),
             "specificity_at_95_sensitivity": 1 - fpr[tpr >= 0.95].min(),
         }
-        for name, value in wanted.items():
+        for name, value in expected.items():
             assert scores[name][row] == pytest.approx(value, rel=1e-9), name
     assert binary_scores(logits, labels)["auc"] == pytest.approx(scores["auc"][0])
     assert binary_scores(logits, labels)["count"] == 500
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_operating_points_reach_what_the_scores_say(ties):
+def test_thresholds_reach_the_scores(ties):
     logits, labels = draw(500, ties=ties)
     scores, points = binary_scores(logits, labels), operating_points(logits, labels)
     probabilities = expit(logits.astype(np.float64))
-    called = probabilities >= points["probability_at_95_specificity"]
-    assert called[labels == 0].mean() <= 0.05
-    assert called[labels == 1].mean() == pytest.approx(scores["sensitivity_at_95_specificity"])
-    called = probabilities >= points["probability_at_95_sensitivity"]
-    assert called[labels == 1].mean() >= 0.95
-    assert (~called)[labels == 0].mean() == pytest.approx(scores["specificity_at_95_sensitivity"])
+    is_positive = probabilities >= points["threshold_at_95_specificity"]
+    assert is_positive[labels == 0].mean() <= 0.05
+    assert is_positive[labels == 1].mean() == pytest.approx(scores["sensitivity_at_95_specificity"])
+    is_positive = probabilities >= points["threshold_at_95_sensitivity"]
+    assert is_positive[labels == 1].mean() >= 0.95
+    assert (~is_positive)[labels == 0].mean() == pytest.approx(
+        scores["specificity_at_95_sensitivity"]
+    )
 
 
-def test_no_operating_point_where_only_calling_none_reaches_the_level():
+def test_no_threshold_where_only_an_all_negative_prediction_reaches_the_level():
     points = operating_points(np.array([3.0, 2.0, 1.0]), np.array([0.0, 1.0, 1.0]))
-    assert math.isnan(points["probability_at_95_specificity"])
-    assert points["probability_at_95_sensitivity"] == expit(1.0)
+    assert math.isnan(points["threshold_at_95_specificity"])
+    assert points["threshold_at_95_sensitivity"] == expit(1.0)
 
 
-def test_scores_of_thresholds_are_unknown_without_one_of_the_classes():
+def test_ranking_scores_need_both_classes():
     weights = np.array([[1.0, 0, 0], [0, 1, 1], [0, 0, 0]])
-    found = weighted_scores(np.array([1.0, 2, 3]), np.array([0.0, 1, 1]), weights)
+    scores = weighted_scores(np.array([1.0, 2, 3]), np.array([0.0, 1, 1]), weights)
     for name in ("auc", "sensitivity_at_95_specificity", "specificity_at_95_sensitivity"):
-        assert np.isnan(found[name]).all(), name
+        assert np.isnan(scores[name]).all(), name
 
 
 def test_calibration_error_by_hand():
-    # Two bins: 0.9 three times, two of them right; 0.1 once, and wrong.
+    # Two bins: 0.9 three times, two of them correct; 0.1 once, incorrect.
     logits = np.log(np.array([0.9, 0.9, 0.9, 0.1]) / np.array([0.1, 0.1, 0.1, 0.9]))
     scores = binary_scores(logits, np.array([1.0, 1, 0, 1]))
     assert scores["ece"] == pytest.approx((abs(3 * 0.9 - 2) + abs(0.1 - 1)) / 4)
@@ -86,5 +88,5 @@ def test_extreme_logits_stay_finite():
     assert all(map(math.isfinite, scores.values()))
 
 
-def test_auc_of_one_class_is_not_a_number():
+def test_auc_of_one_class_is_nan():
     assert math.isnan(binary_scores(np.zeros(3), np.ones(3))["auc"])

@@ -1,4 +1,4 @@
-"""A network that the package does not know: residual blocks with GroupNorm, no running statistics.
+"""A network outside the package: residual blocks with GroupNorm, no running statistics.
 
 python -m histo_jax.main --config=tests/models/groupnorm_resnet.py --workdir=RUN
 """
@@ -13,7 +13,7 @@ import histo_jax
 
 @histo_jax.register_model("groupnorm_resnet")
 class GroupNormResNet(nn.Module):
-    """A residual block for each of `widths`, each halving height and width."""
+    """A residual block for each of `widths`; each block halves height and width."""
 
     widths: tuple[int, ...]
     groups: int = 4

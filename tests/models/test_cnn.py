@@ -7,7 +7,7 @@ from histo_jax.config import ModelConfig
 from histo_jax.models import create_model
 from histo_jax.models.block import max_pool, norm_pool_relu
 
-SHAPE = (8, 32, 32, 3)  # the smallest square that five halvings leave something of
+SHAPE = (8, 32, 32, 3)  # the smallest square that can be halved five times
 
 
 def init(model, images):
@@ -19,7 +19,7 @@ def test_max_pool_equals_the_windowed_maximum():
     np.testing.assert_array_equal(max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
 
 
-def test_default_network_is_the_original():
+def test_the_default_network_has_the_shapes_of_the_original():
     model = create_model(ModelConfig())
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
     shapes = jax.tree.map(lambda leaf: leaf.shape, variables["params"])
@@ -34,21 +34,24 @@ def test_default_network_is_the_original():
     assert shapes["Dense_1"]["kernel"] == (1024, 1)
 
 
-def test_equals_the_blocks_written_out_in_the_usual_order():
+def test_blocks_equal_convolution_norm_relu_pool():
     model = create_model(ModelConfig(features=(4, 5, 6, 7, 8), dense=9))
     images = jax.random.normal(jax.random.key(1), SHAPE)
     variables = init(model, images)
     params, stats = variables["params"], variables["batch_stats"]
-    # Signs that differ make the order of BatchNorm, ReLU and pooling matter.
+    # With means of both signs the order of BatchNorm, ReLU and pooling matters.
     stats = jax.tree.map(lambda s: s + 0.3 * jnp.cos(jnp.arange(s.size)), stats)
 
     @jax.jit
-    def written_out(x):
+    def reference(x):
         for block in range(5):
             x = jax.lax.conv_general_dilated(
-                x, params[f"Block_{block}"]["kernel"], (1, 1), "SAME",
+                x,
+                params[f"Block_{block}"]["kernel"],
+                (1, 1),
+                "SAME",
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )  # fmt: skip
+            )
             norm, running = params[f"Block_{block}"], stats[f"Block_{block}"]
             x = (x - running["mean"]) / jnp.sqrt(running["var"] + 1e-5)
             x = jnp.maximum(x * norm["scale"] + norm["bias"], 0)
@@ -57,42 +60,36 @@ def test_equals_the_blocks_written_out_in_the_usual_order():
         x = jnp.maximum(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"], 0)
         return (x @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"])[:, 0]
 
-    wanted = written_out(images)
-    got = jax.jit(model.apply)({"params": params, "batch_stats": stats}, images)
-    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    expected = reference(images)
+    actual = jax.jit(model.apply)({"params": params, "batch_stats": stats}, images)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_running_statistics_move_a_tenth_of_the_way():
-    model = create_model(ModelConfig(features=(4, 4, 4, 4, 4), dense=4, dropout=0.0))
-    images = 3 + jax.random.normal(jax.random.key(1), SHAPE)
-    variables = init(model, images)
-    _, changed = jax.jit(model.apply, static_argnames=("train", "mutable"))(
-        variables, images, train=True, mutable=("batch_stats",)
-    )
-    x = jax.lax.conv_general_dilated(
-        images, variables["params"]["Block_0"]["kernel"], (1, 1), "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
-    got = changed["batch_stats"]["Block_0"]
-    np.testing.assert_allclose(got["mean"], 0.1 * x.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(got["var"], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-4)
-
-
-def test_dropout_acts_in_training_only():
+def test_training_updates_running_statistics_and_applies_dropout():
     model = create_model(ModelConfig(features=(4, 4, 4, 4, 4), dense=64, dropout=0.5))
-    images = jax.random.normal(jax.random.key(1), SHAPE)
+    images = 3 + jax.random.normal(jax.random.key(1), SHAPE)
     variables = init(model, images)
 
     @jax.jit
     def train(key):
-        outputs, _ = model.apply(
+        return model.apply(
             variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": key}
         )
-        return outputs
 
-    assert not np.allclose(train(jax.random.key(1)), train(jax.random.key(2)))
-    evaluate = jax.jit(model.apply)
-    np.testing.assert_array_equal(evaluate(variables, images), evaluate(variables, images))
+    logits, changed = train(jax.random.key(1))
+    assert not np.allclose(logits, train(jax.random.key(2))[0])
+    infer = jax.jit(model.apply)
+    np.testing.assert_array_equal(infer(variables, images), infer(variables, images))
+    x = jax.lax.conv_general_dilated(
+        images,
+        variables["params"]["Block_0"]["kernel"],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    running = changed["batch_stats"]["Block_0"]
+    np.testing.assert_allclose(running["mean"], 0.1 * x.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(running["var"], 0.9 + 0.1 * x.var((0, 1, 2)), rtol=1e-4)
 
 
 def test_gradient_of_norm_pool_relu_equals_autodiff():
@@ -109,7 +106,8 @@ def test_gradient_of_norm_pool_relu_equals_autodiff():
     def total(block):
         return lambda *arguments: (block(*arguments) * weights).sum()
 
-    wanted = jax.grad(total(plain), (0, 1, 2))(y, scale, bias)
-    got = jax.grad(total(lambda *a: norm_pool_relu(*a, 1)[0]), (0, 1, 2))(y, scale, bias)
-    for one, other in zip(wanted, got, strict=True):
+    expected = jax.jit(jax.grad(total(plain), (0, 1, 2)))(y, scale, bias)
+    block = total(lambda *a: norm_pool_relu(*a, 1)[0])
+    actual = jax.jit(jax.grad(block, (0, 1, 2)))(y, scale, bias)
+    for one, other in zip(expected, actual, strict=True):
         assert jnp.abs(one - other).max() <= 1e-4 * jnp.abs(one).max()

@@ -1,4 +1,4 @@
-"""The symmetric network: what a flip or a quarter turn of the image does to each layer."""
+"""The D4-invariant network: the effect of flips and rotations on each layer."""
 
 import flax.linen as nn
 import h5py
@@ -11,12 +11,12 @@ from histo_jax.config import ModelConfig
 from histo_jax.models import create_model
 from histo_jax.models.p4m import ORIENTATIONS, FiveBlockP4M, P4MBlock
 
-SYMMETRIES = [(transposed, turns) for transposed in (False, True) for turns in range(4)]
+SYMMETRIES = [(transposed, rotations) for transposed in (False, True) for rotations in range(4)]
 
 
 def transform(x, symmetry):
-    transposed, turns = symmetry
-    return np.rot90(x.swapaxes(1, 2) if transposed else x, turns, (1, 2))
+    transposed, rotations = symmetry
+    return np.rot90(x.swapaxes(1, 2) if transposed else x, rotations, (1, 2))
 
 
 def images(sample=None):
@@ -27,49 +27,62 @@ def images(sample=None):
         return (file["x"][:4].astype(np.float32) - 178) / 60
 
 
-def make(use_winograd):
-    model = FiveBlockP4M((3, 4, 5, 6, 7), 16, 0.0, use_winograd=use_winograd)
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
-    # Otherwise statistics and BatchNorm's parameters are the same for every feature.
+@pytest.fixture(scope="module")
+def variables():
+    model = FiveBlockP4M((3, 4, 5, 6, 7), 16, 0.0)
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    # As initialised, statistics and parameters of BatchNorm are the same for every feature.
     leaves, tree = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     leaves = [
         v + 0.1 * jnp.abs(jax.random.normal(k, v.shape)) for v, k in zip(leaves, keys, strict=True)
     ]
-    return model, jax.tree.unflatten(tree, leaves)
+    return jax.tree.unflatten(tree, leaves)
 
 
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("use_winograd", [False, True])
-@pytest.mark.parametrize("of", ["noise", "real"])
-def test_each_layer_is_equivariant_and_the_logit_invariant(of, use_winograd, train, request):
-    x = images(request.getfixturevalue("sample") if of == "real" else None)
-    model, variables = make(use_winograd)
+@pytest.mark.parametrize(
+    ("source", "use_winograd", "train"),
+    [
+        ("noise", False, False),
+        ("noise", False, True),
+        ("noise", True, False),
+        ("noise", True, True),
+        ("real", True, False),
+    ],
+)
+def test_each_layer_is_equivariant_and_the_logit_invariant(
+    source, use_winograd, train, variables, request
+):
+    x = images(request.getfixturevalue("sample") if source == "real" else None)
+    model = FiveBlockP4M((3, 4, 5, 6, 7), 16, 0.0, use_winograd=use_winograd)
 
     @jax.jit
     def layers(x):
         logits, changed = model.apply(
-            variables, x, train=train, mutable=["intermediates", "batch_stats"],
+            variables,
+            x,
+            train=train,
+            mutable=["intermediates", "batch_stats"],
             capture_intermediates=lambda module, _: isinstance(module, P4MBlock),
             rngs={"dropout": jax.random.key(0)},
-        )  # fmt: skip
+        )
         blocks = changed["intermediates"]
         return logits, [blocks[f"Block_{i}"]["__call__"][0] for i in range(5)]
 
     logits, outputs = layers(x)
     assert np.ptp(logits) > 1e-3
     for symmetry in SYMMETRIES:
-        turned_logits, turned = layers(transform(x, symmetry))
-        assert np.abs(turned_logits - logits).max() <= 1e-5 * np.abs(outputs[-1]).max()
+        transformed_logits, transformed = layers(transform(x, symmetry))
+        assert np.abs(transformed_logits - logits).max() <= 1e-5 * np.abs(outputs[-1]).max()
         permutations = set()
-        for plain, got in zip(outputs, turned, strict=True):
+        for plain, actual in zip(outputs, transformed, strict=True):
             shape = (*plain.shape[:3], ORIENTATIONS, -1)
-            plain, got = np.asarray(plain).reshape(shape), np.asarray(got).reshape(shape)
+            plain = np.asarray(plain).reshape(shape)
+            actual = np.asarray(actual).reshape(shape)
             limit = 1e-5 * np.abs(plain).max()
-            wanted = transform(plain, symmetry)
-            # Each orientation of the turned image is one of the plain one's, and which one is the
-            # same for all features and layers.
-            pairs = np.abs(got[..., :, None, :] - wanted[..., None, :, :])
+            expected = transform(plain, symmetry)
+            # A symmetry permutes the orientations: in the same way for all features and layers.
+            pairs = np.abs(actual[..., :, None, :] - expected[..., None, :, :])
             errors = pairs.max((0, 1, 2, 5))
             assert (errors.min(1) <= limit).all()
             permutations.add(tuple(errors.argmin(1)))
@@ -77,7 +90,7 @@ def test_each_layer_is_equivariant_and_the_logit_invariant(of, use_winograd, tra
         assert sorted(permutation) == list(range(ORIENTATIONS))
 
 
-def test_the_kernels_are_an_eighth_of_an_ordinary_networks():
+def test_parameters_have_one_eighth_of_the_ordinary_shape():
     model = create_model(ModelConfig(name="five_block_p4m", features=(6, 8, 16, 32, 64), dense=256))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
     params = jax.tree.map(lambda leaf: leaf.shape, shapes["params"])
@@ -89,20 +102,20 @@ def test_the_kernels_are_an_eighth_of_an_ordinary_networks():
     assert statistics["Block_4"]["var"] == (64,)
 
 
-def test_a_kernel_is_made_of_the_transformed_filters():
+def test_a_kernel_consists_of_the_transformed_filters():
     filters = np.arange(9.0).reshape(3, 3)
     block = P4MBlock(1, jnp.float32, False)
     kernel = np.repeat(filters[:, :, None], 3, 2)[..., None]
-    made = block.make_kernel(jnp.asarray(kernel))
-    found = {np.asarray(made)[:, :, 0, g].tobytes() for g in range(ORIENTATIONS)}
-    wanted = {transform(filters[None].astype(np.float32), s)[0].tobytes() for s in SYMMETRIES}
-    assert len(wanted) == 8
-    assert found == wanted
+    kernel = block.make_kernel(jnp.asarray(kernel))
+    actual = {np.asarray(kernel)[:, :, 0, g].tobytes() for g in range(ORIENTATIONS)}
+    expected = {transform(filters[None].astype(np.float32), s)[0].tobytes() for s in SYMMETRIES}
+    assert len(expected) == 8
+    assert actual == expected
 
 
 @pytest.mark.parametrize("use_winograd", [False, True])
-def test_statistics_and_gradients_are_shared_by_the_orientations(use_winograd):
-    """Against BatchNorm written out over an axis of orientations, by autodiff."""
+def test_orientations_share_statistics_and_gradients(use_winograd):
+    """Compares with BatchNorm over an axis of orientations, by automatic differentiation."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 12, 12, 8 * 2)), jnp.float32)
     block = P4MBlock(3, jnp.float32, use_winograd)
     params = jax.jit(block.init, static_argnums=2)(jax.random.key(0), x, False)["params"]
@@ -119,17 +132,22 @@ def test_statistics_and_gradients_are_shared_by_the_orientations(use_winograd):
     def plain(params):
         kernel = block.make_kernel(params["kernel"])
         y = jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=jax.lax.Precision.HIGHEST,
-        ).reshape(4, 12, 12, 8, 3)  # fmt: skip
+        ).reshape(4, 12, 12, 8, 3)
         mean, variance = y.mean((0, 1, 2, 3)), y.var((0, 1, 2, 3))
         y = (y - mean) / jnp.sqrt(variance + 1e-5) * params["scale"] + params["bias"]
         output = nn.relu(nn.max_pool(y.reshape(4, 12, 12, 24), (2, 2), (2, 2)))
         running = {"mean": 0.1 * mean, "var": 0.9 + 0.1 * variance}
         return (output * weights).sum(), (output, running)
 
-    (_, got), got_gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
-    (_, wanted), wanted_gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
-    wanted, got = jax.tree.leaves((wanted, wanted_gradient)), jax.tree.leaves((got, got_gradient))
-    for one, other in zip(wanted, got, strict=True):
+    (_, actual), actual_gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
+    (_, expected), expected_gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
+    expected = jax.tree.leaves((expected, expected_gradient))
+    actual = jax.tree.leaves((actual, actual_gradient))
+    for one, other in zip(expected, actual, strict=True):
         assert np.abs(one - other).max() <= 1e-4 * np.abs(one).max()

@@ -15,13 +15,15 @@ from jax.sharding import SingleDeviceSharding
 
 import histo_jax
 from histo_jax import registry, settings
-from histo_jax.config import AugmentConfig, Config, validate
+from histo_jax.config import AugmentConfig, Config
+from histo_jax.config_checks import validate
 from histo_jax.distributed import mesh
-from histo_jax.ensemble import TrainedModel, uses_tta
 from histo_jax.errors import UserError
 from histo_jax.models import create_model
 from histo_jax.report.attribution import integrated_gradients
-from histo_jax.run import workdir
+from histo_jax.run.saved_config import plain
+from histo_jax.run.workdir import Workdir
+from histo_jax.settings import load_run_config
 from histo_jax.training import step
 from histo_jax.training.augmentation import make_augment
 from histo_jax.training.check import check_parts
@@ -39,13 +41,14 @@ BATCH = {
 
 
 @pytest.fixture(autouse=True)
-def forget():
-    """What a test registers is forgotten after it."""
+def unregister():
+    """Removes what a test registers."""
+    registries = (registry.MODELS, registry.LOSSES, registry.AUGMENTATIONS)
+    names = [known.names() for known in registries]
     yield
-    for known in (registry.MODELS, registry.LOSSES, registry.AUGMENTATIONS):
-        for name in known.names():
-            if not known.is_built_in(name):
-                del known._entries[name]
+    for known, before in zip(registries, names, strict=True):
+        for name in set(known.names()) - set(before):
+            del known._entries[name]
 
 
 def check(config):
@@ -58,9 +61,14 @@ def train(config, steps):
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     batch_sharding = mesh.batch_sharding()
     train_step = step.make_train_step(
-        model, optimizer, batch_sharding, make_augment(config.augment), get_loss(config.fit.loss),
-        config.optimizer.ema_decay, config.augment.mixup,
-    )  # fmt: skip
+        model,
+        optimizer,
+        batch_sharding,
+        make_augment(config.augment),
+        get_loss(config.fit.loss),
+        config.optimizer.ema_decay,
+        config.augment.mixup,
+    )
     mean, std = np.full(3, 0.5), np.full(3, 0.25)
     state = create_state(model, optimizer, 0, mean, std, config.optimizer.ema_decay > 0)
     state = jax.device_put(state, mesh.replicated(batch_sharding))
@@ -86,8 +94,8 @@ def test_a_network_of_a_config_file_trains_saves_predicts_and_explains(tmp_path)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.ema.params, state.weights.params)
     assert max(jax.tree.leaves(moved)) > 0
 
-    workdir.save_config(tmp_path, config)
-    assert workdir.load_config(tmp_path).model == config.model
+    Workdir(tmp_path).save_config(config)
+    assert load_run_config(tmp_path).model == config.model
     early_stopping = EarlyStopping.create(config.early_stopping)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(Checkpoint(trained.state, early_stopping, {}, []), 0.5)
@@ -212,7 +220,7 @@ class Late(Pixel):
         (Growing, ["network 'mine' changes", "(losses)"]),
         (WithoutTrain, ["network 'mine' fails: TypeError", "'train'"]),
         (Late, ["network 'mine' fails: ", "late"]),
-        (lambda images, train: images, ["model 'mine'", "class of flax.linen.Module"]),
+        (lambda images, train: images, ["model 'mine'", "subclass of flax.linen.Module"]),
     ],
 )
 def test_a_network_that_breaks_its_contract_is_refused_in_one_line(network, words):
@@ -251,17 +259,20 @@ class Fields(Pixel):
         ({"width": 3}, None),
         ({"width": 3, "rates": [1, 0.5], "sizes": [1, 2], "anything": {"a": [1]}}, None),
         ({}, ["['width'] is missing", "mine"]),
-        ({"widht": 3}, ["['widht'] is no field of mine", "width, rates", "did you mean width?"]),
+        (
+            {"widht": 3},
+            ["['widht'] is not a field of mine", "fields: width, rates", "did you mean width?"],
+        ),
         ({"width": "3"}, ["['width'] = '3' is not of type int"]),
         ({"width": True}, ["['width'] = True is not of type int"]),
         ({"width": 3, "rates": [1, "a"]}, ["= [1, 'a'] is not of type tuple[float, ...]"]),
         ({"width": 3, "sizes": 3}, ["['sizes'] = 3 is not of type list[int] | None"]),
-        ({"width": 3, "name": "x"}, ["['name'] is no field"]),
+        ({"width": 3, "name": "x"}, ["['name'] is not a field"]),
         ({"width": 3, "mode": float("nan")}, ["config.model.kwargs = ", "finite"]),
         ({"width": 3, "anything": max}, ["config.model.kwargs = ", "finite"]),
         ({"width": 3, "anything": {1: 2}}, ["config.model.kwargs = ", "finite"]),
     ],
-)  # fmt: skip
+)
 def test_kwargs_are_checked_against_the_networks_fields(kwargs, words, tmp_path):
     histo_jax.register_model("mine")(Fields)
     config = Config()
@@ -269,19 +280,23 @@ def test_kwargs_are_checked_against_the_networks_fields(kwargs, words, tmp_path)
     if words:
         return refuses(config, words)
     check(config)
-    workdir.save_config(tmp_path, config)
-    assert workdir.plain(workdir.load_config(tmp_path)) == workdir.plain(config)
-    assert workdir.load_config(tmp_path).model.kwargs == json.loads(json.dumps(kwargs))
+    Workdir(tmp_path).save_config(config)
+    assert plain(load_run_config(tmp_path)) == plain(config)
+    assert load_run_config(tmp_path).model.kwargs == json.loads(json.dumps(kwargs))
     config.model.kwargs = kwargs | {"width": 4}
     with pytest.raises(UserError, match=r"model\.kwargs was .*'width': 3.* there"):
-        workdir.check_compatible(tmp_path, config)
+        Workdir(tmp_path).check_compatible(config)
 
 
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
         ("model.name", "resnet8", ["= 'resnet8' must be one of five_block", "mean resnet18?"]),
-        ("model.kwargs", {"width": 3}, ["['width'] is no field of five_block, which takes none"]),
+        (
+            "model.kwargs",
+            {"width": 3},
+            ["['width'] is not a field of five_block; its fields: none"],
+        ),
         ("fit.loss", "focal", ["config.fit.loss = 'focal' must be", "histo_jax.register_loss"]),
         ("augment.extra", ("blur",), ["config.augment.extra = 'blur' must be registered"]),
         ("augment.extra", "blur", ["config.augment.extra = 'blur' must be a tuple of text"]),
@@ -305,17 +320,6 @@ def test_fields_of_the_five_blocks_are_refused_for_other_networks(field, value):
     refuses(config, ["network 'resnet18' fails"])
     setattr(config.model, field, value)
     refuses(config, [f"config.model.{field} is not used by resnet18", "config.model.kwargs"])
-
-
-@pytest.mark.parametrize(("name", "is_used"), [("five_block", True), ("five_block_p4m", False)])
-def test_tta_is_left_out_for_networks_that_are_invariant(name, is_used):
-    config = Config()
-    config.model.name, config.predict.tta = name, True
-    model = create_model(config.model)
-    member = TrainedModel("run", config, model, None, None, 0, "")
-    assert uses_tta(config, member) == is_used
-    config.predict.tta = False
-    assert not uses_tta(config, member)
 
 
 def test_names_belong_to_one_network_each():
@@ -344,10 +348,10 @@ def test_a_registered_loss_is_what_training_minimises(tmp_path):
     check(config)
     first = train(config, 1).metrics
     assert 0 < float(first.loss) < 1
-    workdir.save_config(tmp_path, config)
+    Workdir(tmp_path).save_config(config)
     config.fit.loss = "binary_cross_entropy"
     with pytest.raises(UserError, match=r"fit\.loss was 'brier' there"):
-        workdir.check_compatible(tmp_path, config)
+        Workdir(tmp_path).check_compatible(config)
     assert float(train(config, 1).metrics.loss) > 1.5 * float(first.loss)
 
     histo_jax.register_loss("mean")(lambda logits, labels: brier(logits, labels).mean())

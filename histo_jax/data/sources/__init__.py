@@ -1,1 +1,14 @@
-"""Readers of raw data, one file per source."""
+"""Where patches come from: one file per built-in source, registered as a user's own are.
+
+A source is a class. `histo_jax.register_source` describes its constructor, `splits()` and
+`fingerprint()`. It may also have these members:
+
+- `modified() -> str | None`: hash of the modification times of files that the fingerprint covers
+  in part only. A change is logged.
+- `origin`: text that names the data in the log, where `data.raw_dir` does not.
+- `scratch`: set before `splits()` is called, to a folder on the disk of the records, which is
+  removed in the end.
+- `corrupt`: dict of the files that were left out, and why, once all examples were read.
+- `intact(paths) -> list[str]`: those of these files that can be read by now.
+- `recognizes(raw_dir) -> bool`: class method; whether a folder looks like this source's.
+"""

@@ -1,4 +1,4 @@
-"""Reader of Kaggle's "Histopathologic Cancer Detection" folder.
+"""The source `kaggle`: the folder of Kaggle's "Histopathologic Cancer Detection".
 
 Layout: `train/<id>.tif`, `test/<id>.tif`, `train_labels.csv` with the columns `id` and `label`, and
 `sample_submission.csv` with the column `id`; other columns and files are ignored.
@@ -19,26 +19,72 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from histo_jax.config import DataConfig
 from histo_jax.data import raw_files
-from histo_jax.data.example import IMAGE_SIZE, UNLABELLED, Example
+from histo_jax.data.example import IMAGE_SIZE, UNLABELLED, Example, SizedExamples
 from histo_jax.data.tables import read_csv
-from histo_jax.errors import UserError, one_line
+from histo_jax.errors import DataError, one_line
+from histo_jax.registry import register_source
+from histo_jax.run.files import expand
 
-_FORM = ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+_FORMAT = ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
 # Images in memory at once: 14 MB.
 _CHUNK = 512
-# Bytes of a file that are looked at; a patch has 28 kB.
+# Bytes that are read of a file; a patch has 28 kB.
 _LARGEST = 2**24
 # An id becomes part of a path, so nothing but the 40 digits of a SHA-1 may pass.
 _ID = re.compile(r"[0-9a-f]{40}")
 _LABELS = {"false": 0, "true": 1}
 _FOLDERS = {"train": ("train", "train_labels.csv"), "test": ("test", "sample_submission.csv")}
-# What Pillow raises on damaged files; anything else is a bug.
-_DAMAGE = (
+# What Pillow raises on corrupt files; anything else is a bug.
+_CORRUPTION = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError,
     struct.error, Image.DecompressionBombError,
 )  # fmt: skip
-_OTHER_PIXELS = "is damaged: its pixels' SHA-1 is not its name"
+_OTHER_PIXELS = "is corrupt: the SHA-1 of its pixels is not its name"
+
+
+@register_source("kaggle")
+class Kaggle:
+    """The competition's files.
+
+    Args:
+        data: `raw_dir` is the folder; `on_damaged` is what happens to corrupt training patches.
+    """
+
+    def __init__(self, data: DataConfig) -> None:
+        self._raw_dir = expand(data.raw_dir, "--config.data.raw_dir") if data.raw_dir else None
+        self._skip = data.on_damaged == "skip"
+        self.corrupt: dict[str, str] = {}
+
+    @staticmethod
+    def recognizes(raw_dir: Path) -> bool:
+        """Whether a folder has the competition's labels."""
+        return (raw_dir / "train_labels.csv").exists()
+
+    def fingerprint(self) -> str | None:
+        """Returns `fingerprint` of the folder, None without one."""
+        return fingerprint(self._raw_dir) if self._raw_dir else None
+
+    def splits(self) -> dict[str, SizedExamples]:
+        """Returns the training patches and, without labels, the test patches."""
+        if self._raw_dir is None:
+            raise DataError(
+                "config.data.raw_dir is not set, and there are no prepared records: set "
+                "--config.data.raw_dir to the folder of the competition's files"
+            )
+        # Both splits are listed before the first image is read: a mistake in the test CSV must
+        # not show only after minutes of work.
+        train, test = (list_files(self._raw_dir, split) for split in ("train", "test"))
+        # A submission needs every test patch, so none of them is left out.
+        return {
+            "train": SizedExamples(read(train, self._skip, self.corrupt), len(train)),
+            "test": SizedExamples(read(test, False, {}), len(test)),
+        }
+
+    def intact(self, corrupt: Iterable[str]) -> list[str]:
+        """Returns those of the corrupt files that can be read by now."""
+        return intact(corrupt)
 
 
 def list_files(raw_dir: Path, split: str) -> list[tuple[Path, int]]:
@@ -47,94 +93,102 @@ def list_files(raw_dir: Path, split: str) -> list[tuple[Path, int]]:
     Opens no image. Test labels are `UNLABELLED`, whatever the CSV holds.
 
     Raises:
-        UserError: a folder or CSV is missing or empty, a row is wrong, or a file is missing.
+        DataError: a folder or CSV is missing or empty, a row is wrong, or a file is missing.
     """
-    folder, csv_name = _places(raw_dir, split)
-    rows = _rows(csv_name, split)
+    folder, csv_path = _locate(raw_dir, split)
+    rows = _read_rows(csv_path, split)
     present = {path.name for path in folder.iterdir()}
     missing = {name: line for line, name, _ in rows if f"{name}.tif" not in present}
     if missing:
-        raise _missing(folder, csv_name, missing, len(rows))
+        raise _missing_error(folder, csv_path, missing, len(rows))
     return [(folder / f"{name}.tif", label) for _, name, label in rows]
 
 
 def fingerprint(raw_dir: Path) -> str:
-    """Returns a SHA-256 of the ids and labels that the CSVs name, in any order; opens no image.
+    """Returns a SHA-256 of the ids and labels in the CSVs, in any order; opens no image.
 
-    An id is the SHA-1 of its file's pixels, so nothing else about a file matters.
+    An id is the SHA-1 of the pixels, so nothing else about a file matters.
 
     Raises:
-        UserError: as `list_files`, but for missing images.
+        DataError: as `list_files`, but for missing images.
     """
     digest = hashlib.sha256()
     for split in _FOLDERS:
-        named = sorted(
-            f"{name} {label}" for _, name, label in _rows(_places(raw_dir, split)[1], split)
+        rows = sorted(
+            f"{name} {label}" for _, name, label in _read_rows(_locate(raw_dir, split)[1], split)
         )
-        digest.update("\n".join([split, *named, ""]).encode())
+        digest.update("\n".join([split, *rows, ""]).encode())
     return digest.hexdigest()
 
 
 def clean_id(text: str) -> str:
-    """Returns an id as files and records have it: in lower case, without a suffix."""
+    """Returns an id as in the records: in lower case, without the suffix of a file."""
     return text.lower().removesuffix(".tif")
 
 
-def _places(raw_dir: Path, split: str) -> tuple[Path, Path]:
-    """Folder and CSV of a split, once all of the competition's are there."""
+def _locate(raw_dir: Path, split: str) -> tuple[Path, Path]:
+    """Returns folder and CSV of a split; checks that those of all splits exist."""
     if not raw_dir.is_dir():
-        what = "is no folder" if raw_dir.exists() else "no such folder"
-        raise UserError(f"{raw_dir}: {what}; set --config.data.raw_dir")
-    missing = _lacks(raw_dir)
+        what = "not a folder" if raw_dir.exists() else "no such folder"
+        raise DataError(f"{raw_dir}: {what}; set --config.data.raw_dir")
+    missing = _missing_names(raw_dir)
     if missing:
-        hint = raw_files.likely_reason(raw_dir, missing, lambda place: not _lacks(place))
+        hint = raw_files.likely_reason(raw_dir, missing, lambda place: not _missing_names(place))
         listed = ", ".join([str(raw_dir / missing[0]), *missing[1:]])
-        raise UserError(
+        raise DataError(
             f"{listed} {'is' if len(missing) == 1 else 'are'} missing; "
-            + (hint or f"unpack the competition's files into {raw_dir} as they come")
+            + (hint or f"unpack the competition's archive into {raw_dir}")
         )
     folder, csv_name = _FOLDERS[split]
     return raw_dir / folder, raw_dir / csv_name
 
 
-def _lacks(raw_dir: Path) -> list[str]:
-    lacking = []
+def _missing_names(raw_dir: Path) -> list[str]:
+    missing = []
     for folder, csv_name in _FOLDERS.values():
-        lacking += [] if (raw_dir / folder).is_dir() else [folder]
-        lacking += [] if (raw_dir / csv_name).is_file() else [csv_name]
-    return lacking
+        missing += [] if (raw_dir / folder).is_dir() else [folder]
+        missing += [] if (raw_dir / csv_name).is_file() else [csv_name]
+    return missing
 
 
-def _rows(csv_name: Path, split: str) -> list[tuple[int, str, int]]:
+def _read_rows(csv_path: Path, split: str) -> list[tuple[int, str, int]]:
     """Returns `(line, id, label)` of each row.
 
     Raises:
-        UserError: the CSV cannot be read, or rows are wrong: the first, and how many.
+        DataError: the CSV cannot be read, or rows are wrong; names the first one, and their number.
     """
-    table = read_csv(csv_name, ("id", "label") if split == "train" else ("id",))
+    table = read_csv(csv_path, ("id", "label") if split == "train" else ("id",))
     if table.empty:
-        raise UserError(f"{csv_name} names no patches; restore it or download it again")
+        raise DataError(f"{csv_path} lists no patches; restore it or download it again")
     ids = table["id"].map(clean_id)
     wrong = ~ids.map(lambda name: bool(_ID.fullmatch(name)))
-    _refuse(csv_name, wrong, table["id"], "id {!r} is not 40 hex digits")
-    _refuse(csv_name, ids.duplicated(), ids, "id {} stands there twice")
+    _check_rows(csv_path, wrong, table["id"], "id {!r} is not 40 hex digits", "correct")
+    _check_rows(csv_path, ids.duplicated(), ids, "duplicate id {}", "remove")
     labels = pd.Series(UNLABELLED, table.index)
     if split == "train":
         labels = table["label"].map({text: _label(text) for text in table["label"].unique()})
-        _refuse(csv_name, labels.isna(), table["label"], "label {!r} must be 0 or 1")
+        _check_rows(csv_path, labels.isna(), table["label"], "label {!r} must be 0 or 1", "correct")
     return list(zip(table.index.tolist(), ids.tolist(), labels.astype(int).tolist(), strict=True))
 
 
-def _refuse(csv_name: Path, wrong: pd.Series, cells: pd.Series, what: str) -> None:
-    """Raises where bool[n] `wrong` marks rows, by line: names the first and counts the others."""
+def _check_rows(csv_path: Path, wrong: pd.Series, cells: pd.Series, problem: str, fix: str) -> None:
+    """Refuses rows of a CSV.
+
+    Args:
+        csv_path: the file.
+        wrong: bool[n], by line.
+        cells: the cell that is wrong, by line.
+        problem: what is wrong; `{}` stands for the cell.
+        fix: verb of what to do with the row.
+    """
     lines = wrong.index[wrong]
     if not len(lines):
         return
-    said = what.format(cells[lines[0]][:60])
-    remedy = "remove one row" if "twice" in what else "mend the row"
-    if len(lines) > 1:
-        remedy = f"{len(lines)} of {len(wrong)} rows are like this, {remedy.split()[0]} them"
-    raise UserError(f"{csv_name}, line {lines[0]}: {said}; {remedy}")
+    count = f" ({len(lines)} of {len(wrong)} rows are like this)" if len(lines) > 1 else ""
+    rows = "these rows" if len(lines) > 1 else "the row"
+    raise DataError(
+        f"{csv_path}, line {lines[0]}: {problem.format(cells[lines[0]][:60])}{count}; {fix} {rows}"
+    )
 
 
 def _label(text: str) -> int | None:
@@ -145,74 +199,77 @@ def _label(text: str) -> int | None:
     return _LABELS.get(text.lower())
 
 
-def _missing(folder: Path, csv_name: Path, missing: dict[str, int], named: int) -> UserError:
-    """Returns the error for files that are missing: how many, and where they lie instead.
+def _missing_error(folder: Path, csv_path: Path, missing: dict[str, int], listed: int) -> DataError:
+    """Returns the error for missing files: their number, and where they are instead.
 
     Args:
         folder: where they should be.
-        csv_name: what names them.
+        csv_path: the CSV that lists them.
         missing: line of each id.
-        named: how many files `csv_name` names.
+        listed: number of files that the CSV lists.
     """
     name, line = next(iter(missing.items()))
-    where = f"{csv_name}, line {line}: {folder / name}.tif is missing"
-    remedy = "restore it or remove the row"
+    problem = f"{csv_path}, line {line}: {folder / name}.tif is missing"
+    fix = "restore it or remove the row"
     if len(missing) > 1:
-        where = f"{len(missing)} of {named} files that {csv_name} names are missing, the first "
-        where += f"{folder / name}.tif (line {line})"
-        remedy = "restore them or remove the rows"
+        problem = (
+            f"{len(missing)} of {listed} files that {csv_path} lists are missing, the first is "
+            f"{folder / name}.tif (line {line})"
+        )
+        fix = "restore them or remove the rows"
     if not any(folder.iterdir()):
-        where = f"{folder} is empty, and {csv_name.name} names {named} files"
-        remedy = f"unpack the competition's {folder.name} images there"
+        problem = f"{folder} is empty, and {csv_path.name} lists {listed} files"
+        fix = f"unpack the competition's {folder.name} images there"
     count, example = raw_files.find_stems(folder.parent, missing)
     if example is not None:
-        act = "move or rename" if example.suffix.lower().startswith(".tif") else "convert"
-        remedy = f"{count} of them lie elsewhere, as {example}: {act} them to {folder}/ID.tif"
+        verb = "move or rename" if example.suffix.lower().startswith(".tif") else "convert"
+        fix = f"{count} of them are elsewhere, as {example}: {verb} them to {folder}/ID.tif"
     elif len(missing) > 1:
-        remedy = raw_files.archives(folder.parent) or raw_files.archives(folder) or remedy
-    return UserError(f"{where}; {remedy}")
+        fix = raw_files.archives(folder.parent) or raw_files.archives(folder) or fix
+    return DataError(f"{problem}; {fix}")
 
 
-def read(files: list[tuple[Path, int]], skip: bool, damaged: dict[str, str]) -> Iterator[Example]:
-    """Reads the images of `list_files`, in its order, and proves each: its name is its SHA-1.
+def read(files: list[tuple[Path, int]], skip: bool, corrupt: dict[str, str]) -> Iterator[Example]:
+    """Yields the patches of `list_files` in its order; checks that a file's name is its SHA-1.
 
     Args:
-        files: path and label of each.
-        skip: leave damaged files out, unless all are; otherwise the rest is still checked, so that
-            one error names all of them.
-        damaged: filled with what is wrong, by path.
+        files: path and label of each patch.
+        skip: leave corrupt files out, unless all are corrupt. Otherwise the remaining files are
+            still checked, so that one error names all corrupt ones.
+        corrupt: filled with the reason for each corrupt file, by path.
 
     Raises:
-        UserError: names the files that are no 96x96 RGB TIFF, or not the one they were; or one
-            that the system cannot read, which is no damage and never left out.
+        DataError: names the files that are not a 96x96 RGB TIFF, or whose pixels have changed; or
+            a file that the system cannot read, which is not corrupt and never left out.
     """
     # Reading, hashing and decoding release the interpreter's lock for most of their time.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
-        # Pillow warns of a cut header before it raises.
+        # Pillow warns about a truncated header before it raises.
         warnings.filterwarnings("ignore", module="PIL")
         for start in range(0, len(files), _CHUNK):
             chunk = files[start : start + _CHUNK]
             images = list(pool.map(_read_image, [path for path, _ in chunk]))
-            _refuse_unreadable(chunk, images)
+            _check_readable(chunk, images)
             for (path, label), image in zip(chunk, images, strict=True):
                 if isinstance(image, str):
-                    damaged[str(path)] = image
-                elif isinstance(image, np.ndarray) and (skip or not damaged):
+                    corrupt[str(path)] = image
+                elif isinstance(image, np.ndarray) and (skip or not corrupt):
                     yield Example(id=path.stem, image=image, label=label, slide="")
-    if damaged and (not skip or len(damaged) == len(files)):
-        raise _damaged(files, damaged)
+    if corrupt and (not skip or len(corrupt) == len(files)):
+        raise _corrupt_error(files, corrupt)
 
 
-def restored(damaged: Iterable[str]) -> list[str]:
-    """Returns the paths of files that `read` has left out and that are whole by now."""
+def intact(corrupt: Iterable[str]) -> list[str]:
+    """Returns the paths of files that `read` has left out and that can be read by now."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
-        return [path for path in damaged if isinstance(_read_image(Path(path)), np.ndarray)]
+        return [path for path in corrupt if isinstance(_read_image(Path(path)), np.ndarray)]
 
 
-def _refuse_unreadable(
+def _check_readable(
     chunk: list[tuple[Path, int]], images: Sequence[np.ndarray | str | Exception]
 ) -> None:
+    """Refuses files that the system cannot read."""
     failed = [
         (path, image)
         for (path, _), image in zip(chunk, images, strict=True)
@@ -223,36 +280,36 @@ def _refuse_unreadable(
         raise raw_files.unreadable(*failed[0], also=more)
 
 
-def _damaged(files: list[tuple[Path, int]], damaged: dict[str, str]) -> UserError:
-    """Returns the error that names the damaged ones of `files`, with what is wrong, by path."""
-    count = f"{len(damaged)} of {len(files)} files are damaged: " if len(damaged) > 1 else ""
-    listed = "; ".join(f"{path} {reason}" for path, reason in list(damaged.items())[:20])
-    more = f" and {len(damaged) - 20} more" if len(damaged) > 20 else ""
-    remedy = "restore them, or download them again" if count else "restore it, or download it again"
-    if set(damaged.values()) == {_OTHER_PIXELS} and len(damaged) == len(files) > 1:
-        remedy = "were all renamed, or written again with loss? Restore them"
-    elif len(damaged) < len(files) and files[0][1] != UNLABELLED:
-        remedy += ", or leave damaged training patches out by --config.data.on_damaged=skip"
-    return UserError(f"{count}{listed}{more}: {remedy}")
+def _corrupt_error(files: list[tuple[Path, int]], corrupt: dict[str, str]) -> DataError:
+    """Returns the error that names the corrupt ones of `files`, with the reason, by path."""
+    count = f"{len(corrupt)} of {len(files)} files are corrupt: " if len(corrupt) > 1 else ""
+    listed = "; ".join(f"{path} {reason}" for path, reason in list(corrupt.items())[:20])
+    more = f" and {len(corrupt) - 20} more" if len(corrupt) > 20 else ""
+    fix = "restore them, or download them again" if count else "restore it, or download it again"
+    if set(corrupt.values()) == {_OTHER_PIXELS} and len(corrupt) == len(files) > 1:
+        fix = "were all files renamed, or saved with lossy compression? Restore them"
+    elif len(corrupt) < len(files) and files[0][1] != UNLABELLED:
+        fix += ", or leave corrupt training patches out by --config.data.on_damaged=skip"
+    return DataError(f"{count}{listed}{more}: {fix}")
 
 
 def _read_image(path: Path) -> np.ndarray | str | Exception:
-    """The pixels, uint8[96, 96, 3]; or what is wrong with the file; or why it cannot be read."""
+    """Returns uint8[96, 96, 3], or why the file is corrupt, or why the system cannot read it."""
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST)
     except OSError as error:
         return error
-    # From memory, so that no error of the disk is taken for one of the file.
+    # From memory, so that an error of the disk is not taken for one of the file.
     try:
         with Image.open(io.BytesIO(content), formats=("TIFF",)) as image:
             mode, size = image.mode, image.size
-            pixels = np.asarray(image) if (mode, size) == _FORM else None
+            pixels = np.asarray(image) if (mode, size) == _FORMAT else None
     except MemoryError as error:
         return error
-    except _DAMAGE as error:
-        said = one_line(error).partition(" <_io.")[0] if content else "it is empty"
-        return f"is no readable TIFF ({said})"
+    except _CORRUPTION as error:
+        reason = one_line(error).partition(" <_io.")[0] if content else "it is empty"
+        return f"is not a readable TIFF ({reason})"
     if pixels is None:
         return f"is {size[0]}x{size[1]} {mode}, not {IMAGE_SIZE}x{IMAGE_SIZE} RGB"
     if hashlib.sha1(pixels.tobytes()).hexdigest() != path.stem:

@@ -1,17 +1,17 @@
-"""H&E-like slides of lymph node drawn from a seed, with the tumour's true outline.
+"""The source `synthetic`: H&E-like slides of lymph node, generated with their tumour masks.
 
-A stand-in for PatchCamelyon where no data can be fetched: every pixel follows from
+It replaces PatchCamelyon where no data can be downloaded. Every pixel is a function of
 `(seed, split, slide number)`, to the byte under the same numpy, scipy and kind of processor. One
-pixel stands for 1 um, as in PatchCamelyon (10x).
+pixel is 1 um wide, as in PatchCamelyon (10x).
 
 A slide is one square tile. Smooth random fields divide it into glass, fat, stroma, lymphoid
-tissue, pale follicles and tumour; cells are stamped on it from small banks of drawn ones; the
+tissue, pale follicles and tumour; cells are stamped on it from small banks of generated ones; the
 amounts of hematoxylin and eosin become colour by the law of Beer and Lambert. Patches are then cut
 so that their centres do not overlap. Amounts of stain are in optical density (natural logarithm).
 
-What no source is given for was chosen by eye beside real patches, and so that the task is neither
-trivial nor hopeless: the pale cells of follicles look much like tumour, tumour often lies beside
-the centre of a negative, and no colour alone tells the classes apart.
+Values without a reference were chosen by eye beside real patches, and so that the task is neither
+trivial nor hopeless: the pale cells of follicles look much like tumour, tumour is often found
+beside the centre of a negative, and colour alone does not separate the classes.
 """
 
 import hashlib
@@ -22,18 +22,21 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from histo_jax.data.example import IMAGE_SIZE, Example
+from histo_jax.config import DataConfig
+from histo_jax.data.example import IMAGE_SIZE, Example, SizedExamples
+from histo_jax.errors import DataError
+from histo_jax.registry import register_source
 
 SPLITS = ("train", "test")
 PATCHES_PER_SLIDE = 64
 TILE = 768
 CENTRE = 32
-# Room around the tile, so that no stamp needs clipping; more than half of the widest stamp.
+# Pixels around the tile, so that no stamp needs clipping; more than half of the widest stamp.
 MARGIN = 24
-# A positive shows tumour in at least this share of its centre: one stray pixel is no finding.
-LEAST_TUMOUR = 0.1
+# A positive has tumour in at least this fraction of its centre: one stray pixel is no finding.
+MIN_TUMOUR_FRACTION = 0.1
 
-# What a pixel of the tile is; a later kind lies over an earlier one.
+# Tissue of a pixel; a later one covers an earlier one.
 LYMPHOID, FOLLICLE, STROMA, FAT, TUMOUR, GLASS = range(6)
 
 # Unit stain vectors (R, G, B; hematoxylin, eosin): Ruifrok & Johnston 2001, Anal Quant Cytol
@@ -42,19 +45,53 @@ RUIFROK = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105]])
 MACENKO = np.array([[0.5626, 0.7201, 0.4062], [0.2159, 0.8012, 0.5581]])
 
 
-# Cells drawn of each kind, from which a slide stamps all of them.
+# Cells generated of each kind, from which all cells of a slide are stamped.
 BANK = 48
 
 
+@register_source("synthetic")
+class Synthetic:
+    """Synthetic slides.
+
+    Args:
+        data: `split_seed` is the seed, `synthetic_slides` the number of training slides.
+    """
+
+    origin = "synthetic slides"
+
+    def __init__(self, data: DataConfig) -> None:
+        if data.raw_dir is not None:
+            raise DataError(
+                f"config.data.raw_dir = {data.raw_dir!r} is not read by config.data.source = "
+                "'synthetic': set --config.data.source=kaggle or pcam, or leave out raw_dir"
+            )
+        assert data.split_seed is not None
+        self._seed, self._slides = data.split_seed, data.synthetic_slides
+
+    def fingerprint(self) -> str:
+        """Returns seed and number of slides, which determine every pixel."""
+        return f"seed{self._seed}-slides{self._slides}"
+
+    def splits(self) -> dict[str, SizedExamples]:
+        """Returns the training and test patches."""
+        return {
+            split: SizedExamples(
+                generate(self._seed, self._slides, split),
+                slide_count(self._slides, split) * PATCHES_PER_SLIDE,
+            )
+            for split in SPLITS
+        }
+
+
 class Bank(NamedTuple):
-    """Drawn cells, float32[BANK, size, size, 3]: canvas becomes `canvas * keep + add` under one."""
+    """Generated cells, float32[BANK, size, size, 3]: `canvas` becomes `canvas * keep + add`."""
 
     keep: np.ndarray
     add: np.ndarray
 
 
-def read(seed: int, slides: int, split: str) -> Iterator[Example]:
-    """Draws the patches of a split, slide by slide.
+def generate(seed: int, slides: int, split: str) -> Iterator[Example]:
+    """Yields the patches of a split, slide by slide.
 
     Args:
         seed: any non-negative integer.
@@ -62,20 +99,24 @@ def read(seed: int, slides: int, split: str) -> Iterator[Example]:
         split: 'train' or 'test'.
 
     Yields:
-        PATCHES_PER_SLIDE examples a slide. Slide k does not depend on `slides`.
+        PATCHES_PER_SLIDE examples per slide. Slide k does not depend on `slides`.
 
     Raises:
         ValueError: there is no such split.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, not {split!r}")
-    count = slides if split == "train" else max(1, slides // 4)
-    for number in range(count):
-        yield from draw_slide(seed, split, number)
+    for number in range(slide_count(slides, split)):
+        yield from generate_slide(seed, split, number)
 
 
-def draw_slide(seed: int, split: str, number: int) -> list[Example]:
-    """Draws one slide's patches as examples; the id is the SHA-1 of the pixels, as Kaggle's."""
+def slide_count(slides: int, split: str) -> int:
+    """Returns the number of slides of a split, where `slides` are for training."""
+    return slides if split == "train" else max(1, slides // 4)
+
+
+def generate_slide(seed: int, split: str, number: int) -> list[Example]:
+    """Returns one slide's patches; the id is the SHA-1 of the pixels, as Kaggle's."""
     slide = f"synthetic-{split}-{number:03d}"
     return [
         Example(
@@ -84,44 +125,46 @@ def draw_slide(seed: int, split: str, number: int) -> list[Example]:
             label=int(_centre(mask).any()),
             slide=slide,
         )
-        for image, mask in zip(*draw_patches(seed, split, number), strict=True)
+        for image, mask in zip(*generate_patches(seed, split, number), strict=True)
     ]
 
 
-def draw_patches(seed: int, split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one slide's patches and the truth of where their tumour is.
+def generate_patches(seed: int, split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns one slide's patches and the masks of their tumour.
 
     Returns:
         images uint8[PATCHES_PER_SLIDE, 96, 96, 3] and tumour masks bool[PATCHES_PER_SLIDE, 96, 96],
         in random order. Between 3/8 and 5/8 of them have tumour in the centre 32x32; the other
-        centres have not one pixel of it.
+        centres have none.
     """
     rng = np.random.default_rng(
         np.random.SeedSequence(seed, spawn_key=(SPLITS.index(split), number))
     )
-    image, mask = draw_tile(rng)
+    image, mask = generate_tile(rng)
 
     # Corners a centre's width apart: the centres tile the slide, only their surroundings overlap.
     starts = np.arange(0, TILE - IMAGE_SIZE + 1, CENTRE)
     windows = [np.s_[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in starts for x in starts]
-    share = np.array([_centre(mask[window]).mean() for window in windows])
+    fractions = np.array([_centre(mask[window]).mean() for window in windows])
     half = PATCHES_PER_SLIDE // 2
     positives = half + int(rng.integers(-half // 4, half // 4 + 1))
     chosen = np.concatenate(
         [
-            rng.choice(np.flatnonzero(share >= LEAST_TUMOUR), positives, replace=False),
-            rng.choice(np.flatnonzero(share == 0), PATCHES_PER_SLIDE - positives, replace=False),
+            rng.choice(np.flatnonzero(fractions >= MIN_TUMOUR_FRACTION), positives, replace=False),
+            rng.choice(
+                np.flatnonzero(fractions == 0), PATCHES_PER_SLIDE - positives, replace=False
+            ),
         ]
     )
-    picked = [windows[k] for k in rng.permutation(chosen)]
-    return np.stack([image[window] for window in picked]), np.stack([mask[w] for w in picked])
+    selected = [windows[k] for k in rng.permutation(chosen)]
+    return np.stack([image[w] for w in selected]), np.stack([mask[w] for w in selected])
 
 
-def draw_tile(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a whole slide: image uint8[TILE, TILE, 3] and tumour mask bool[TILE, TILE].
+def generate_tile(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a whole slide: image uint8[TILE, TILE, 3] and tumour mask bool[TILE, TILE].
 
-    The mask covers the tumour's regions with what lies in them (tears, single lymphocytes) and all
-    of each tumour cell that reaches over their border.
+    The mask covers the regions of tumour with everything in them (tears, single lymphocytes), and
+    tumour cells that cross their border as a whole.
     """
     canvas = _tissue(rng)
     inner = canvas[MARGIN:-MARGIN, MARGIN:-MARGIN]

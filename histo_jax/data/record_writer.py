@@ -1,0 +1,236 @@
+"""Writes records: a TFDS dataset in ArrayRecord format, complete or not at all.
+
+TFDS's own writers do not serve here. The default one keeps up to 1 GB of a split in memory and
+then needs TensorFlow, and all of them serialise the fields of a record in an order that changes
+from process to process, so that the same data gives other bytes.
+"""
+
+import contextlib
+import hashlib
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from histo_jax.data.example import IMAGE_SHAPE, Example
+from histo_jax.data.record_files import (
+    DATASET,
+    FILE_FORMAT,
+    SQUARES,
+    SUMS,
+    VERSION,
+    Manifest,
+    features,
+    is_complete,
+)
+from histo_jax.data.source_adapter import SourceAdapter
+from histo_jax.run import files, progress, signals
+
+log = logging.getLogger("histo_jax")
+
+_SHARD = 8192  # records per file: 230 MB
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
+_ABANDONED_SECONDS = 24 * 3600
+
+
+def write_once(
+    directory: Path, source: SourceAdapter, fingerprint: str | None, modified: str | None
+) -> None:
+    """Writes records unless they are complete; of several processes one writes, others wait.
+
+    Everything is written to a temporary folder, which is then renamed, so that a process that is
+    killed leaves nothing that looks complete.
+
+    Args:
+        directory: folder of the records.
+        source: of the examples.
+        fingerprint: hash of the source's data; None = not known.
+        modified: hash of its modification times.
+
+    Raises:
+        UserError: the source's data is missing, corrupt or wrong.
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(directory.parent / "lock"):
+        if is_complete(directory):
+            return
+        _remove_leftovers(directory)
+        log.info("preparing %s into %s", directory.parent.name, directory)
+        folder = directory.with_name(f"incomplete.{uuid.uuid4().hex}")
+        try:
+            with files.naming(directory.parent), files.disk_errors(directory.parent):
+                folder.mkdir()
+                _write(folder, source)
+                for path, reason in source.corrupt.items():
+                    log.warning("left out: %s %s", path, reason)
+                Manifest(
+                    directory=folder,
+                    source=source.name,
+                    fingerprint=fingerprint,
+                    modified=modified,
+                    corrupt=source.corrupt,
+                    origin=source.origin,
+                ).write()
+                folder.rename(directory)
+        except BaseException:
+            _remove_incomplete(directory)
+            raise
+
+
+def _write(folder: Path, source: SourceAdapter) -> None:
+    """Writes the shards and tables of all splits and TFDS's description of them."""
+    literal = files.LiteralFolder(folder)  # keep it: its path is valid only while it exists
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    infos = []
+    for split, examples in source.splits(scratch).items():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=literal.path,
+            dataset_name=DATASET,
+            split=split,
+            filetype_suffix=FILE_FORMAT,
+            template=_TEMPLATE,
+        )
+        infos.append(_write_split(folder, template, examples, source.is_built_in))
+    shutil.rmtree(scratch)
+    identity = tfds.core.DatasetIdentity(
+        name=DATASET,
+        version=tfds.core.Version(VERSION),
+        data_dir=str(literal.path),
+        module_name="",
+        config_name=source.name,
+    )
+    # Unshuffled: record i is row i of the table. Grain shuffles in training.
+    info = tfds.core.DatasetInfo(builder=identity, features=features(), disable_shuffling=True)
+    info.set_file_format(FILE_FORMAT)
+    info.set_splits(tfds.core.SplitDict(infos))
+    info.write_to_directory(literal.path)
+
+
+class _Shards:
+    """Writes the records of one split into files of at most `_SHARD` records each."""
+
+    def __init__(self, template: tfds.core.ShardedFileTemplate) -> None:
+        self._template = template
+        self._writer: ArrayRecordWriter | None = None
+        self._lengths: list[int] = []
+        self._bytes = 0
+
+    def add(self, record: bytes) -> None:
+        """Appends a record."""
+        if self._writer is None or self._lengths[-1] == _SHARD:
+            self._close()
+            path = self._template.sharded_filepath(shard_index=len(self._lengths), num_shards=None)
+            # A group per record: any record can be read without its neighbours.
+            self._writer = ArrayRecordWriter(str(path), "group_size:1")
+            self._lengths.append(0)
+        self._writer.write(record)
+        self._lengths[-1] += 1
+        self._bytes += len(record)
+
+    def finish(self) -> tfds.core.SplitInfo:
+        """Closes the last file and returns what TFDS needs to know of the split."""
+        self._close()
+        return tfds.core.SplitInfo(
+            name=self._template.split,
+            shard_lengths=self._lengths,
+            num_bytes=self._bytes,
+            filename_template=self._template,
+        )
+
+    def _close(self) -> None:
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+
+
+def _write_split(
+    folder: Path,
+    template: tfds.core.ShardedFileTemplate,
+    examples: Iterable[Example],
+    has_sha1_ids: bool,
+) -> tfds.core.SplitInfo:
+    """Writes the shards and the table of one split."""
+    shards, kinds = _Shards(template), features()
+    serializer = tfds.core.ExampleSerializer(kinds.get_serialized_info())
+    rows = []
+    total = len(examples) if isinstance(examples, Sized) else None
+    with progress.bar(f"preparing {template.split}", total, unit=" img") as bar:
+        for example in signals.stopping(progress.counted(bar, examples)):
+            record = serializer.get_tf_example(kinds.encode_example(example._asdict()))
+            shards.add(record.SerializeToString(deterministic=True))
+            rows.append((example.id, example.label, example.slide, *_sums(example.image)))
+            if not has_sha1_ids:
+                rows[-1] += (hashlib.sha1(example.image.tobytes()).hexdigest(),)
+    columns = ["id", "label", "slide", *SUMS, *SQUARES, *([] if has_sha1_ids else ["sha1"])]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / f"{template.split}.csv", index=False)
+    return shards.finish()
+
+
+def _sums(image: np.ndarray) -> list[int]:
+    """Returns for each channel the sum of its pixels, then for each the sum of their squares."""
+    # Exact in float64, and by a matrix product several times as fast as `sum`.
+    pixels = image.reshape(-1, IMAGE_SHAPE[2]).astype(np.float64)
+    sums = np.ones(len(pixels)) @ pixels
+    return [*map(int, sums), *map(int, np.einsum("ij,ij->j", pixels, pixels))]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock, waiting for other processes; the system releases it however this one ends."""
+    is_waiting = False
+    with files.open_lock(path) as file:
+        while True:
+            try:
+                if not files.lock(file):
+                    log.warning(
+                        "%s cannot be locked, its file system has no locks: make sure that no "
+                        "other process prepares the same records now",
+                        path,
+                    )
+                break
+            except BlockingIOError:
+                if not is_waiting:
+                    log.info("waiting for another process that prepares %s", path.parent)
+                is_waiting = True
+            if signals.requested():
+                raise signals.Preempted
+            time.sleep(0.2)
+        yield
+
+
+def _remove_incomplete(directory: Path) -> None:
+    """Removes the folder of a study, whose lock is held, unless it has complete records."""
+    for path in directory.parent.glob("incomplete.*"):
+        shutil.rmtree(path, ignore_errors=True)
+    if is_complete(directory):
+        return
+    shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (directory.parent / "lock").unlink()
+        directory.parent.rmdir()
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Removes what killed processes left, here and in studies that no process is preparing."""
+    # Without the manifest, which is written last, nothing is complete.
+    for path in (directory, *directory.parent.glob("incomplete.*")):
+        shutil.rmtree(path, ignore_errors=True)
+    for lock_file in directory.parent.parent.glob("*/lock"):
+        if lock_file.parent == directory.parent:
+            continue
+        # Without the lock (another process prepares there), or the right to write: leave it.
+        with contextlib.suppress(OSError), files.open_lock(lock_file) as lock:
+            files.lock(lock)
+            times = (path.stat().st_mtime for path in lock_file.parent.rglob("*"))
+            # Some network mounts give the lock to every host, so recent work counts as busy, too.
+            if time.time() - max(times) > _ABANDONED_SECONDS:
+                _remove_incomplete(lock_file.parent / directory.name)
