@@ -361,14 +361,10 @@ def known_flags() -> set[str]:
 
 @functools.cache
 def modes() -> set[str]:
-    return set(re.findall(r"\w+", _assigned(ROOT / "histo_jax" / "main.py", "MODES")))
-
-
-def _assigned(file: Path, name: str) -> str:
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            return ast.unparse(node.value)
-    raise AssertionError(f"{file} assigns no {name}")
+    for node in ast.walk(ast.parse((ROOT / "histo_jax" / "main.py").read_text())):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COMMANDS":
+            return set(ast.literal_eval(node.value))
+    raise AssertionError("histo_jax/main.py has no COMMANDS")
 
 
 def spans(page: Path) -> Iterator[tuple[str, bool]]:
