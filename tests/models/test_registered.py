@@ -26,10 +26,10 @@ from histo_jax.run.workdir import Workdir
 from histo_jax.settings import load_run_config
 from histo_jax.training import step
 from histo_jax.training.augmentation import make_augment
-from histo_jax.training.check import check_parts
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.losses import get_loss
 from histo_jax.training.optimizer import create_optimizer
+from histo_jax.training.parts import build_parts
 from histo_jax.training.state import EarlyStopping, create_state
 
 RNG = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def unregister():
 
 def check(config):
     validate(config)
-    check_parts(config.model, config.augment, config.fit)
+    build_parts(config.model, config.augment, config.fit)
 
 
 def train(config, steps):
