@@ -162,7 +162,7 @@ def test_without_a_fingerprint_other_code_makes_other_records(config):
     assert names[0] == names[1] != names[2]
 
 
-def test_optional_members_are_used(config, tmp_path, caplog):
+def test_optional_members_are_used(config, tmp_path):
     folders = []
 
     class Mine:
