@@ -30,6 +30,7 @@ if typing.TYPE_CHECKING:
     from histo_jax.evaluation import evaluate
     from histo_jax.fitting import fit
     from histo_jax.prediction import predict
+    from histo_jax.predictor import Predictor, load
     from histo_jax.preparation import prepare
     from histo_jax.recipes import recipe
     from histo_jax.report import explain, report
@@ -40,12 +41,14 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Example",
+    "Predictor",
     "UserError",
     "audit",
     "compare",
     "evaluate",
     "explain",
     "fit",
+    "load",
     "predict",
     "prepare",
     "recipe",
@@ -61,11 +64,13 @@ logging.getLogger("histo_jax").addHandler(logging.NullHandler())
 
 _HOMES = {
     "Example": "histo_jax.data.example",
+    "Predictor": "histo_jax.predictor",
     "audit": "histo_jax.auditing",
     "compare": "histo_jax.comparison",
     "explain": "histo_jax.report",
     "fit": "histo_jax.fitting",
     "evaluate": "histo_jax.evaluation",
+    "load": "histo_jax.predictor",
     "predict": "histo_jax.prediction",
     "prepare": "histo_jax.preparation",
     "recipe": "histo_jax.recipes",

@@ -1,258 +1,229 @@
-"""The trained networks that `evaluate` and `predict` use: a run's own, or those of several runs."""
+"""Which trained networks a command uses, and which patches they may be scored on."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import linen as nn
-from jax.sharding import Sharding
 
-from histo_jax import settings
 from histo_jax.config import Config
-from histo_jax.config_values import folders, parse_fold
+from histo_jax.config_values import parse_fold
 from histo_jax.data import splits
 from histo_jax.data.records import Prepared, existing
-from histo_jax.errors import UserError
-from histo_jax.metrics import Calibration
-from histo_jax.models import create_model
-from histo_jax.run import files
-from histo_jax.training.checkpoints import Checkpoints
-from histo_jax.training.state import Weights
+from histo_jax.errors import CheckpointError, DataError, UserError
+from histo_jax.predictor import Predictor, TrainedModel, read_best, read_runs, run_folders
+from histo_jax.run.workdir import Workdir
 
 
-class TrainedModel(NamedTuple):
-    """A trained network.
-
-    Attributes:
-        run: folder it comes from.
-        config: of that run.
-        model: maps normalised images to logits.
-        weights: of the best checkpoint.
-        calibration: of these weights.
-        step: that the checkpoint was saved at.
-        fingerprint: of the examples that it has trained on, see `splits.fingerprint`.
-    """
-
-    run: str
-    config: Config
-    model: nn.Module
-    weights: Weights
-    calibration: Calibration
-    step: int
-    fingerprint: str
-
-
-def restore(config: Config, folder: Path, place: Sharding) -> list[TrainedModel]:
-    """Reads the best checkpoint of each run in `config.predict.checkpoints`, or of `folder`.
+def load_predictor(config: Config, folder: Path, prior: float | None = None) -> Predictor:
+    """Returns the predictor of `config.predict.checkpoints`, or of the run in `folder`.
 
     Args:
-        config: that of the command.
-        folder: its workdir, used where the config names no runs.
-        place: where the weights are to lie.
+        config: settings of the command.
+        folder: its workdir, which this process holds.
+        prior: see `Predictor`.
 
     Raises:
-        UserError: a folder is no run, has no checkpoint, or one of another model.
+        UserError: a folder is not that of a run, or has no usable checkpoint.
     """
-    runs = [
-        files.expand(run, "--config.predict.checkpoints").absolute()
-        for run in folders(config.predict.checkpoints)
-    ]
-    twice = [
-        run
-        for number, run in enumerate(runs)
-        if run.resolve() in {other.resolve() for other in runs[:number]}
-    ]
-    if twice:
-        raise UserError(
-            f"config.predict.checkpoints names {twice[0]} twice, which would count double: leave "
-            "one out"
-        )
-    members = []
-    for run in runs or [folder]:
-        own = settings.load_run_config(run) if runs else config
-        # The folders of other runs are not held: they may be training.
-        with Checkpoints.of(run, read_only=bool(runs)) as checkpoints:
-            best = checkpoints.restore_best(own, place)
-        calibration = Calibration(**best.data.get("calibration", {}))
-        members.append(
-            TrainedModel(
-                str(run), own, create_model(own.model), best.state.eval_weights, calibration,
-                int(best.state.step), best.data["fingerprint"],
-            )
-        )  # fmt: skip
-    return members
+    predict = config.predict
+    runs = run_folders(predict.checkpoints)
+    trained = (
+        read_runs(runs, "config.predict.checkpoints")
+        if runs
+        else [read_best(folder, config, read_only=False)]
+    )
+    return Predictor(trained, tta=predict.tta, prior=prior, batch_size=predict.batch_size)
 
 
-def uses_tta(config: Config, member: TrainedModel) -> bool:
-    """Whether to average over the eight symmetries: a D4-invariant network gives all one logit."""
-    return config.predict.tta and not getattr(member.model, "is_d4_invariant", False)
+def acquire(run: Workdir, config: Config, prepared: Prepared) -> None:
+    """Makes the folder that of the ensemble of `config.predict.checkpoints`, if there is one."""
+    if config.predict.checkpoints:
+        run.acquire(config)
+        run.save_config(config)
+        run.update_status(records=prepared.name)
 
 
-def check_evaluated(members: list[TrainedModel], scores: dict[str, Any], split: str) -> None:
-    """Refuses networks that are not those which were scored: one has been trained further.
+def check_evaluated(trained: Sequence[TrainedModel], scores: dict[str, Any], split: str) -> None:
+    """Refuses networks other than those that were evaluated, such as a run trained further since.
 
     Args:
-        members: what `restore` returns; none of them, nothing is refused.
-        scores: what `evaluate` has returned.
-        split: that it has scored.
+        trained: the networks; none of them is always accepted.
+        scores: result of `evaluate`.
+        split: the split that was evaluated.
 
     Raises:
-        UserError: names the run and the remedy.
+        UserError: names the run and the fix.
     """
-    scored = scores.get("members", [scores])
-    runs = [member.run for member in members]
-    if members and "members" in scores and runs != [score["run"] for score in scored]:
+    evaluated = scores.get("runs", [scores])
+    runs = [model.run for model in trained]
+    if trained and "runs" in scores and runs != [run["run"] for run in evaluated]:
         raise UserError(
-            f"what was evaluated is the mean of {', '.join(score['run'] for score in scored)}: set "
-            "--config.predict.checkpoints to these runs, or run --mode=evaluate again"
+            f"the evaluated ensemble is the mean of {', '.join(run['run'] for run in evaluated)}: "
+            "set --config.predict.checkpoints to these runs, or rerun --mode=evaluate"
         )
-    if len(members) > len(scored):
+    if len(trained) > len(evaluated):
         raise UserError(
-            f"what was evaluated is one run alone, not the mean of {', '.join(runs)}: leave out "
+            f"a single run was evaluated, not the mean of {', '.join(runs)}: leave out "
             "--config.predict.checkpoints, or run --mode=evaluate with it"
         )
-    for member, score in zip(members, scored, strict=bool(members)):
-        if member.step != score["checkpoint_step"]:
-            raise UserError(
-                f"the best checkpoint of {member.run} is of step {member.step} and what was "
-                f"evaluated of step {score['checkpoint_step']}: run --mode=evaluate "
-                f"--config.evaluate.split={split} again"
+    for model, run in zip(trained, evaluated, strict=bool(trained)):
+        if model.step != run["checkpoint_step"]:
+            raise CheckpointError(
+                f"the best checkpoint of {model.run} is of step {model.step}, but the evaluated "
+                f"one is of step {run['checkpoint_step']}: rerun --mode=evaluate "
+                f"--config.evaluate.split={split}"
             )
 
 
-def refuse_trained_on(
-    members: list[TrainedModel], config: Config, prepared: Prepared, subset: splits.Subset
+def check_unseen(
+    trained: Sequence[TrainedModel], config: Config, prepared: Prepared, subset: splits.Subset
 ) -> bool | None:
-    """Refuses members that have trained on slides, or on patches, that they are to be judged by.
+    """Refuses networks that were trained on the patches to be scored, or on their slides.
 
     Args:
-        members: whatever data they come from.
-        config: that of the command.
+        trained: networks, each trained on any data.
+        config: settings of the command.
         prepared: its records.
-        subset: of these records, to be scored.
+        subset: the patches to be scored.
 
     Returns:
-        Whether none has trained on the slides that are to be scored; None = not known.
+        Whether no network was trained on the slides to be scored; None = not known.
 
     Raises:
-        UserError: names the run and how many patches, or that its own records are gone.
+        UserError: names the run and the number of patches, or a run whose records are missing.
     """
+    return splits.combine([_check_unseen_by(model, config, prepared, subset) for model in trained])
+
+
+def _check_unseen_by(
+    model: TrainedModel, config: Config, prepared: Prepared, subset: splits.Subset
+) -> bool | None:
+    """Does what `check_unseen` does for one network."""
     table = prepared.tables[subset.records]
-    judged = table.iloc[subset.rows]
-    slide_disjoint = []
-    for member in members:
-        records, subsets = _origin(member, config, prepared)
-        own = records.tables[subsets.train.records]
-        seen = own.iloc[subsets.train.rows]
-        known = judged["id"].isin(splits.shared_ids(judged, seen))
-        slides = splits.slide_identities(judged)
-        known |= slides.isin(splits.slide_identities(seen)) & (slides != "")
-        if known.any():
-            hint = (
-                "leave out --config.data.fold to evaluate runs of all folds out of fold"
-                if config.data.fold
-                else "take runs of the same config.data and data.split_seed (None = seed) as this "
-                "command, or of all folds"
-            )
-            raise UserError(
-                f"{member.run} has trained on {known.sum()} of the {len(judged)} patches that are "
-                f"to be scored, or on others of their slides: {hint}"
-            )
-        value = splits.disjoint((own, subsets.train.rows), (table, subset.rows))
-        if value is None and judged["id"].isin(own["id"]).all():
-            value = subsets.slide_disjoint  # one data set, which this run has divided
-        slide_disjoint.append(value)
-    return splits.combine(slide_disjoint)
+    scored = table.iloc[subset.rows]
+    origin = _training_data(model, config, prepared)
+    own, subsets = origin.prepared.tables[origin.subsets.train.records], origin.subsets
+    train = own.iloc[subsets.train.rows]
+    slides = splits.slide_identities(scored)
+    is_seen = scored["id"].isin(splits.shared_ids(scored, train))
+    is_seen |= slides.isin(splits.slide_identities(train)) & (slides != "")
+    if is_seen.any():
+        fix = (
+            "leave out --config.data.fold to evaluate the runs of all folds out of fold"
+            if config.data.fold
+            else "use runs with the config.data and data.split_seed (None = seed) of this command, "
+            "or the runs of all folds"
+        )
+        raise UserError(
+            f"{model.run} was trained on {is_seen.sum()} of the {len(scored)} patches to be "
+            f"scored, or on other patches of their slides: {fix}"
+        )
+    is_disjoint = splits.disjoint((own, subsets.train.rows), (table, subset.rows))
+    if is_disjoint is None and scored["id"].isin(own["id"]).all():
+        return subsets.slide_disjoint  # one dataset, which this run has split
+    return is_disjoint
 
 
-def are_folds(members: list[TrainedModel], config: Config) -> bool:
-    """Whether the runs of an ensemble are folds, whose validation patches are asked for."""
+def are_folds(trained: Sequence[TrainedModel], config: Config) -> bool:
+    """Whether the networks are the folds of a cross-validation whose validation is evaluated."""
     is_ensemble = bool(config.predict.checkpoints) and config.data.fold is None
-    asked = is_ensemble and config.evaluate.split == "validation"
-    return asked and all(member.config.data.fold for member in members)
+    is_validation = is_ensemble and config.evaluate.split == "validation"
+    return is_validation and all(model.config.data.fold for model in trained)
 
 
 def fold_subsets(
-    members: list[TrainedModel], config: Config, prepared: Prepared
+    trained: Sequence[TrainedModel], config: Config, prepared: Prepared
 ) -> list[splits.Subsets]:
-    """Returns each run's sides of a cross-validation, in which each patch validates once.
+    """Returns each run's split in a cross-validation, where each patch validates exactly once.
 
     Args:
-        members: runs with `data.fold`.
-        config: that of the command.
+        trained: networks of runs with `data.fold`.
+        config: settings of the command.
         prepared: its records.
 
     Raises:
-        UserError: a fold is missing or there twice, or the runs have divided other patches.
+        UserError: a fold is missing or duplicate, or the runs have split different patches.
     """
-    runs: dict[int, str] = {}
-    folds = {parse_fold(member.config.data.fold or "")[1] for member in members}
-    if len(folds) > 1:
+    _check_folds(trained)
+    origins = [_training_data(model, config, prepared) for model in trained]
+    for model, origin in zip(trained, origins, strict=True):
+        if origin.prepared is not prepared:
+            raise DataError(
+                f"{model.run} was trained on other records or slides than {prepared.name}: give "
+                "this command the config.data of that run, without its fold"
+            )
+    rows = np.sort(np.concatenate([origin.subsets.validation.rows for origin in origins]))
+    first = trained[0].config
+    sample = splits.draw_sample(prepared.tables, first.data, first.data_seed)
+    if not np.array_equal(rows, sample.rows):
         raise UserError(
-            f"config.predict.checkpoints names runs of {min(folds)} and of {max(folds)} folds: "
-            "give those of one division"
+            "the runs of config.predict.checkpoints have not split the same patches into folds: "
+            "train all with one config.data, and with one data.split_seed if their seeds differ"
         )
-    for member in members:
-        number = parse_fold(member.config.data.fold or "")[0]
+    return [origin.subsets for origin in origins]
+
+
+def _check_folds(trained: Sequence[TrainedModel]) -> None:
+    """Refuses runs that are not exactly one for each fold."""
+    folds = [parse_fold(model.config.data.fold or "") for model in trained]
+    counts = {count for _, count in folds}
+    if len(counts) > 1:
+        raise UserError(
+            f"config.predict.checkpoints names runs of {min(counts)} and of {max(counts)} folds: "
+            "give the runs of one cross-validation"
+        )
+    runs: dict[int, str] = {}
+    for model, (number, _) in zip(trained, folds, strict=True):
         if number in runs:
             raise UserError(
-                f"{runs[number]} and {member.run} both validate on fold {member.config.data.fold}: "
-                "give one run for each fold"
+                f"{runs[number]} and {model.run} both validate on fold {model.config.data.fold}: "
+                "give one run per fold"
             )
-        runs[number] = member.run
-    (count,) = folds
+        runs[number] = model.run
+    (count,) = counts
     missing = [f"{number}/{count}" for number in range(1, count + 1) if number not in runs]
     if missing:
         raise UserError(
-            f"config.predict.checkpoints names no run with data.fold = {', '.join(missing)}: add "
-            "it, so that each patch is scored once"
+            f"config.predict.checkpoints has no run with data.fold = {', '.join(missing)}: add it, "
+            "so that each patch is scored once"
         )
-    divided = [_origin(member, config, prepared) for member in members]
-    for member, (records, _) in zip(members, divided, strict=True):
-        if records is not prepared:
-            raise UserError(
-                f"{member.run} was trained on other records or slides than {prepared.name}: give "
-                "this command the config.data of that run, without its fold"
-            )
-    rows = np.sort(np.concatenate([subsets.validation.rows for _, subsets in divided]))
-    sample = splits.draw_sample(
-        prepared.tables, members[0].config.data, members[0].config.data_seed
-    )
-    if not np.array_equal(rows, sample.rows):
-        raise UserError(
-            "the runs of config.predict.checkpoints have not divided the same patches into folds: "
-            "train all with one config.data, and one data.split_seed where their seeds differ"
-        )
-    return [subsets for _, subsets in divided]
 
 
-def _origin(
-    member: TrainedModel, config: Config, prepared: Prepared
-) -> tuple[Prepared, splits.Subsets]:
-    """Returns the records that a member comes from, and its sides of them."""
+class _TrainingData(NamedTuple):
+    """The records that a run was trained on, and how it has split them."""
 
-    def divided(records: Prepared) -> tuple[Prepared, splits.Subsets]:
-        own = member.config
-        subsets = splits.make_subsets(records.tables, own.data, own.data_seed)
-        actual = splits.fingerprint(records.tables, subsets, own.seed, own.fit.batch_size)
-        splits.check_fingerprint(member.fingerprint, actual, own.data.tfds_dir)
-        return records, subsets
+    prepared: Prepared
+    subsets: splits.Subsets
 
-    # The command's are looked at first: the member's own may have been moved since.
-    if member.config.data.source == config.data.source:
+
+def _training_data(model: TrainedModel, config: Config, prepared: Prepared) -> _TrainingData:
+    """Returns what a network was trained on.
+
+    The command's records come first, since the run's own may have been moved.
+    """
+    if model.config.data.source == config.data.source:
         with contextlib.suppress(UserError):
-            return divided(prepared)
-    reason: Exception = UserError(f"{member.config.data.tfds_dir} holds none of its records")
+            return _split_as_trained(model, prepared)
+    reason: Exception = DataError(f"{model.config.data.tfds_dir} has none of its records")
     try:
-        for records in existing(member.config.data, member.config.data_seed, Path(member.run)):
+        for records in existing(model.config.data, model.config.data_seed, Path(model.run)):
             try:
-                return divided(records)
+                return _split_as_trained(model, records)
             except UserError as error:
                 reason = error
     except (UserError, OSError) as error:
         reason = error
-    raise UserError(
-        f"what {member.run} has trained on cannot be told ({reason}): restore its records, or "
+    raise DataError(
+        f"the training patches of {model.run} are not known ({reason}): restore its records, or "
         "leave this run out"
     )
+
+
+def _split_as_trained(model: TrainedModel, prepared: Prepared) -> _TrainingData:
+    config = model.config
+    subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
+    fingerprint = splits.fingerprint(prepared.tables, subsets, config.seed, config.fit.batch_size)
+    splits.check_fingerprint(model.fingerprint, fingerprint, config.data.tfds_dir)
+    return _TrainingData(prepared, subsets)

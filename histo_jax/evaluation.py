@@ -1,4 +1,4 @@
-"""Scores of the best checkpoint, or of several runs' together."""
+"""Scores of a run's best checkpoint, or of an ensemble of runs."""
 
 import dataclasses
 import logging
@@ -6,52 +6,52 @@ import os
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from histo_jax import command, ensemble, evaluation_files
+from histo_jax import command, ensemble, evaluation_files, inference
 from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.example import UNLABELLED
 from histo_jax.data.records import Prepared, prepare
-from histo_jax.distributed import consensus, mesh
-from histo_jax.errors import UserError
+from histo_jax.distributed import consensus
+from histo_jax.errors import DataError, UserError
 from histo_jax.metrics import binary_scores, confidence_intervals, operating_points
-from histo_jax.run import progress, signals
+from histo_jax.predictor import Predictor
 from histo_jax.run.workdir import Workdir
-from histo_jax.training import placement
-from histo_jax.training import step as steps
 
 log = logging.getLogger("histo_jax")
 
-_SELECTED = "these patches chose the checkpoint and fitted its calibration"
+_SELECTION_BIAS = "these patches selected the checkpoint and were used to fit its calibration"
 
 
 def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Scores the best checkpoint of `workdir` on `config.evaluate.split`.
 
-    Every example counts once. With `config.predict.tta` its logit is the mean over eight
-    symmetries; with `config.predict.checkpoints` it is the equal mean of these runs' calibrated
-    logits, or, if these runs are the folds of a cross-validation (`data.fold`), that of the one run
-    which has not trained on the patch. Writes `evaluation.json`, `evaluation_<split>.json`, and
-    `predictions_<split>.csv` with `id`, `label`, `slide` and the calibrated `logit`.
+    Every example counts exactly once. With `config.predict.tta` its logit is the mean over the
+    eight symmetries of the image. With `config.predict.checkpoints` it is the equal mean of the
+    calibrated logits of these runs; if the runs are the folds of a cross-validation (`data.fold`),
+    it is the logit of the one run that was not trained on the patch. Writes `evaluation.json`,
+    `evaluation_<split>.json`, and `predictions_<split>.csv` with `id`, `label`, `slide` and the
+    calibrated `logit`.
 
     Args:
-        config: that of the run; lengths, folders and what to evaluate may differ.
-        workdir: folder of a run that `fit` has trained; with `predict.checkpoints` any.
+        config: settings of the run; lengths, folders and what is evaluated may differ.
+        workdir: folder of a trained run; any folder with `predict.checkpoints`.
 
     Returns:
-        `split`; `count` of examples; the scores of `metrics.weighted_scores` with calibrated
-        probabilities, and for each the ends of its 95% interval, `auc_low` and `auc_high` (nan with
-        one slide); `interval_over`, 'slides' or 'patches', and how many `resampled`; the
-        probabilities of `metrics.operating_points`; `nll_uncalibrated`; `prior`, the share of
-        tumour; `tta` as set; `split_by`, 'slide', 'image' or 'official'; `honest`, whether the
-        score speaks of slides that training has not seen (None = not known), and a `note`;
-        `out_of_fold`, whether each patch was scored by one fold's run; `checkpoint_step`;
-        `calibration_scale` and `calibration_bias`; `members`, for each run of an ensemble its
-        scores on what it has scored.
+        `split`; `count` of examples; the scores of `metrics.weighted_scores` for calibrated
+        probabilities, and the ends of the 95% interval of each, such as `auc_low` and `auc_high`
+        (nan with a single slide); `interval_over`, 'slides' or 'patches', and the number
+        `resampled`; the probabilities of `metrics.operating_points`; `nll_uncalibrated`; `prior`,
+        the fraction of tumour; `tta`; `split_by`, 'slide', 'image' or 'official'; `slide_disjoint`
+        and `patient_disjoint`, whether no slide and no patient is shared with training (None = not
+        known), and a `note`; `out_of_fold`, whether each patch was scored by the run of its fold;
+        `checkpoint_step`, `calibration_scale` and `calibration_bias`, or, for an ensemble, `runs`
+        with the scores of each.
 
     Raises:
-        UserError: no checkpoint, one of another model, a split without labels, a run of an
-            ensemble that has trained on these patches, or a fold that is missing.
+        UserError: there is no checkpoint, or one of another model; the split has no labels; a run
+            of an ensemble was trained on these patches; or a fold is missing.
         OSError: a file cannot be written.
     """
     with command.start(config, workdir, "evaluate") as run:
@@ -60,158 +60,185 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
 def evaluate_in(run: Workdir, config: Config) -> dict[str, Any]:
     """Does the work of `evaluate` in an open folder."""
-    folder = run.path
-    batch_sharding = mesh.batch_sharding()
-    trained = ensemble.restore(config, folder, mesh.replicated(batch_sharding))
-    prepared = prepare(config.data, config.data_seed, folder, raw_may_be_gone=True)
+    predictor = ensemble.load_predictor(config, run.path)
+    prepared = prepare(config.data, config.data_seed, run.path, raw_may_be_gone=True)
     consensus.check_records(config, prepared.tables)
-    name = config.evaluate.split
-    is_folds = ensemble.are_folds(trained, config)
-    chosen = (_out_of_fold if is_folds else _of_split)(trained, config, prepared)
-    subset, slide_disjoint = chosen.subset, chosen.slide_disjoint
-    table = prepared.tables[subset.records].iloc[subset.rows]
-    labels = table["label"].to_numpy(np.float64)
-    if config.predict.checkpoints:
-        run.acquire(config)
-        run.save_config(config)
-        run.update_status(records=prepared.name)
-    slides = evaluation_files.slides(table)
+    task = _plan(predictor, config, prepared)
+    ensemble.acquire(run, config, prepared)
     log.info("compiling the evaluation step")
-    raw = [
-        _logits(run, config, member, prepared, subset._replace(rows=subset.rows[places]))
-        for member, places in zip(trained, chosen.places, strict=True)
-    ]
-    calibrated = [m.calibration.apply(z) for m, z in zip(trained, raw, strict=True)]
-    logits, uncalibrated = (
-        np.concatenate(parts)[np.argsort(np.concatenate(chosen.places))]
-        if is_folds
-        else np.mean(parts, axis=0)
-        for parts in (calibrated, raw)
-    )
-    scores = binary_scores(logits, labels)
-    ends = confidence_intervals(logits, labels, slides, config.seed)
-    notes = [splits.caveat(slide_disjoint)] * (not slide_disjoint) + [_SELECTED] * (
-        name == "validation"
-    )
-    result: dict[str, Any] = {
-        "split": name,
-        **scores,
-        **{f"{score}_low": low for score, (low, _) in ends.items()},
-        **{f"{score}_high": high for score, (_, high) in ends.items()},
-        **operating_points(logits, labels),
-        "interval_over": "patches" if slides is None else "slides",
-        "resampled": len(labels) if slides is None else len(np.unique(slides)),
-        "nll_uncalibrated": binary_scores(uncalibrated, labels)["nll"],
-        "prior": float(labels.mean()),
-        "tta": config.predict.tta,
-        "split_by": chosen.by,
-        "slide_disjoint": slide_disjoint,
-        "out_of_fold": is_folds,
-        "note": "; ".join(notes),
-    }
-    if config.predict.checkpoints:
-        result["members"] = [
-            {"run": m.run, "checkpoint_step": m.step, **binary_scores(z, labels[places])}
-            for m, z, places in zip(trained, calibrated, chosen.places, strict=True)
-        ]
-    else:
-        calibration = dataclasses.asdict(trained[0].calibration)
-        result["checkpoint_step"] = trained[0].step
-        result |= {f"calibration_{key}": calibration[key] for key in ("scale", "bias")}
-    evaluation_files.write(run, name, table[["id", "label", "slide"]].assign(logit=logits))
-    run.write_json(f"evaluation_{name}.json", result)
+    logits = _compute_logits(predictor, prepared, task)
+    table = prepared.tables[task.subset.records].iloc[task.subset.rows]
+    labels = table["label"].to_numpy(np.float64)
+    result = _score(table, logits, task, config)
+    result |= _describe_networks(predictor, labels, logits, task, config)
+    split = config.evaluate.split
+    table = table[["id", "label", "slide"]].assign(logit=logits.calibrated)
+    evaluation_files.write(run, split, table)
+    run.write_json(f"evaluation_{split}.json", result)
     run.write_json("evaluation.json", result)
-    log.info(
-        "%s%s: AUC %.4f (95%% %.4f to %.4f, over %s), NLL %.4f, accuracy %.4f on %d patches",
-        name, ", out of fold" if is_folds else "", scores["auc"], *ends["auc"],
-        result["interval_over"], scores["nll"], scores["accuracy"], scores["count"],
-    )  # fmt: skip
-    if not slide_disjoint:
-        log.warning("%s", splits.caveat(slide_disjoint))
+    _log(result)
     return result
 
 
-class _Chosen(NamedTuple):
-    """What is scored.
+class _Task(NamedTuple):
+    """What is scored, and by which networks.
 
     Attributes:
-        side: its patches.
-        places: int64[m] for each network: those of the side's patches that it scores.
-        by: see `splits.Sides`.
-        honest: see `splits.Sides`.
+        subset: the patches.
+        positions: for each network int64[m], the positions in `subset` of the patches it scores.
+        split_by: see `splits.Subsets`.
+        slide_disjoint: see `splits.Subsets`.
+        out_of_fold: whether each patch is scored by one network only.
     """
 
     subset: splits.Subset
-    places: list[np.ndarray]
-    by: str
+    positions: list[np.ndarray]
+    split_by: str
     slide_disjoint: bool | None
+    out_of_fold: bool
 
 
-def _of_split(trained: list[ensemble.TrainedModel], config: Config, prepared: Prepared) -> _Chosen:
+class _Logits(NamedTuple):
+    """Logits of the patches of a task.
+
+    Attributes:
+        calibrated: float64[n].
+        raw: float32[n], before calibration.
+        by_network: for each network float64[m], the calibrated logits of its `positions`.
+    """
+
+    calibrated: np.ndarray
+    raw: np.ndarray
+    by_network: list[np.ndarray]
+
+
+def _plan(predictor: Predictor, config: Config, prepared: Prepared) -> _Task:
+    if ensemble.are_folds(predictor.trained, config):
+        return _plan_out_of_fold(predictor, config, prepared)
+    return _plan_split(predictor, config, prepared)
+
+
+def _plan_split(predictor: Predictor, config: Config, prepared: Prepared) -> _Task:
     """Every network scores all patches of `config.evaluate.split`."""
     name = config.evaluate.split
     subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
     subset = subsets.validation if name == "validation" else subsets.test
     if subset is None or (prepared.tables[subset.records]["label"] == UNLABELLED).any():
-        raise UserError(
+        raise DataError(
             f"the test patches of config.data.source = {config.data.source!r} are missing or "
             "have no labels: use --mode=predict, or --config.evaluate.split=validation"
         )
     labels = prepared.tables[subset.records]["label"].to_numpy()[subset.rows]
     if len(np.unique(labels)) < 2:
-        raise UserError(
-            f"the {len(labels)} {name} patches are all labelled {labels[0]}, and scores "
-            "need both classes: use --mode=predict, or --config.evaluate.split=validation"
+        raise DataError(
+            f"the {len(labels)} {name} patches all have the label {labels[0]}, but scores need "
+            "both classes: use --mode=predict, or --config.evaluate.split=validation"
         )
     if config.predict.checkpoints:
-        slide_disjoint = ensemble.refuse_trained_on(trained, config, prepared, subset)
+        slide_disjoint = ensemble.check_unseen(predictor.trained, config, prepared, subset)
     else:
-        actual = splits.fingerprint(prepared.tables, subsets, config.seed, config.fit.batch_size)
-        splits.check_fingerprint(trained[0].fingerprint, actual, config.data.tfds_dir)
+        fingerprint = splits.fingerprint(
+            prepared.tables, subsets, config.seed, config.fit.batch_size
+        )
+        known = predictor.trained[0].fingerprint
+        splits.check_fingerprint(known, fingerprint, config.data.tfds_dir)
         parts = [(prepared.tables[part.records], part.rows) for part in (subsets.train, subset)]
         slide_disjoint = subsets.slide_disjoint if name == "validation" else splits.disjoint(*parts)
-    return _Chosen(subset, [np.arange(len(labels))] * len(trained), subsets.by, slide_disjoint)
+    positions = [np.arange(len(labels))] * len(predictor.trained)
+    return _Task(subset, positions, subsets.by, slide_disjoint, out_of_fold=False)
 
 
-def _out_of_fold(
-    trained: list[ensemble.TrainedModel], config: Config, prepared: Prepared
-) -> _Chosen:
-    """Each network scores the fold that it has validated on."""
-    folds = ensemble.fold_subsets(trained, config, prepared)
-    own = trained[0].config
-    subset = splits.draw_sample(prepared.tables, own.data, own.data_seed)
-    asked = dataclasses.replace(config, data=dataclasses.replace(config.data, fold=own.data.fold))
-    # The report draws them by this command's settings, which the workdir keeps.
-    sample = splits.draw_sample(prepared.tables, asked.data, asked.data_seed)
-    if not np.array_equal(sample.rows, subset.rows):
+def _plan_out_of_fold(predictor: Predictor, config: Config, prepared: Prepared) -> _Task:
+    """Each network scores the fold that it was validated on."""
+    folds = ensemble.fold_subsets(predictor.trained, config, prepared)
+    first = predictor.trained[0]
+    subset = splits.draw_sample(prepared.tables, first.config.data, first.config.data_seed)
+    data = dataclasses.replace(config.data, fold=first.config.data.fold)
+    own = splits.draw_sample(prepared.tables, data, config.data_seed)
+    # The report draws the sample by this command's settings, which the workdir keeps.
+    if not np.array_equal(own.rows, subset.rows):
         raise UserError(
-            f"{trained[0].run} was trained on other patches than this command draws: set "
-            f"--config.data.samples_per_class={own.data.samples_per_class} and "
-            f"--config.data.split_seed={own.data_seed}, as there"
+            f"{first.run} was trained on other patches than this command draws: set "
+            f"--config.data.samples_per_class={first.config.data.samples_per_class} and "
+            f"--config.data.split_seed={first.config.data_seed}, as in that run"
         )
-    places = [np.searchsorted(subset.rows, subsets.validation.rows) for subsets in folds]
-    return _Chosen(
-        subset, places, folds[0].by, splits.combine(subsets.slide_disjoint for subsets in folds)
+    return _Task(
+        subset,
+        [np.searchsorted(subset.rows, subsets.validation.rows) for subsets in folds],
+        folds[0].by,
+        splits.combine(subsets.slide_disjoint for subsets in folds),
+        out_of_fold=True,
     )
 
 
-def _logits(
-    run: Workdir,
-    config: Config,
-    member: ensemble.TrainedModel,
-    prepared: Prepared,
-    subset: splits.Subset,
-) -> np.ndarray:
-    batch_sharding = mesh.batch_sharding()
-    examples = placement.on_disk(prepared.records(*subset), batch_sharding)
-    size = mesh.round_up(config.fit.batch_size)
-    batches = signals.stopping(examples.eval_batches(size))
-    eval_step = steps.make_eval_step(
-        member.model, batch_sharding, ensemble.uses_tta(config, member)
-    )
-    count = len(subset.rows)
-    with progress.bar(
-        "evaluating", count, unit=" img", leave=False, is_shown=run.is_primary
-    ) as bar:
-        batches = progress.counted(bar, batches, size, count)
-        return steps.collect_logits(eval_step, member.weights, batches)[0]
+def _compute_logits(predictor: Predictor, prepared: Prepared, task: _Task) -> _Logits:
+    source, rows = prepared.source(task.subset.records), task.subset.rows
+    if not task.out_of_fold:
+        raw = inference.raw_logits(predictor, source, rows, "evaluating")
+        calibrated = predictor.calibrate(raw)
+        return _Logits(calibrated.mean(0), raw.mean(0), list(calibrated))
+    by_network, raw = [], np.empty(len(rows), np.float32)
+    all_calibrated = np.empty(len(rows))
+    for number, positions in enumerate(task.positions):
+        network = predictor.select(number)
+        own = inference.raw_logits(network, source, rows[positions], "evaluating")
+        by_network.append(network.calibrate(own)[0])
+        raw[positions], all_calibrated[positions] = own[0], by_network[-1]
+    return _Logits(all_calibrated, raw, by_network)
+
+
+def _score(table: pd.DataFrame, logits: _Logits, task: _Task, config: Config) -> dict[str, Any]:
+    """Returns what `evaluate` returns, without what depends on the networks themselves."""
+    labels, slides = table["label"].to_numpy(np.float64), evaluation_files.slides(table)
+    scores = binary_scores(logits.calibrated, labels)
+    intervals = confidence_intervals(logits.calibrated, labels, slides, config.seed)
+    split = config.evaluate.split
+    notes = [splits.caveat(task.slide_disjoint), _SELECTION_BIAS * (split == "validation")]
+    return {
+        "split": split,
+        **scores,
+        **{f"{score}_low": low for score, (low, _) in intervals.items()},
+        **{f"{score}_high": high for score, (_, high) in intervals.items()},
+        **operating_points(logits.calibrated, labels),
+        "interval_over": "patches" if slides is None else "slides",
+        "resampled": len(labels) if slides is None else len(np.unique(slides)),
+        "nll_uncalibrated": binary_scores(logits.raw, labels)["nll"],
+        "prior": float(labels.mean()),
+        "tta": config.predict.tta,
+        "split_by": task.split_by,
+        "slide_disjoint": task.slide_disjoint,
+        "patient_disjoint": None,
+        "out_of_fold": task.out_of_fold,
+        "note": "; ".join(filter(None, notes)),
+    }
+
+
+def _describe_networks(
+    predictor: Predictor, labels: np.ndarray, logits: _Logits, task: _Task, config: Config
+) -> dict[str, Any]:
+    """Returns step and calibration of a single run, or the scores of each run of an ensemble."""
+    if config.predict.checkpoints:
+        by_network = zip(predictor.trained, logits.by_network, task.positions, strict=True)
+        return {
+            "runs": [
+                {"run": t.run, "checkpoint_step": t.step, **binary_scores(own, labels[positions])}
+                for t, own, positions in by_network
+            ]
+        }
+    (trained,) = predictor.trained
+    return {
+        "checkpoint_step": trained.step,
+        "calibration_scale": trained.calibration.scale,
+        "calibration_bias": trained.calibration.bias,
+    }
+
+
+def _log(result: dict[str, Any]) -> None:
+    log.info(
+        "%s%s: AUC %.4f (95%% %.4f to %.4f, over %s), NLL %.4f, accuracy %.4f on %d patches",
+        result["split"], ", out of fold" if result["out_of_fold"] else "", result["auc"],
+        result["auc_low"], result["auc_high"], result["interval_over"], result["nll"],
+        result["accuracy"], result["count"],
+    )  # fmt: skip
+    if not result["slide_disjoint"]:
+        log.warning("%s", splits.caveat(result["slide_disjoint"]))

@@ -1,4 +1,4 @@
-"""What `evaluate` has said of each patch: `predictions_<split>.csv`."""
+"""What `evaluate` writes: `predictions_<split>.csv` and `evaluation_<split>.json`."""
 
 import dataclasses
 import json
@@ -11,15 +11,15 @@ import pandas as pd
 from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.records import Prepared
-from histo_jax.errors import UserError
+from histo_jax.errors import DataError, UserError
 from histo_jax.metrics import binary_scores
 from histo_jax.run.workdir import Workdir
 
 
 def slides(table: pd.DataFrame) -> np.ndarray | None:
-    """Returns the slide of each patch; None where some are not known, or names are no slides'.
+    """Returns the slide of each patch; None if one is not known, or the names are not slides'.
 
-    Patches of one could then be taken for patches of several.
+    Without it, patches of one slide could be taken for patches of several.
     """
     is_known = (table["slide"] != "").all() and splits.has_slide_names(table)
     return table["slide"].to_numpy() if is_known else None
@@ -28,16 +28,16 @@ def slides(table: pd.DataFrame) -> np.ndarray | None:
 def write(run: Workdir, split: str, table: pd.DataFrame) -> None:
     """Writes `id`, `label`, `slide` and the calibrated `logit`, with all digits.
 
-    Rounding would make equal what the scores tell apart.
+    Rounded logits could be equal where the scores were computed from different ones.
     """
     run.write_text(f"predictions_{split}.csv", table.to_csv(index=False))
 
 
 def read(folder: Path, split: str) -> pd.DataFrame:
-    """Reads what `write` has written.
+    """Reads the predictions that `write` has written.
 
     Raises:
-        UserError: it is not there.
+        UserError: the file is missing.
     """
     path = folder / f"predictions_{split}.csv"
     if not path.exists():
@@ -49,73 +49,81 @@ def read(folder: Path, split: str) -> pd.DataFrame:
 
 
 def read_scores(folder: Path, split: str) -> dict[str, Any]:
-    """Reads the scores that `evaluate` has written beside them.
+    """Reads the scores of these predictions.
 
     Raises:
-        UserError: they are missing or damaged.
+        UserError: the file is missing or corrupt.
     """
     path = folder / f"evaluation_{split}.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError) as error:
-        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        raise UserError(f"{path} is {what}: {_again(split)}") from None
+        problem = "missing" if isinstance(error, FileNotFoundError) else "corrupt"
+        raise UserError(f"{path} is {problem}: {_rerun(split)}") from None
 
 
 def check_scores(folder: Path, split: str, table: pd.DataFrame, scores: dict[str, Any]) -> None:
-    """Refuses scores that are not those of the predictions beside them.
+    """Refuses scores of other predictions, as a process leaves them that was killed between files.
 
-    A process that is killed between the two files leaves such ones.
+    Args:
+        folder: of the files.
+        split: the split that was evaluated.
+        table: the predictions.
+        scores: the scores.
 
     Raises:
         UserError: names the file.
     """
-    now = binary_scores(table["logit"].to_numpy(), table["label"].to_numpy(np.float64))
+    computed = binary_scores(table["logit"].to_numpy(), table["label"].to_numpy(np.float64))
     for name in ("count", "auc", "nll"):
         # Text may lose the last digit.
-        if scores.get(name) is None or not np.isclose(scores[name], now[name], rtol=1e-6):
+        if scores.get(name) is None or not np.isclose(scores[name], computed[name], rtol=1e-6):
             raise UserError(
-                f"{folder / f'evaluation_{split}.json'} holds the scores of other predictions: "
-                f"{_again(split)}"
+                f"{folder / f'evaluation_{split}.json'} does not match the predictions: "
+                f"{_rerun(split)}"
             )
 
 
-def _again(split: str) -> str:
-    return f"run --mode=evaluate --config.evaluate.split={split} again"
+def _rerun(split: str) -> str:
+    return f"rerun --mode=evaluate --config.evaluate.split={split}"
 
 
 def make_subsets(prepared: Prepared, config: Config, scores: dict[str, Any]) -> splits.Subsets:
-    """Returns the sides that `evaluate` has scored.
+    """Returns the split that `evaluate` has used.
 
     Args:
         prepared: the records.
-        config: that of the command.
-        scores: what `read_scores` returns; out of fold, all patches of the folds validate.
+        config: settings of the command.
+        scores: result of `read_scores`; out of fold, the patches of all folds are validation.
     """
     if not scores.get("out_of_fold"):
         return splits.make_subsets(prepared.tables, config.data, config.data_seed)
-    # Any fold will do: the patches that are divided are the same for all.
-    folded = dataclasses.replace(config, data=dataclasses.replace(config.data, fold="1/2"))
-    everything = splits.draw_sample(prepared.tables, folded.data, folded.data_seed)
-    return splits.Subsets(
-        everything, everything, None, scores["split_by"], scores["slide_disjoint"]
-    )
+    # All folds split the same patches, so any will do.
+    any_fold = dataclasses.replace(config.data, fold="1/2")
+    sample = splits.draw_sample(prepared.tables, any_fold, config.data_seed)
+    return splits.Subsets(sample, sample, None, scores["split_by"], scores["slide_disjoint"])
 
 
 def subset(
     prepared: Prepared, subsets: splits.Subsets, split: str, table: pd.DataFrame
 ) -> splits.Subset:
-    """Returns where the patches of what `read` returns lie, in its order.
+    """Returns the records of the evaluated patches, in the order of `table`.
+
+    Args:
+        prepared: the records.
+        subsets: result of `make_subsets`.
+        split: the split that was evaluated.
+        table: result of `read`.
 
     Raises:
-        UserError: `subsets` are other patches than were evaluated.
+        DataError: the records or the split are not those that were evaluated.
     """
-    found = subsets.validation if split == "validation" else subsets.test
-    if found is None:
-        raise UserError(f"{prepared.directory} has no {split} patches any more")
-    if prepared.tables[found.records]["id"].iloc[found.rows].tolist() != table["id"].tolist():
-        raise UserError(
-            "these are not the patches that were evaluated: run --mode=evaluate again with the "
+    current = subsets.validation if split == "validation" else subsets.test
+    if current is None:
+        raise DataError(f"{prepared.directory} no longer has {split} patches: {_rerun(split)}")
+    if prepared.tables[current.records]["id"].iloc[current.rows].tolist() != table["id"].tolist():
+        raise DataError(
+            f"the {split} patches are not those that were evaluated: {_rerun(split)}, with the "
             "same config.data"
         )
-    return found
+    return current

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Installs histo_jax with its peers and prints how they compare; also as JSON in runs/bench.json.
+# Installs histo_jax and the frameworks that it is compared with; prints a table of timings and writes
+# runs/bench.json.
 # usage: launch/bench.sh [OPTION ...]     --help lists the options
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 unset PYTHONHOME
-# Needs no package, so that --help and mistakes are answered before gigabytes are installed.
+# Options are checked without packages, before gigabytes are installed.
 for python in .venv/bin/python python3 python; do
   if "$python" -c '' 2>/dev/null; then
     "$python" tests/benchmarks/options.py "$@"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs histo_jax on all GPUs of this machine: installs it, looks the machine over, trains.
-# usage: launch/gpu_vm.sh [--records=FROM] [--dry-run] OPTION ...     options go to histo_jax.main
-#   --records=FROM   a data.tfds_dir, at gs://, s3:// or a folder: its prepared records are copied to
-#                    ~/tensorflow_datasets
-#   --dry-run        only prints what it would do
-# The same command goes on where it was stopped. Status 75: start it again.
+# Runs histo_jax on all GPUs of this machine: installs it, checks the machine, trains.
+# usage: launch/gpu_vm.sh [--records=SOURCE] [--dry-run] OPTION ...     options go to histo_jax.main
+#   --records=SOURCE   a data.tfds_dir (gs://, s3:// or a folder) whose prepared records are copied to
+#                      ~/tensorflow_datasets
+#   --dry-run          prints the commands without running them
+# Rerun the command to resume, also after exit status 75 (preempted).
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -31,7 +31,7 @@ case $records in
   *)
     copy=(cp -rT)
     if [ "$records" ] && ! [ -d "$records/histopathology" ]; then
-      echo "launch/gpu_vm.sh: --records=$records: holds no prepared records; name a data.tfds_dir" >&2
+      echo "launch/gpu_vm.sh: --records=$records has no prepared records: name a data.tfds_dir" >&2
       exit 2
     fi
     ;;
@@ -42,6 +42,6 @@ if [ "$records" ]; then
   run mkdir -p "$HOME/tensorflow_datasets/histopathology"
   run "${copy[@]}" "${records%/}/histopathology" "$HOME/tensorflow_datasets/histopathology"
 fi
-# `exec`, so that SIGTERM reaches it.
+# `exec`, so that histo_jax receives SIGTERM.
 if [ -z "$dry_run" ]; then exec .venv/bin/python -m histo_jax.main ${options[@]+"${options[@]}"}; fi
 run .venv/bin/python -m histo_jax.main ${options[@]+"${options[@]}"}

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository and installs histo_jax into it, once per state of pyproject.toml.
-# usage: launch/install.sh [EXTRA]     EXTRA: test, cuda, tpu, bench; PYTHON names the interpreter for a new .venv
+# Creates .venv in the repository and installs histo_jax into it, unless that is up to date.
+# usage: launch/install.sh [EXTRA]     EXTRA: test, cuda, tpu or bench; PYTHON names the interpreter of a new .venv
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
 case ${PYTHON:-} in /*) ;; */*) PYTHON=$PWD/$PYTHON ;; esac
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-fail() { # why
+fail() { # message
   echo "launch/install.sh: $1" >&2
   exit 2
 }
@@ -13,43 +13,43 @@ extra=${1:-}
 case $extra in
   --help | -h) sed -n '2,3s/^# //p' launch/install.sh; exit ;;
   "" | test | cuda | tpu | bench) ;;
-  *) fail "no such extra: $extra; test, cuda, tpu or bench" ;;
+  *) fail "unknown extra $extra: test, cuda, tpu or bench" ;;
 esac
-if [ $# -gt 1 ]; then fail "one extra at a time; start it again for $2"; fi
-case $(uname) in MINGW* | MSYS* | CYGWIN*) fail "JAX needs Linux or macOS: start it in WSL" ;; esac
-# Of the user's variables, what leads Python to other packages than those of .venv; PYTHON_* are others'.
+if [ $# -gt 1 ]; then fail "one extra at a time: rerun for $2"; fi
+case $(uname) in MINGW* | MSYS* | CYGWIN*) fail "JAX needs Linux or macOS: run this in WSL" ;; esac
+# Variables that make Python import packages from outside .venv; PYTHON_* belong to other programs.
 for variable in "${!PYTHON@}" __PYVENV_LAUNCHER__; do
   case $variable in PYTHON | PYTHON_*) ;; *) unset "$variable" ;; esac
 done
 
-state() { # 0: installed, 3: to install into, else: to make anew (another Python, another place, half-made)
+check_installation() { # 0: up to date, 3: packages missing, else: to be created (other Python, moved, incomplete)
   .venv/bin/python -I -c '
 import filecmp, importlib.util, os, pip, re, sys
-stamp, place = sys.argv[1], os.path.realpath("histo_jax/__init__.py")
+stamp, package = sys.argv[1], os.path.realpath("histo_jax/__init__.py")
 if not (3, 11) <= sys.version_info < (3, 14) or os.path.exists(".venv/unfinished"):
     sys.exit(4)
-# Pip made its own script last, and in it stands where .venv was.
-made = re.search("(/.*)/bin/python", open(".venv/bin/pip").read()).group(1)
-if os.path.realpath(made) != os.path.realpath(".venv"):
+# The script of pip, which is installed last, names the location of .venv.
+location = re.search("(/.*)/bin/python", open(".venv/bin/pip").read()).group(1)
+if os.path.realpath(location) != os.path.realpath(".venv"):
     sys.exit(4)
-found = importlib.util.find_spec("histo_jax")
-if not found or not found.origin or os.path.realpath(found.origin) != place:
+spec = importlib.util.find_spec("histo_jax")
+if not spec or not spec.origin or os.path.realpath(spec.origin) != package:
     sys.exit(3)
 if not os.path.exists(stamp) or not filecmp.cmp(stamp, "pyproject.toml", shallow=False):
     sys.exit(3)
-# What else was installed or removed there may have changed what this needs.
+# Other installations into .venv may have changed or removed the requirements.
 from importlib.metadata import requires, version
 try:
     from packaging.requirements import Requirement
-    needed = [each for each in map(Requirement, requires("histo_jax")) if not each.marker]
-    if not all(each.specifier.contains(version(each.name), prereleases=True) for each in needed):
+    required = [item for item in map(Requirement, requires("histo_jax")) if not item.marker]
+    if not all(item.specifier.contains(version(item.name), prereleases=True) for item in required):
         sys.exit(3)
 except ImportError:
     sys.exit(3)
 ' "$stamp" 2>/dev/null
 }
 
-lock() { # until this shell ends; `flock` is not on every system, and some file systems have no locks
+lock() { # until this shell exits; some systems lack `flock`, and some file systems locks
   if ! [ -w launch/install.sh ]; then return; fi
   exec 8>>launch/install.sh
   "$1" -I -c '
@@ -57,7 +57,7 @@ import fcntl
 try:
     fcntl.flock(8, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
-    print("another launch/install.sh is running; waiting for it", flush=True)
+    print("waiting for another launch/install.sh to finish", flush=True)
     fcntl.flock(8, fcntl.LOCK_EX)
 except OSError:
     pass
@@ -77,40 +77,40 @@ find_python() {
     if [ "$candidate" = "${PYTHON:-}" ]; then break; fi
   done
   if [ "$unusable" ]; then
-    fail "$unusable cannot make a virtual environment; on Debian: apt install python3-venv"
+    fail "$unusable cannot create a virtual environment; on Debian: apt install python3-venv"
   elif [ "${PYTHON:-}" ]; then
-    fail "PYTHON=$PYTHON is no Python 3.11 to 3.13: name another, or unset it"
+    fail "PYTHON=$PYTHON is not Python 3.11 to 3.13: name another, or unset it"
   fi
-  fail "no Python 3.11 to 3.13 found; install one or name it: PYTHON=/path/to/python"
+  fail "no Python 3.11 to 3.13 found: install one, or set PYTHON=/path/to/python"
 }
 
 stamp=.venv/installed${extra:+-$extra}
-found=0
-state || found=$?
-if [ "$found" -eq 0 ]; then exit; fi
+state=0
+check_installation || state=$?
+if [ "$state" -eq 0 ]; then exit; fi
 if ! [ -w . ] || { [ -d .venv ] && ! [ -w .venv ]; }; then
-  fail "$PWD or its .venv cannot be written: make both yours (chown), or clone it elsewhere"
+  fail "$PWD or its .venv cannot be written: change the owner of both (chown), or clone elsewhere"
 fi
-if [ "$found" -eq 3 ]; then python=.venv/bin/python; else python=$(find_python); fi
+if [ "$state" -eq 3 ]; then python=.venv/bin/python; else python=$(find_python); fi
 lock "$python"
-# Another may have installed it meanwhile.
-found=0
-state || found=$?
-if [ "$found" -eq 0 ]; then exit; fi
-if [ "$found" -ne 3 ]; then
-  rm -rf .venv || fail ".venv cannot be removed, see above; remove it"
-  if ! said=$("$python" -I -m venv .venv 2>&1); then
+# Another process may have installed it meanwhile.
+state=0
+check_installation || state=$?
+if [ "$state" -eq 0 ]; then exit; fi
+if [ "$state" -ne 3 ]; then
+  rm -rf .venv || fail ".venv cannot be removed, see above: remove it"
+  if ! output=$("$python" -I -m venv .venv 2>&1); then
     rm -rf .venv
-    fail "$python cannot make a virtual environment (is there space left?): ${said##*$'\n'}"
+    fail "$python cannot create a virtual environment (is there space left?): ${output##*$'\n'}"
   fi
 fi
 echo "installing histo_jax${extra:+[$extra]} into .venv"
-# What a killed installation leaves is no ground to build on.
+# Marks an incomplete installation, which is created anew if it is killed.
 touch .venv/unfinished
 status=0
 if [ "$extra" = bench ] && [ ! -e /dev/nvidia0 ]; then
-  # PyPI's build for Linux brings gigabytes of CUDA. Of one version pip prefers a `+cpu` build;
-  # where the index does not answer, pip warns and takes what else it knows.
+  # The build for Linux on PyPI depends on gigabytes of CUDA. Of equal versions pip prefers a `+cpu`
+  # build; if that index does not respond, pip warns and uses the other one.
   .venv/bin/python launch/pip_install.py --no-deps --retries 1 \
     --extra-index-url https://download.pytorch.org/whl/cpu "$(grep -o 'torch==[0-9.]*' pyproject.toml)" || status=$?
 fi

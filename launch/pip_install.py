@@ -1,10 +1,10 @@
-"""Runs `pip install` in this environment, undisturbed by how the user has set up pip.
+"""Runs `pip install` in this environment, independently of the user's pip settings.
 
 usage: .venv/bin/python launch/pip_install.py OPTION ...
 
-The user's settings of indexes, proxies, certificates and cache hold. All others, such as `user`,
-`target`, `constraint` or `require-hashes`, are meant for other environments and do not. What pip
-prints goes to .venv/pip.log; why it failed is one line.
+Uses the user's settings of indexes, proxies, certificates and cache. Ignores all others, such as
+`user`, `target`, `constraint` or `require-hashes`, which are meant for other environments. The
+output of pip goes to .venv/pip.log; the reason of a failure is printed in one line.
 """
 
 import ast
@@ -39,7 +39,7 @@ _KEPT = {
 _REASONS = (
     (
         r"No space left|Disk quota exceeded",
-        "no space left: free some, or set TMPDIR to a larger folder",
+        "no space left: free some space, or set TMPDIR to a larger folder",
     ),
     (
         r"CERTIFICATE_VERIFY_FAILED",
@@ -54,11 +54,11 @@ _REASONS = (
 
 
 def settings(listing: str, variables: dict[str, str]) -> dict[str, str]:
-    """Returns the environment that pip gets.
+    """Returns the environment variables for pip.
 
     Args:
-        listing: what `pip config list` prints, `section.name='value'` a line.
-        variables: the environment; its PIP_ variables override the listing.
+        listing: output of `pip config list`, lines of `section.name='value'`.
+        variables: environment variables; PIP_ variables override the listing.
     """
     kept = {name: value for name, value in variables.items() if not name.startswith("PIP_")}
     kept["PIP_CONFIG_FILE"] = os.devnull
@@ -78,24 +78,24 @@ def _variable(name: str) -> str:
 
 
 def reason(log: str) -> str:
-    """Returns in a few words why pip failed; `log` is what it printed."""
+    """Returns the reason why pip failed, given its output."""
     for pattern, text in _REASONS:
         if re.search(pattern, log):
             return text
-    # Indented, where a build could not get what it needs.
+    # Errors of a build are indented.
     errors = re.findall(r"^\s*error: (?!subprocess-exited)(.+)$", log, re.IGNORECASE | re.MULTILINE)
     return errors[-1].strip() if errors else "see the log"
 
 
 def main(options: list[str]) -> int:
-    """Returns 0, or 2 after one line that says why pip failed."""
+    """Returns 0, or 2 after printing the reason of the failure."""
     pip = [sys.executable, "-I", "-m", "pip"]
     plain = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith("PIP_") or name == "PIP_CONFIG_FILE"
     }
-    # `user = true` would be an option of `config list`, too, and hide the other files.
+    # `user = true` would make `config list` skip the other configuration files.
     done = subprocess.run(
         [*pip, "config", "list"],
         env={**plain, "PIP_USER": "0"},
@@ -107,7 +107,7 @@ def main(options: list[str]) -> int:
     if done.returncode:
         log.write_text(done.stdout + done.stderr)
     else:
-        # At Ctrl-C pip undoes what it has begun; this process waits for it.
+        # At Ctrl-C pip rolls back its changes; this process waits for it.
         signal.signal(signal.SIGINT, lambda *_: None)
         with log.open("w") as file:
             done = subprocess.run(
@@ -119,7 +119,7 @@ def main(options: list[str]) -> int:
     if done.returncode:
         print(
             f"launch/install.sh: pip failed: {reason(log.read_text(errors='replace'))} "
-            "(all it printed: .venv/pip.log)",
+            "(full output: .venv/pip.log)",
             file=sys.stderr,
         )
     return 2 if done.returncode else 0

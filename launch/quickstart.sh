@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs histo_jax and runs its whole main job on synthetic slides, into runs/quickstart.
+# Installs histo_jax; trains, evaluates and predicts on synthetic slides, in runs/quickstart.
 # usage: launch/quickstart.sh [--config.FIELD=VALUE ...] [--workdir=DIR]     e.g. --config.seed=1
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
@@ -11,12 +11,12 @@ for option in "$@"; do
     --workdir=*) workdir=${option#*=} ;;
     --config.*) ;;
     -*)
-      echo "launch/quickstart.sh: unknown option $option; for another config or mode use .venv/bin/python -m histo_jax.main" >&2
+      echo "launch/quickstart.sh: unknown option $option: for another config or mode, use .venv/bin/python -m histo_jax.main" >&2
       exit 2
       ;;
   esac
 done
-# Nothing of the user's that leads Python to other packages than those of .venv.
+# Variables that make Python import packages from outside .venv.
 unset PYTHONHOME PYTHONPATH
 bash launch/install.sh
 .venv/bin/python -m histo_jax.main --config=configs/quickstart.py --workdir=runs/quickstart "$@"

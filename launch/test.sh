@@ -7,7 +7,7 @@ CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 case ${1:-} in --help | -h) sed -n '2,3s/^# //p' launch/test.sh; exit ;; esac
 unset PYTHONHOME
 bash launch/install.sh test
-# Names the option that pytest does not know before the checks, which take minutes.
+# Reports an unknown option of pytest before the other checks, which take minutes.
 if [ $# -gt 0 ]; then .venv/bin/python -m pytest "$@" --markers >/dev/null; fi
 .venv/bin/ruff check
 .venv/bin/ruff format --check

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.sh calls on every worker. gcloud repeats a command when its connection breaks, so
-# that each of these may come twice, also while the first still works.
-# usage: launch/tpu_worker.sh setup BUCKET RECORDS   installs; mounts the bucket as runs/, copies records
+# Called by launch/tpu_vm.sh on each worker. gcloud repeats a command when its connection breaks, so each
+# of these may be called twice, also while the first call is still running.
+# usage: launch/tpu_worker.sh setup BUCKET RECORDS   installs, mounts the bucket as runs/, copies records
 #        launch/tpu_worker.sh idle                   fails while histo_jax.main runs
-#        launch/tpu_worker.sh start ID OPTION ...    histo_jax.main in the background, unless it runs
-#        launch/tpu_worker.sh state                  running, or the status that it has ended with
-#        launch/tpu_worker.sh log LINES              what it has said after so many lines, and how many
-#        launch/tpu_worker.sh stop                   lets it save and leave
+#        launch/tpu_worker.sh start ID OPTION ...    starts histo_jax.main in the background, unless it runs
+#        launch/tpu_worker.sh state                  prints `running`, or the exit status of the last run
+#        launch/tpu_worker.sh log LINES              prints the log after this line, and its number of lines
+#        launch/tpu_worker.sh stop                   makes the run save and exit
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-verb=${1:-}
-case $verb in
+action=${1:-}
+case $action in
   setup | idle | start | state | log | stop) shift; mkdir -p .run ;;
   --help | -h) sed -n '2,9s/^# //p' launch/tpu_worker.sh; exit ;;
-  *) echo "launch/tpu_worker.sh: unknown command $verb (see --help)" >&2; exit 2 ;;
+  *) echo "launch/tpu_worker.sh: unknown command $action (see --help)" >&2; exit 2 ;;
 esac
 
 install() { # packages of apt
-  # On a new VM the daily update holds apt's locks; its timeout is not for that of `update`.
+  # On a new VM the daily update holds the locks of apt, whose timeout does not apply to `update`.
   for _ in {1..30}; do
     sudo apt-get update -q && break
     sleep "${HISTO_JAX_POLL_SECONDS:-10}"
@@ -26,12 +26,12 @@ install() { # packages of apt
   sudo apt-get -o DPkg::Lock::Timeout=600 install -qy "$@"
 }
 
-mount_runs() { # a bucket
-  local there key=/usr/share/keyrings/cloud.google.asc apt=https://packages.cloud.google.com/apt
-  there=$(findmnt --noheadings --output=SOURCE --mountpoint="$PWD/runs" || true)
-  if [ "$there" = "$1" ]; then return; fi
-  if [ "$there" ]; then
-    echo "launch/tpu_vm.sh: $there is mounted as ~/histo_jax/runs, not $1: name it, or unmount it on every worker (fusermount -u)" >&2
+mount_runs() { # bucket
+  local mounted key=/usr/share/keyrings/cloud.google.asc apt=https://packages.cloud.google.com/apt
+  mounted=$(findmnt --noheadings --output=SOURCE --mountpoint="$PWD/runs" || true)
+  if [ "$mounted" = "$1" ]; then return; fi
+  if [ "$mounted" ]; then
+    echo "launch/tpu_vm.sh: $mounted is mounted as ~/histo_jax/runs, not $1: name it, or unmount it on each worker (fusermount -u)" >&2
     exit 2
   fi
   if ! command -v gcsfuse >/dev/null; then
@@ -41,16 +41,16 @@ mount_runs() { # a bucket
     install gcsfuse
   fi
   mkdir -p runs
-  # Checkpoints are made whole by renaming a folder, which gcsfuse allows up to so many files only.
-  # It stays, and must not keep the lock of `setup`.
+  # Checkpoints are committed by renaming a folder; gcsfuse limits the number of files in it. Its
+  # process keeps running and must not inherit the lock of `setup`.
   gcsfuse --implicit-dirs --rename-dir-limit=100000 "$1" runs 9>&-
 }
 
-case $verb in
+case $action in
   setup)
     exec 9>.run/setup.lock
     flock 9
-    # The usual runtimes are Ubuntu 22.04, whose own Python is 3.10.
+    # The common runtimes are Ubuntu 22.04 with Python 3.10.
     if ! command -v python3.13 python3.12 python3.11 >/dev/null; then install python3.11-venv; fi
     launch/install.sh tpu
     if [ "$1" ]; then mount_runs "$1"; fi
@@ -64,23 +64,23 @@ case $verb in
     flock -n 9
     ;;
   start)
-    # The run, and the shell around it, hold the lock for as long as they live.
+    # The run and its shell hold the lock while they run.
     exec 9>.run/lock
     if ! flock -w 1 9 || [ "$(cat .run/id 2>/dev/null)" = "$1" ]; then exit; fi
     rm -rf .run/status .run/pid .run/stopped
     echo "$1" >.run/id
     shift
-    # shellcheck disable=SC2016  # expanded by that shell
+    # shellcheck disable=SC2016  # expanded by the inner shell
     PYTHONUNBUFFERED=1 setsid bash -c '"$@" & echo $! >.run/pid; s=0; wait $! || s=$?; echo $s >.run/status' \
       run .venv/bin/python -m histo_jax.main --multihost=tpu "$@" </dev/null >.run/log 2>&1 &
-    # Not before it has left the connection's session; on a full disk it never says so.
+    # Waits until it has left the session of the connection; on a full disk there is no pid file.
     until [ -s .run/pid ] || ! kill -0 $! 2>/dev/null; do sleep 0.1; done
     ;;
   state)
     exec 9>.run/lock
     if ! flock -n 9; then
       echo "histo_jax: running"
-    else # 137: not even the shell around it lives
+    else # 137: its shell was killed, too
       echo "histo_jax: $(cat .run/status 2>/dev/null || echo 137)"
     fi
     ;;
@@ -91,7 +91,7 @@ case $verb in
     ;;
   stop)
     exec 9>.run/lock
-    # Once only: at the second signal it leaves without a save.
+    # Only once, because at the second signal it exits without a save.
     if ! flock -n 9; then
       pid=$(cat .run/pid)
       if mkdir .run/stopped 2>/dev/null; then kill -TERM "$pid"; fi

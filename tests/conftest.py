@@ -38,9 +38,20 @@ from PIL import Image
 
 from histo_jax import environment, main
 from histo_jax.config import Config
+from histo_jax.data import splits
+from histo_jax.data.records import prepare
+from histo_jax.metrics import Calibration
+from histo_jax.models import create_model
+from histo_jax.run.workdir import Workdir
+from histo_jax.training.checkpoints import Checkpoint, Checkpoints
+from histo_jax.training.optimizer import create_optimizer
+from histo_jax.training.state import EarlyStopping, create_state
 
 # Grain reads flags, which nobody parses under pytest.
 flags.FLAGS.mark_as_parsed()
+# As the command line sets them; tests add the handlers that they need.
+logging.getLogger("histo_jax").setLevel(logging.INFO)
+logging.getLogger("histo_jax").propagate = False
 
 
 def draw_patch(rng: np.random.Generator, label: int) -> np.ndarray:
@@ -129,16 +140,13 @@ def _run_command(*options: object) -> Ended:
         warnings.catch_warnings(record=True) as caught,
     ):
         environment.reset_warnings()
-        level = logger.level
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
         try:
             status = main.main(["histo_jax", *map(str, options)])
         except SystemExit as leave:
             status = leave.code if isinstance(leave.code, int) else 1
         finally:
             logger.removeHandler(handler)
-            logger.setLevel(level)
     messages = [f"{warning.message}\n" for warning in caught]
     return Ended(status, stdout.getvalue(), "".join([stderr.getvalue(), *messages]))
 
@@ -153,3 +161,36 @@ def sample() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return Path(name)
+
+
+@pytest.fixture(scope="session")
+def save_run():
+    """Saves an untrained network as the best checkpoint of a run.
+
+    Whatever reads checkpoints need not wait for a training.
+    """
+    return _save_run
+
+
+def _save_run(config: Config, folder: Path, calibration: Calibration) -> Path:
+    folder.mkdir()
+    Workdir(folder).save_config(config)
+    prepared = prepare(config.data, config.data_seed, folder)
+    subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
+    state = create_state(
+        create_model(config.model),
+        create_optimizer(config.optimizer),
+        config.seed,
+        *splits.channel_stats(prepared.tables[subsets.train.records], subsets.train.rows),
+        config.optimizer.ema_decay > 0,
+    )
+    data = {
+        "fingerprint": splits.fingerprint(
+            prepared.tables, subsets, config.seed, config.fit.batch_size
+        ),
+        "calibration": dataclasses.asdict(calibration),
+    }
+    early_stopping = EarlyStopping.create(config.early_stopping)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(Checkpoint(state, early_stopping, data, []), 0.5)
+    return folder

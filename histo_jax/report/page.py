@@ -159,7 +159,7 @@ def render(contents: Contents) -> tuple[str, dict[str, str]]:
             "negatives": float((probabilities[labels == 0] < 0.1).mean()),
             "positives": float((probabilities[labels == 1] >= 0.9).mean()),
         },
-        has_attribution=any(patch.saliency is not None for patch in shown),
+        has_attribution=any(patch.attribution is not None for patch in shown),
         misclassified=int(patches.is_wrong(logits, labels).sum()),
         slides=tables.slide_scores(table, probabilities) if contents.has_slides else [],
         counts=tables.predicted_positives(probabilities, labels),

@@ -1,9 +1,7 @@
-"""Single patches to look at: which, what was said of them, and where the network looked."""
+"""Patches shown in a report: which ones, their probabilities, and their attribution."""
 
-import functools
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Float32, Int, UInt8
@@ -12,13 +10,13 @@ from scipy.special import expit
 
 from histo_jax.config import Config
 from histo_jax.data.records import Prepared
-from histo_jax.ensemble import TrainedModel, fold_subsets
+from histo_jax.ensemble import fold_subsets
 from histo_jax.metrics.scores import per_patch_loss
-from histo_jax.report.attribution import integrated_gradients
+from histo_jax.predictor import Predictor
+from histo_jax.report.attribution import attribute
 
-# Patches in each gallery, and in one pass through the network.
-_SHOWN = 12
-# Of Okabe & Ito's palette, told apart in every kind of colour blindness.
+_SHOWN = 12  # patches in each gallery
+# From Okabe & Ito's palette, which can be told apart in every kind of colour blindness.
 _FOR, _AGAINST = np.array([230, 159, 0]), np.array([0, 114, 178])
 _SQUARE = 4
 
@@ -29,13 +27,13 @@ class Patch(NamedTuple):
     """One patch.
 
     Attributes:
-        id: of the records.
-        slide: it comes from; empty where it is not known.
+        id: as in the records.
+        slide: the slide it was cut from; empty if not known.
         label: 1 with tumour, 0 without, -1 not known.
-        probability: of tumour, calibrated.
+        probability: calibrated probability of tumour.
         image: its pixels.
-        saliency: the patch in grey, orange where it speaks for tumour and blue where against;
-            None: not computed.
+        attribution: the patch in grey, orange where pixels raise the logit and blue where they
+            lower it; None = not computed.
     """
 
     id: str
@@ -43,11 +41,16 @@ class Patch(NamedTuple):
     label: int
     probability: float
     image: Pixels
-    saliency: Pixels | None
+    attribution: Pixels | None
 
 
 def galleries(table: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
-    """Returns which rows of `predictions.read` are worth a look, by the gallery's title."""
+    """Returns the rows of each gallery, by its title.
+
+    Args:
+        table: result of `evaluation_files.read`.
+        seed: of the random sample.
+    """
     logits = table["logit"].to_numpy()
     labels = table["label"].to_numpy()
     by_loss = np.argsort(-per_patch_loss(logits, labels), kind="stable")
@@ -59,7 +62,7 @@ def galleries(table: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
 
 
 def is_wrong(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns which patches are called otherwise than labelled at probability 0.5."""
+    """Returns which patches are misclassified at probability 0.5."""
     return (logits > 0) != (labels == 1)
 
 
@@ -67,34 +70,29 @@ def gather(
     prepared: Prepared,
     split: str,
     rows: np.ndarray,
-    trained: list[TrainedModel],
+    predictor: Predictor | None,
     logits: Float[np.ndarray, " rows"] | None = None,
-    owners: Int[np.ndarray, " rows"] | None = None,
+    networks: Int[np.ndarray, " rows"] | None = None,
 ) -> list[Patch]:
-    """Reads some records, and looks at them with the networks.
+    """Reads some records and computes their attribution.
 
     Args:
         prepared: the records.
         split: of the records.
-        rows: int[rows], which of them.
-        trained: the networks, whose mean is told; with none of them there is no saliency.
-        logits: calibrated; None = what the networks say.
-        owners: for each row the number of the one network that is asked; None = all are.
+        rows: int[rows], rows of these records.
+        predictor: None = no attribution; `logits` are needed then.
+        logits: calibrated; None = computed by `predictor`.
+        networks: for each row the number of the one network of `predictor` to use; None = all.
     """
-    if owners is not None:
-        found: dict[int, Patch] = {}
-        for owner in np.unique(owners):
-            places = np.flatnonzero(owners == owner)
-            given = None if logits is None else logits[places]
-            some = gather(prepared, split, rows[places], [trained[owner]], given)
-            found |= zip(places.tolist(), some, strict=True)
-        return [found[place] for place in range(len(rows))]
+    if predictor and networks is not None:
+        return _gather_by_network(prepared, split, rows, predictor, logits, networks)
     images = prepared.records(split, rows).images(np.arange(len(rows)))
     pictures: list[Pixels] | list[None] = [None] * len(rows)
-    if trained:
-        said, maps = look(trained, images)
-        logits = said if logits is None else logits
-        pictures = [_colour(image, heat) for image, heat in zip(images, maps, strict=True)]
+    if predictor:
+        if logits is None:
+            logits = predictor.logits(images)
+        maps = attribute(predictor, images)
+        pictures = [_draw_attribution(*pair) for pair in zip(images, maps, strict=True)]
     assert logits is not None
     table = prepared.tables[split].iloc[rows]
     columns = (table[name].tolist() for name in ("id", "slide", "label"))
@@ -104,52 +102,57 @@ def gather(
     ]
 
 
-def owners(
-    trained: list[TrainedModel],
+def _gather_by_network(
+    prepared: Prepared,
+    split: str,
+    rows: np.ndarray,
+    predictor: Predictor,
+    logits: Float[np.ndarray, " rows"] | None,
+    networks: Int[np.ndarray, " rows"],
+) -> list[Patch]:
+    """Does what `gather` does, each row by its own network."""
+    patches: dict[int, Patch] = {}
+    for number in np.unique(networks).tolist():
+        positions = np.flatnonzero(networks == number)
+        own = None if logits is None else logits[positions]
+        some = gather(prepared, split, rows[positions], predictor.select(number), own)
+        patches |= zip(positions.tolist(), some, strict=True)
+    return [patches[position] for position in range(len(rows))]
+
+
+def scoring_networks(
+    predictor: Predictor | None,
     config: Config,
     prepared: Prepared,
     scores: dict[str, Any],
     rows: np.ndarray,
 ) -> np.ndarray | None:
-    """Returns which network has scored each row out of fold; None where all have scored all."""
-    if not (trained and scores.get("out_of_fold")):
+    """Returns the number of the network that has scored each row; None if all have scored it.
+
+    Args:
+        predictor: the evaluated networks; None = not available.
+        config: settings of the command.
+        prepared: the records.
+        scores: result of `evaluate`.
+        rows: int[rows], rows of the training records.
+    """
+    if not (predictor and scores.get("out_of_fold")):
         return None
-    folds = fold_subsets(trained, config, prepared)
+    folds = fold_subsets(predictor.trained, config, prepared)
     return np.argmax([np.isin(rows, subsets.validation.rows) for subsets in folds], axis=0)
 
 
-def look(
-    trained: list[TrainedModel], images: UInt8[np.ndarray, "rows height width 3"]
-) -> tuple[Float[np.ndarray, " rows"], Float32[np.ndarray, "rows height width"]]:
-    """Returns calibrated logits and what each pixel adds to them, means over the networks."""
-    logits, maps = [], []
-    for member in trained:
-        compiled = jax.jit(functools.partial(integrated_gradients, member.model))
-        for first in range(0, len(images), _SHOWN):
-            # Of one size, so that there is one program; what is too much is cut off below.
-            part = np.resize(images[first : first + _SHOWN], (_SHOWN, *images.shape[1:]))
-            said, marked = compiled(member.weights, part)
-            logits.append(member.calibration.apply(np.asarray(said)))
-            maps.append(member.calibration.scale * np.asarray(marked))
+def _draw_attribution(image: Pixels, maps: Float32[np.ndarray, "height width"]) -> Pixels:
+    """Colours by squares with soft edges, because single pixels look like noise.
 
-    def mean(parts: list[np.ndarray]) -> np.ndarray:
-        whole = np.stack(parts).reshape(len(trained), -1, *parts[0].shape[1:])
-        return whole[:, : len(images)].mean(0)
-
-    return mean(logits), mean(maps).astype(np.float32)
-
-
-def _colour(image: Pixels, adds: Float32[np.ndarray, "height width"]) -> Pixels:
-    """Colours by squares, with soft edges: single pixels would be noise to the eye.
-
-    The strongest squares of each patch have full colour, however little they add.
+    The strongest squares of each patch have full colour, however little they contribute.
     """
-    height, width = (size // _SQUARE for size in adds.shape)
-    squares = adds.reshape(height, _SQUARE, width, _SQUARE).sum((1, 3))
-    # The strongest few alone would leave the rest dark.
+    height, width = (size // _SQUARE for size in maps.shape)
+    squares = maps.reshape(height, _SQUARE, width, _SQUARE).sum((1, 3))
+    # Scaled by a quantile: scaled by the maximum, all but a few squares would be dark.
     strength = np.clip(squares / max(float(np.quantile(abs(squares), 0.98)), 1e-6), -1, 1)
-    soft = Image.fromarray(strength).resize(adds.shape[::-1], Image.Resampling.BILINEAR)
+    soft = Image.fromarray(strength).resize(maps.shape[::-1], Image.Resampling.BILINEAR)
     signed = np.asarray(soft)[..., None]
-    share = 0.7 * abs(signed)
+    opacity = 0.7 * abs(signed)
     color = np.where(signed > 0, _FOR, _AGAINST)
-    return ((1 - share) * image.mean(-1, keepdims=True) + share * color).astype(np.uint8)
+    return ((1 - opacity) * image.mean(-1, keepdims=True) + opacity * color).astype(np.uint8)

@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pandas as pd
-from jax.sharding import SingleDeviceSharding
 
 from histo_jax import command, ensemble, evaluation_files
 from histo_jax.config import Config
 from histo_jax.data import leakage, splits
 from histo_jax.data.records import Prepared, prepare
 from histo_jax.distributed import runtime
-from histo_jax.ensemble import TrainedModel
 from histo_jax.errors import UserError
+from histo_jax.predictor import Predictor, TrainedModel
 from histo_jax.report import folder as folders
 from histo_jax.report import page, patches
 from histo_jax.report.result import Report
@@ -69,9 +68,10 @@ def report(config: Config, workdir: str | os.PathLike[str]) -> Report:
 def report_in(run: Workdir, config: Config) -> Path:
     """Does the work of `report` in an open folder."""
     evaluation = _read_evaluation(config, run.path)
-    trained = _restore_networks(config, run.path, evaluation.scores)
-    ensemble.check_evaluated(trained, evaluation.scores, config.evaluate.split)
-    text, svgs = page.render(_collect(config, run, evaluation, trained))
+    predictor = _load_evaluated(config, run.path, evaluation.scores)
+    if predictor:
+        ensemble.check_evaluated(predictor.trained, evaluation.scores, config.evaluate.split)
+    text, svgs = page.render(_collect(config, run, evaluation, predictor))
     if run.is_primary:
         contents = {f"{name}.svg": svg.encode() for name, svg in svgs.items()}
         folders.update(run.path / "report", contents, {f"{name}.svg" for name in page.FIGURES})
@@ -92,30 +92,29 @@ def _read_evaluation(config: Config, folder: Path) -> _Evaluation:
     return _Evaluation(table, scores, prepared, subsets, subset)
 
 
-def _restore_networks(config: Config, folder: Path, scores: dict[str, Any]) -> list[TrainedModel]:
-    """Restores the evaluated networks; returns none if their checkpoints are missing."""
+def _load_evaluated(config: Config, folder: Path, scores: dict[str, Any]) -> Predictor | None:
+    """Returns the evaluated networks, None if their checkpoints are missing."""
     predict = dataclasses.replace(config.predict, checkpoints=_runs(scores))
-    sharding = SingleDeviceSharding(jax.local_devices()[0])
     try:
-        return ensemble.restore(dataclasses.replace(config, predict=predict), folder, sharding)
+        return ensemble.load_predictor(dataclasses.replace(config, predict=predict), folder)
     except UserError as error:
         log.warning("the report shows no attribution: %s", error)
-        return []
+        return None
 
 
 def _runs(scores: dict[str, Any]) -> str:
-    return ",".join(member["run"] for member in scores.get("members", []))
+    return ",".join(run["run"] for run in scores.get("runs", []))
 
 
 def _collect(
-    config: Config, run: Workdir, evaluation: _Evaluation, trained: list[TrainedModel]
+    config: Config, run: Workdir, evaluation: _Evaluation, predictor: Predictor | None
 ) -> page.Contents:
     table, scores, prepared, subsets, _ = evaluation
     folder, split = run.path, config.evaluate.split
     train = prepared.tables[subsets.train.records].iloc[subsets.train.rows]
     validation = prepared.tables[subsets.validation.records].iloc[subsets.validation.rows]
     # The runs of an ensemble have a history each.
-    history = None if "members" in scores else folder / "history.csv"
+    history = None if "runs" in scores else folder / "history.csv"
     audit = _read_json(folder / "audit.json")
     is_own_audit = _is_audit_of(audit, train, validation)
     settings = _settings(config, folder, scores)
@@ -128,7 +127,7 @@ def _collect(
         has_slides=evaluation_files.slides(table) is not None,
         date=_date(folder / f"evaluation_{split}.json"),
         history=pd.read_csv(history) if history and history.exists() else None,
-        galleries=_gather_galleries(config, evaluation, trained),
+        galleries=_gather_galleries(config, evaluation, predictor),
         audit=_summarise_audit(audit) if audit and is_own_audit else None,
         # An audit covers one training and validation split; folds have several.
         has_other_audit=bool(audit and not is_own_audit and not scores.get("out_of_fold")),
@@ -139,7 +138,7 @@ def _collect(
             )[:16],
             patches=len(train),
             slides=train["slide"][train["slide"] != ""].nunique(),
-            parameters=[_count_parameters(model) for model in trained],
+            parameters=[_count_parameters(each) for each in predictor.trained] if predictor else [],
             versions=run.status().get("trained_with"),
         ),
         settings=settings,
@@ -149,7 +148,7 @@ def _collect(
 
 
 def _gather_galleries(
-    config: Config, evaluation: _Evaluation, trained: list[TrainedModel]
+    config: Config, evaluation: _Evaluation, predictor: Predictor | None
 ) -> dict[str, list[patches.Patch]]:
     """Returns the patches of each gallery, by its title."""
     table, scores, prepared, _, subset = evaluation
@@ -157,8 +156,8 @@ def _gather_galleries(
     # All galleries together, so that the networks are compiled once.
     places = np.concatenate(list(galleries.values()))
     logits, rows = table["logit"].to_numpy()[places], subset.rows[places]
-    owners = patches.owners(trained, config, prepared, scores, rows)
-    gathered = iter(patches.gather(prepared, subset.records, rows, trained, logits, owners))
+    networks = patches.scoring_networks(predictor, config, prepared, scores, rows)
+    gathered = iter(patches.gather(prepared, subset.records, rows, predictor, logits, networks))
     return {title: list(itertools.islice(gathered, len(own))) for title, own in galleries.items()}
 
 
@@ -170,7 +169,7 @@ def _is_audit_of(
     audit: dict[str, Any] | None, train: pd.DataFrame, validation: pd.DataFrame
 ) -> bool:
     """Whether these patches were audited."""
-    audited = audit.get("sides", {}) if audit else {}
+    audited = audit.get("subsets", {}) if audit else {}
     return all(
         audited.get(name, {}).get("digest") == leakage.digest(table)
         for name, table in {"train": train, "validation": validation}.items()
@@ -183,7 +182,7 @@ def _summarise_audit(audit: dict[str, Any]) -> page.Audit:
         text=leakage.table(audit | {"note": ""}),
         has_leak=leakage.has_leak(audit),
         knows_slides=all(pair["shared_slides"] for pair in audit["pairs"].values()),
-        color_auc=audit["control"]["validation_auc"],
+        color_auc=audit["colour_histogram_baseline"]["validation_auc"],
     )
 
 

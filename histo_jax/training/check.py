@@ -16,11 +16,12 @@ from histo_jax.config import AugmentConfig, FitConfig, ModelConfig
 from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.errors import UserError, one_line
 from histo_jax.models import create_model
+from histo_jax.models.forward import normalise, predict_logits
 from histo_jax.registry import LOSSES, MODELS
 from histo_jax.training.augmentation import make_augment
 from histo_jax.training.losses import get_loss
 from histo_jax.training.state import init_weights
-from histo_jax.training.step import normalise, predict_logits, train_logits
+from histo_jax.training.step import train_logits
 
 _BATCH = 2
 _PACKAGE = Path(__file__).parents[1]

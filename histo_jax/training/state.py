@@ -18,28 +18,8 @@ from jaxtyping import Float, PRNGKeyArray
 from histo_jax.config import Config, EarlyStoppingConfig
 from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.models import create_model
+from histo_jax.models.forward import Weights
 from histo_jax.training.optimizer import create_optimizer
-
-
-class Weights(flax.struct.PyTreeNode):
-    """All that a prediction needs.
-
-    Attributes:
-        params: the network's parameters.
-        collections: dict of its other variables by collection, such as `batch_stats`; may be empty.
-        mean: float32[3], of each channel over the run's own training images, 1 = full range.
-        std: float32[3], standard deviation, likewise.
-    """
-
-    params: Any
-    collections: Any
-    mean: Any
-    std: Any
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """All variables, as Flax takes them."""
-        return {"params": self.params, **self.collections}
 
 
 class TrainState(flax.struct.PyTreeNode):

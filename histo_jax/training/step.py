@@ -1,6 +1,5 @@
 """The jit-compiled steps: augmentation, forward, loss, gradient, update."""
 
-import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,31 +11,19 @@ from flax import linen as nn
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Float32, Int32, PRNGKeyArray
 
-from histo_jax import symmetries
 from histo_jax.data.loader import Batch
 from histo_jax.distributed.mesh import replicated
-from histo_jax.errors import UserError
-from histo_jax.training.augmentation import Augment, Images, mixup
+from histo_jax.models.forward import (
+    Forward,
+    Weights,
+    check_logits,
+    make_forward,
+    normalise,
+    read_behind,
+)
+from histo_jax.training.augmentation import Augment, mixup
 from histo_jax.training.losses import Loss
-from histo_jax.training.state import TrainState, Weights, update_ema
-
-Forward = Callable[[Weights, Images], Float32[Array, " batch"]]
-
-
-def normalise(weights: Weights, images: Any) -> Float32[Array, "batch height width 3"]:
-    """Returns pixels, 0 to 255 before, with the training images' mean 0 and deviation 1."""
-    return (images.astype(jnp.float32) / 255 - weights.mean) / weights.std
-
-
-def predict_logits(
-    model: nn.Module, weights: Weights, images: Float32[Array, "batch height width 3"]
-) -> Float32[Array, " batch"]:
-    """Returns the logits of normalised images, without dropout.
-
-    Raises:
-        UserError: the network returns something else than one logit an image.
-    """
-    return _as_logits(model, model.apply(weights.variables, images, train=False), images)
+from histo_jax.training.state import TrainState, update_ema
 
 
 def train_logits(
@@ -55,39 +42,7 @@ def train_logits(
     logits, collections = model.apply(
         weights.variables, images, train=True, mutable=list(weights.collections), rngs=rngs
     )
-    return _as_logits(model, logits, images), dict(collections)
-
-
-def _as_logits(model: nn.Module, logits: Any, images: Any) -> Float32[Array, " batch"]:
-    shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", type(logits).__name__)
-    if shape != (len(images),) or not jnp.issubdtype(dtype, jnp.floating):
-        got = f"{dtype}{list(shape)}" if shape is not None else f"a {dtype}"
-        raise UserError(
-            f"network {type(model).__name__} returns {got} for images of shape "
-            f"{list(images.shape)}; it must return one logit an image, float32[{len(images)}]"
-        )
-    return logits.astype(jnp.float32)
-
-
-def make_forward(model: nn.Module, tta: bool = False) -> Forward:
-    """Returns the function from weights and uint8 images to logits, without dropout.
-
-    Args:
-        model: maps normalised images to logits.
-        tta: test-time augmentation, the mean of the logits of an image's eight symmetries. One
-            after the other in one program: as one batch they would take eight times the memory.
-    """
-
-    def forward(weights: Weights, images: Images) -> Float32[Array, " batch"]:
-        return predict_logits(model, weights, normalise(weights, images))
-
-    def forward_tta(weights: Weights, images: Images) -> Float32[Array, " batch"]:
-        def of_element(element: Bool[Array, "3"]) -> Float32[Array, " batch"]:
-            return forward(weights, symmetries.transform(images, *element))
-
-        return jax.lax.map(of_element, np.array(symmetries.ELEMENTS)).mean(0)
-
-    return forward_tta if tta else forward
+    return check_logits(model, logits, images), dict(collections)
 
 
 def make_eval_step(model: nn.Module, batch_sharding: NamedSharding, tta: bool = False) -> Forward:
@@ -169,16 +124,6 @@ def make_train_step(
         return state.replace(step=state.step + 1), Metrics(value, finite, norm, request)
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(batch_sharding))
-
-
-def read_behind(outputs: Iterable[jax.Array], steps: int = 2) -> Iterator[np.ndarray]:
-    """Yields what the devices compute, each when `steps` more are started, so none stands idle."""
-    waiting: collections.deque[jax.Array] = collections.deque()
-    for output in outputs:
-        waiting.append(output)
-        if len(waiting) > steps:
-            yield np.asarray(waiting.popleft())
-    yield from map(np.asarray, waiting)
 
 
 def collect_logits(

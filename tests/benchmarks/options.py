@@ -1,11 +1,11 @@
-"""The options of bench.py; run alone, by any Python without packages, it only checks them."""
+"""The options of bench.py. As a script it only checks them, and needs no packages."""
 
 import argparse
 import sys
 from pathlib import Path
 from typing import NoReturn
 
-ROWS = ("train", "epoch", "large", "predict", "averaging", "input", "prepare", "memory", "start")
+ROWS = ("train", "epoch", "large", "predict", "tta", "input", "prepare", "memory", "start")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -15,30 +15,32 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse() -> argparse.Namespace:
-    """Returns the options; a wrong one is named in one line, with status 2."""
+    """Returns the options; exits with status 2 and one line that names an invalid one."""
     parser = _Parser(
         prog="launch/bench.sh",
         allow_abbrev=False,
-        description="Installs histo_jax with its peers and prints how they compare. Rows: "
-        + ", ".join(ROWS),
+        description="Installs histo_jax and the frameworks that it is compared with, and prints a "
+        f"table of timings. Rows: {', '.join(ROWS)}",
     )
-    parser.add_argument("--rows", default=",".join(ROWS), help="some of them, by commas")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each entry")
-    parser.add_argument("--minutes", type=float, default=60, help="begin no row after these")
+    parser.add_argument("--rows", default=",".join(ROWS), help="rows to measure, comma-separated")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each row")
+    parser.add_argument("--minutes", type=float, default=60, help="start no row after this time")
     parser.add_argument(
         "--json",
         type=Path,
         default=Path(__file__).parents[2] / "runs" / "bench.json",
-        help="file for versions and every round; runs/bench.json",
+        help="output file with versions and all timings (runs/bench.json)",
     )
-    parser.add_argument("--growth", action="store_true", help="also from 1,000 to 100,000 patches")
-    parser.add_argument("--short", action="store_true", help="a tiny network, no rounds: a test")
+    parser.add_argument("--growth", action="store_true", help="add the row `growth`")
+    parser.add_argument(
+        "--short", action="store_true", help="a tiny network without rounds, for tests"
+    )
     options = parser.parse_args()
     options.rounds = 0 if options.short else options.rounds
     options.rows = options.rows.split(",")
     unknown = set(options.rows) - set(ROWS)
     if unknown:
-        parser.error(f"no such row: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown row: {', '.join(sorted(unknown))}")
     if options.growth:
         options.rows.append("growth")
     return options

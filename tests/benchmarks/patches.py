@@ -1,4 +1,4 @@
-"""Patches of noise, as files in the layouts that histo_jax reads."""
+"""Patches of noise in the file layouts that histo_jax reads."""
 
 import csv
 import hashlib
@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def write_kaggle(folder: Path, count: int) -> None:
-    """Writes patches of noise as Kaggle's TIFFs, and the same ones as arrays."""
+    """Writes patches of noise as TIFFs in the layout of Kaggle, and the same patches as arrays."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count + 1, 96, 96, 3), np.uint8)
     labels = np.arange(count) % 2
@@ -31,7 +31,7 @@ def write_kaggle(folder: Path, count: int) -> None:
 
 
 def write_pcam(folder: Path, count: int) -> None:
-    """Writes patches of noise in PatchCamelyon's layout, a chunk at a time."""
+    """Writes patches of noise in the layout of PatchCamelyon, in chunks."""
     rng = np.random.default_rng(0)
     for split, size in (("train", count), ("valid", 64)):
         name = f"camelyonpatch_level_2_split_{split}"

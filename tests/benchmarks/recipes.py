@@ -1,14 +1,14 @@
-"""Trains recipes on real slides and appends what each reached to `recipes.csv` as it ends.
+"""Trains recipes on real slides and appends the scores of each one to `recipes.csv`.
 
     .venv/bin/python tests/benchmarks/recipes.py --data=FOLDER --stage=screen [NAME ...]
 
-FOLDER holds PatchCamelyon's HDF5 files or the sample of them. Only the official validation slides
-are scored. Runs that stand in the CSV are not made again; an interrupted one goes on. Stages:
+FOLDER contains the HDF5 files of PatchCamelyon, or a sample of them. Scores are those of the
+official validation split. Skips the runs that are in the CSV, and resumes interrupted ones. Stages:
 
-    screen   `BASE`, and each of `FACTORS` alone, on 5,000 patches, for 15 passes
-    full     the runs of `FULL`, on all patches; --seeds=0,1,2
-    curve    the best recipe with the symmetric and with the plain network on 1,000 and 5,000
-             patches; draws `learning_curves.svg` of them and of the full runs
+    screen   `BASE`, and each of `FACTORS` alone, on 5,000 patches, for 15 epochs
+    full     the recipes of `FULL`, on all patches; --seeds=0,1,2
+    curve    the best recipe with the D4-invariant and with the plain network on 1,000 and 5,000
+             patches; draws `learning_curves.svg` of these and the full runs
 """
 
 import argparse
@@ -89,7 +89,7 @@ FULL: dict[str, dict[str, Any]] = {
 }
 BEST = "strong"
 FULL[f"{BEST}_plain"] = FULL[BEST] | FACTORS["plain"]
-# Of each network the full run, whose recipe the runs on fewer patches share.
+# The full run of each network; the runs on fewer patches use the same recipe.
 NETWORKS = {"symmetric": BEST, "plain": f"{BEST}_plain"}
 CURVE = {
     f"{network}_{size}": {**FULL[full], "data.samples_per_class": size // 2}
@@ -112,20 +112,22 @@ def configure(changes: dict[str, Any]) -> Config:
 
 
 def run(stage: str, name: str, changes: dict[str, Any], workdir: Path) -> dict[str, Any]:
-    """Trains, goes on, or reads what is finished; returns the row of the table."""
+    """Trains or resumes a run, and evaluates it; returns the row of the table."""
     config = configure(changes)
     prepared = prepare(config)
     patches = len(make_subsets(prepared.tables, config.data, config.data_seed).train.rows)
-    began = time.monotonic()
+    start = time.monotonic()
     history = histo_jax.fit(config, workdir)
     scores = histo_jax.evaluate(config, workdir)
-    minutes = (time.monotonic() - began) / 60
+    minutes = (time.monotonic() - start) / 60
     model = create_model(config.model)
     shapes = jax.eval_shape(
         model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 96, 96, 3), "float32")
     )
     default = flat(Config())
-    told = {k: v for k, v in flat(config).items() if v != default[k] and not k.startswith("data.")}
+    changed = {
+        k: v for k, v in flat(config).items() if v != default[k] and not k.startswith("data.")
+    }
     best = history.loc[history["validation_loss"].idxmin()]
     return {
         "date": datetime.date.today().isoformat(),
@@ -142,16 +144,16 @@ def run(stage: str, name: str, changes: dict[str, Any], workdir: Path) -> dict[s
         "minutes": round(minutes, 1),
         "images_per_second": Workdir(workdir).status()["images_per_second"],
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])),
-        "config": " ".join(f"{k}={v}".replace(" ", "") for k, v in told.items()),
+        "config": " ".join(f"{k}={v}".replace(" ", "") for k, v in changed.items()),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="some recipes of the stage; none = all")
-    parser.add_argument("--data", required=True, help="folder of PatchCamelyon's HDF5 files")
+    parser.add_argument("names", nargs="*", help="recipes of the stage (all)")
+    parser.add_argument("--data", required=True, help="folder with the HDF5 files of PatchCamelyon")
     parser.add_argument("--stage", choices=STAGES, default="screen")
-    parser.add_argument("--seeds", default="0", help="separated by commas")
+    parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
     options = parser.parse_args()
     logging.set_verbosity(logging.FATAL)  # as histo_jax.main does
@@ -181,7 +183,7 @@ def main() -> None:
 
 
 def draw(table: pd.DataFrame) -> None:
-    """Draws validation AUC over training patches, a line a network."""
+    """Draws the validation AUC by number of training patches, one line per network."""
     import matplotlib.pyplot as plt
 
     table = table[table["seed"] == 0]
@@ -196,7 +198,7 @@ def draw(table: pd.DataFrame) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(title="network, one seed each")
-    # Without a date and with fixed ids: the same figures give the same file.
+    # Without a date and with fixed ids: the same numbers give the same file.
     plt.rcParams["svg.hashsalt"] = "histo_jax"
     figure.savefig(TABLE.with_name("learning_curves.svg"), metadata={"Date": None})
 

@@ -1,10 +1,9 @@
-"""What saving costs: epochs of the quickstart's net with and without a save, interleaved.
+"""The cost of a checkpoint: epochs of the quickstart's network with and without one, interleaved.
 
     .venv/bin/python tests/benchmarks/saving.py [ROUNDS]
 
-An epoch is the quickstart's: 32 steps of 64 patches, then, on one side, the save that ends it. Its
-writing goes on in the background and slows the steps after it, so the time of an epoch is taken
-from before its first step to before the first step of the next one, on both sides alike.
+An epoch has 32 steps of 64 patches. The checkpoint at its end is written in the background, which
+slows the next steps; so the time of an epoch is measured until the first step of the next epoch.
 """
 
 import os
@@ -50,7 +49,7 @@ def main(rounds: int) -> None:
     early_stopping = EarlyStopping.create(config.early_stopping)
 
     def epoch(state, save):
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(STEPS):
             state, metrics = train_step(state, batch)
             metrics.loss.block_until_ready()
@@ -58,7 +57,7 @@ def main(rounds: int) -> None:
             number = int(state.step)
             data = {"step": number, "fingerprint": ""}
             checkpoints.save(Checkpoint(state, early_stopping, data, []), 1 / number)
-        return state, time.perf_counter() - began
+        return state, time.perf_counter() - start
 
     with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as checkpoints:
         for save in (False, True):  # warm-up
@@ -66,7 +65,7 @@ def main(rounds: int) -> None:
         checkpoints.wait()
         ratios, plain, saving = [], [], []
         for _ in range(rounds):
-            # A pair of epochs each: the second bears what the first one's save left to do.
+            # Pairs of epochs: the checkpoint of the first one is written during the second.
             times = {}
             for save in (False, True):
                 state, first = epoch(state, save)
@@ -79,13 +78,13 @@ def main(rounds: int) -> None:
     print(
         f"{rounds} rounds, {os.cpu_count()} cores, {jax.default_backend()}, jax {jax.__version__}"
     )
-    print(f"epoch without saving   {statistics.median(plain):.3f} s")
-    print(f"cost of one save       {statistics.median(saving):.3f} s")
+    print(f"epoch without checkpoint {statistics.median(plain):.3f} s")
+    print(f"cost of one checkpoint   {statistics.median(saving):.3f} s")
     low, *_, high = statistics.quantiles(ratios, n=4)
+    print(f"relative to the epoch    {statistics.median(ratios):.2%} ({low:.2%} to {high:.2%})")
     print(
-        f"share of the epoch     {statistics.median(ratios):.2%} (quartiles {low:.2%}, {high:.2%})"
+        f"parameters               {sum(p.size for p in jax.tree.leaves(state.weights.params)):,}"
     )
-    print(f"parameters             {sum(p.size for p in jax.tree.leaves(state.weights.params)):,}")
     assert jnp.isfinite(state.loss_sum)
 
 

@@ -1,11 +1,11 @@
-"""Images a second of one run by 1, 2 and 4 processes on this machine.
+"""Images per second of one run with 1, 2 and 4 processes on this machine.
 
     .venv/bin/python tests/benchmarks/scaling.py [--rounds=3]
 
-Each process has one CPU device. XLA lets a process use all cores, so one process has the whole
-machine already: what is measured is what the division costs, and what a single CPU device gains by
-computing by tiles, which several do not. The drawn slides and the network of the quickstart, a
-global batch of 64, the third epoch of three; the rounds take turns.
+Each process has one CPU device. One process already uses all cores, so this measures the overhead
+of several processes, and the gain of Winograd convolutions, which need a single CPU device. Data
+and network are those of the quickstart, with a global batch of 64; the rate is that of the third
+epoch. Rounds are interleaved.
 """
 
 import argparse
@@ -58,17 +58,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
-        rate(Path(folder), 1, -1)  # prepares and compiles
+        rate(Path(folder), 1, -1)  # prepares the records and fills the compilation cache
         rates = {count: [] for count in (1, 2, 4)}
         for number in range(rounds):
-            for count, found in rates.items():
-                found.append(rate(Path(folder), count, number))
-    alone = statistics.median(rates[1])
-    print("| processes | img/s | of one process |\n|---|---|---|")
-    for count, found in rates.items():
-        median = statistics.median(found)
-        spread = f"{min(found):.0f} to {max(found):.0f}"
-        print(f"| {count} | {median:.0f} ({spread}) | {median / alone:.0%} |")
+            for count, values in rates.items():
+                values.append(rate(Path(folder), count, number))
+    single = statistics.median(rates[1])
+    print("| processes | img/s | relative to one process |\n|---|---|---|")
+    for count, values in rates.items():
+        median = statistics.median(values)
+        spread = f"{min(values):.0f} to {max(values):.0f}"
+        print(f"| {count} | {median:.0f} ({spread}) | {median / single:.0%} |")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One framework in a process of its own, so that thread pools and memory do not mix.
+"""Runs a framework (a peer) in a process of its own, with its own thread pools and memory.
 
-`Worker` is the end of the one who asks, `main` that of the peer. They speak JSON, a line each:
-`[method, arguments]`, and the seconds that the peer's method took and what it returned.
+`Worker` is the end of the benchmark, `main` the end of the peer. They exchange lines of JSON: a
+request `[method, arguments]`; a response with the time and the result of that method.
 """
 
 import dataclasses
@@ -19,22 +19,22 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # also where histo_jax is not installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # if histo_jax is not installed
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What all peers do alike.
+    """The task of all peers.
 
     Attributes:
         features: channels of the convolution blocks.
         dense: units of the dense layer.
-        dropout: share of them dropped.
-        learning_rate: Adam's.
-        cores: processors that may be used.
-        gpu: whether to use one.
-        folder: holds `images.npy`, `labels.npy` and the same patches as `kaggle/train/*.tif`.
-        epoch: patches of an epoch, the first of all.
+        dropout: fraction of these units that is dropped.
+        learning_rate: of Adam.
+        cores: number of CPU cores to use.
+        gpu: whether to use a GPU.
+        folder: contains `images.npy`, `labels.npy` and the same patches as `kaggle/train/*.tif`.
+        epoch: number of patches of an epoch.
     """
 
     features: tuple[int, ...]
@@ -47,7 +47,7 @@ class Task:
     epoch: int
 
     def images(self) -> np.ndarray:
-        """Returns the epoch's patches, uint8[epoch, 96, 96, 3]."""
+        """Returns the patches of an epoch, uint8[epoch, 96, 96, 3]."""
         return np.load(Path(self.folder) / "images.npy", mmap_mode="r")[: self.epoch].copy()
 
     def labels(self) -> np.ndarray:
@@ -56,11 +56,11 @@ class Task:
 
 
 class PeerError(Exception):
-    """A peer cannot do what was asked; the text says why."""
+    """A peer cannot run a method; the text is the reason."""
 
 
 class Worker:
-    """A peer in its own process, which works from `ask` until `answer` returns."""
+    """A peer in its own process."""
 
     def __init__(self, peer: str, task: Task, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
@@ -71,23 +71,23 @@ class Worker:
             env=environment,
         )
 
-    def ask(self, method: str, *arguments: Any) -> None:
+    def send(self, method: str, *arguments: Any) -> None:
         try:
             self._process.stdin.write(json.dumps([method, arguments]) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise PeerError(f"ended with {self._process.wait()}") from None
+            raise PeerError(f"exited with {self._process.wait()}") from None
 
-    def answer(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         line = self._process.stdout.readline()
-        answer = json.loads(line) if line else {"error": f"ended with {self._process.wait()}"}
-        if "error" in answer:
-            raise PeerError(answer["error"])
-        return answer
+        response = json.loads(line) if line else {"error": f"exited with {self._process.wait()}"}
+        if "error" in response:
+            raise PeerError(response["error"])
+        return response
 
     def call(self, method: str, *arguments: Any) -> dict[str, Any]:
-        self.ask(method, *arguments)
-        return self.answer()
+        self.send(method, *arguments)
+        return self.receive()
 
     def close(self) -> None:
         try:
@@ -97,33 +97,33 @@ class Worker:
 
 
 def main() -> None:
-    # What libraries print goes to stderr, so that it cannot mix with the answers.
-    answers = os.fdopen(os.dup(1), "w")
+    # Redirects what libraries print to stderr, so that stdout has the responses only.
+    responses = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(**values: object) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
+    def respond(**values: object) -> None:
+        responses.write(json.dumps(values) + "\n")
+        responses.flush()
 
     try:
         peer = importlib.import_module(f"peers.{sys.argv[1]}").Peer(Task(**json.loads(sys.argv[2])))
     except ImportError as error:
-        return answer(error=f"{error}")
-    answer(**peer.hello())
+        return respond(error=f"{error}")
+    respond(**peer.hello())
     for line in sys.stdin:
         method, arguments = json.loads(line)
         gc.collect()
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             result = getattr(peer, method)(*arguments)
-        except Exception as error:  # of one way of a peer; the others are still measured
+        except Exception as error:  # the other variants of the peer are still measured
             traceback.print_exc()
-            answer(error=f"{type(error).__name__}: {error}".splitlines()[0])
+            respond(error=f"{type(error).__name__}: {error}".splitlines()[0])
             continue
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         peak *= 1 if sys.platform == "darwin" else 1024
-        answer(seconds=seconds, result=result, memory=peak, device_memory=peer.device_memory())
+        respond(seconds=seconds, result=result, memory=peak, device_memory=peer.device_memory())
 
 
 if __name__ == "__main__":

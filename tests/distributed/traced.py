@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from histo_jax import fitting, prediction
+from histo_jax import fitting, predictor
 from histo_jax.distributed import consensus, processes
 from histo_jax.training import step as steps
 
@@ -55,7 +55,7 @@ def make_train_step(*arguments, make=steps.make_train_step):
     return step
 
 
-def read_behind(outputs, read=prediction.read_behind):
+def read_behind(outputs, read=predictor.read_behind):
     if DIE_AT == -1:
         os.kill(os.getpid(), signal.SIGKILL)
     return read(outputs)
@@ -79,6 +79,6 @@ def binary_scores(logits, labels, scores=fitting.binary_scores):
 if not os.environ.get("HISTO_JAX_LONG"):
     processes._HEARTBEAT_SECONDS = 10  # the tests wait for it
 consensus._SEEN_WITHIN_SECONDS = 2
-steps.make_train_step, prediction.read_behind = make_train_step, read_behind
+steps.make_train_step, predictor.read_behind = make_train_step, read_behind
 fitting.prepare, fitting.binary_scores, grown = prepare, binary_scores, 0.0
 runpy.run_module("histo_jax.main", run_name="__main__", alter_sys=True)

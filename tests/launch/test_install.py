@@ -1,4 +1,4 @@
-"""launch/install.sh, run for real with a stand-in for pip that fetches nothing."""
+"""launch/install.sh, run with a fake pip that downloads nothing."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ FILES = ("launch/install.sh", "launch/pip_install.py", "pyproject.toml", "histo_
 ENVIRONMENT = {
     name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))
 }
-# An interpreter whose `-m venv` puts the stand-in for pip into what it makes, its script last.
+# An interpreter whose `-m venv` installs the fake pip, with its script last.
 PYTHON = """#!/bin/bash
 if [[ "$*" != *"-m venv .venv" ]]; then exec {python} "$@"; fi
 if [ -e {folder}/venv-fails ]; then printf 'some words\\nError: No space left\\n'; exit 1; fi
@@ -50,7 +50,7 @@ place = pathlib.Path(__file__).parents[1]
 
 
 class Clone:
-    """A clone whose installation is quick."""
+    """A clone of the repository whose installation is fast."""
 
     def __init__(self, folder: Path, name: str = "clone") -> None:
         self.folder, self.path = folder, folder / name
@@ -80,8 +80,8 @@ class Clone:
 
     def install(self, *arguments: str, **variables: str) -> tuple[int, str, str]:
         process = self.start(*arguments, **variables)
-        said = process.communicate(timeout=60)
-        return process.returncode, *said
+        output = process.communicate(timeout=60)
+        return process.returncode, *output
 
     def calls(self) -> list[tuple[list[str], dict[str, str]]]:
         """Returns the arguments and the environment of each `pip install`."""
@@ -89,7 +89,7 @@ class Clone:
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def works(self) -> bool:
-        """Returns whether the environment finds this clone's package from elsewhere."""
+        """Returns whether the environment imports the package of this clone, from any folder."""
         code = "import histo_jax; print(histo_jax.__file__)"
         done = subprocess.run(
             [self.path / ".venv" / "bin" / "python", "-c", code],
@@ -111,12 +111,12 @@ INSTALLING = "installing histo_jax into .venv\n"
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
-def test_installs_once_whatever_the_surroundings(tmp_path, shell):
+def test_it_installs_once_independently_of_the_environment(tmp_path, shell):
     clone = Clone(tmp_path, "a 'clone' [of] \"mine\" $HOME é")
     (tmp_path / "modules").mkdir()
     for name in ("re", "pip", "histo_jax"):
         (tmp_path / "modules" / f"{name}.py").write_text("raise SystemExit('hidden')")
-    surroundings = {
+    variables = {
         "PIP_USER": "1",
         "PIP_TARGET": "/nowhere",
         "PIP_REQUIRE_HASHES": "1",
@@ -128,7 +128,7 @@ def test_installs_once_whatever_the_surroundings(tmp_path, shell):
         "CDPATH": "/tmp:/",
         "VIRTUAL_ENV": "/nowhere",
     }
-    assert clone.install(shell=shell, **surroundings) == (0, INSTALLING, "")
+    assert clone.install(shell=shell, **variables) == (0, INSTALLING, "")
     ((arguments, environment),) = clone.calls()
     assert arguments[0] == "install"
     assert arguments[-2:] == ["--editable", "."]
@@ -141,7 +141,7 @@ def test_installs_once_whatever_the_surroundings(tmp_path, shell):
     python = {name for name in environment if name.startswith("PYTHON")}
     assert python == {"PYTHON", "PYTHON_KEYRING_BACKEND"}
     assert clone.works()
-    assert clone.install(shell=shell, **surroundings) == (0, "", "")
+    assert clone.install(shell=shell, **variables) == (0, "", "")
     assert clone.install("test")[1] == "installing histo_jax[test] into .venv\n"
     assert len(clone.calls()) == 2
 
@@ -164,20 +164,20 @@ def replace(clone: Clone, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage",
+    "breakage",
     [
         pytest.param(move, id="moved"),
         pytest.param(upgrade_python, id="Python upgraded"),
         pytest.param(lambda c: replace(c, "file"), id="a file"),
         pytest.param(lambda c: replace(c, "link"), id="a link to nowhere"),
-        pytest.param(lambda c: (c.path / ".venv/bin/pip").unlink(), id="pip half made"),
+        pytest.param(lambda c: (c.path / ".venv/bin/pip").unlink(), id="pip incomplete"),
         pytest.param(lambda c: (c.path / ".venv/unfinished").touch(), id="pip killed"),
     ],
 )
-def test_an_environment_that_cannot_be_trusted_is_made_anew(clone, damage):
+def test_an_unusable_environment_is_created_anew(clone, breakage):
     assert clone.install()[0] == 0
     (clone.path / ".venv" / "old").touch()
-    damage(clone)
+    breakage(clone)
     assert clone.install() == (0, INSTALLING, "")
     assert clone.works()
     assert not (clone.path / ".venv" / "old").exists()
@@ -192,7 +192,9 @@ def packages(clone: Clone) -> Path:
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(lambda c: (c.path / "pyproject.toml").write_text("[x]"), id="other needs"),
+        pytest.param(
+            lambda c: (c.path / "pyproject.toml").write_text("[x]"), id="other requirements"
+        ),
         pytest.param(
             lambda c: shutil.rmtree(packages(c) / "needed-2.dist-info"), id="a package removed"
         ),
@@ -205,7 +207,7 @@ def packages(clone: Clone) -> Path:
         ),
     ],
 )
-def test_an_environment_that_lacks_something_is_installed_into(clone, change):
+def test_an_incomplete_environment_is_updated(clone, change):
     assert clone.install()[0] == 0
     (clone.path / ".venv" / "old").touch()
     change(clone)
@@ -214,23 +216,23 @@ def test_an_environment_that_lacks_something_is_installed_into(clone, change):
     assert (clone.path / ".venv" / "old").exists()
 
 
-def test_two_at_once_install_once(clone):
+def test_concurrent_calls_install_once(clone):
     processes = [clone.start(SECONDS_OF_PIP="1") for _ in range(2)]
-    said = sorted(process.communicate(timeout=60)[0] for process in processes)
+    outputs = sorted(process.communicate(timeout=60)[0] for process in processes)
     assert [process.returncode for process in processes] == [0, 0]
-    assert said == ["another launch/install.sh is running; waiting for it\n", INSTALLING]
+    assert outputs == [INSTALLING, "waiting for another launch/install.sh to finish\n"]
     assert len(clone.calls()) == 1
 
 
 @pytest.mark.parametrize(
-    ("log", "why"),
+    ("log", "reason"),
     [
         (
-            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left",
             "no space left: free some",
         ),
         (
-            "WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError(...)'\n"
+            "WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError'\n"
             "ERROR: No matching distribution found for x",
             "the package index cannot be reached",
         ),
@@ -239,26 +241,27 @@ def test_two_at_once_install_once(clone):
             "the certificate of the package index is not trusted: set PIP_CERT",
         ),
         (
-            "error: subprocess-exited-with-error\n      ERROR: No matching distribution found for x>=1"
-            "\nERROR: subprocess-exited-with-error",
+            "error: subprocess-exited-with-error\n"
+            "      ERROR: No matching distribution found for x>=1\n"
+            "ERROR: subprocess-exited-with-error",
             "No matching distribution found for x>=1",
         ),
         ("killed", "see the log"),
     ],
 )
-def test_why_pip_failed_is_one_line(clone, log, why):
+def test_the_reason_of_a_failure_is_one_line(clone, log, reason):
     (clone.folder / "error").write_text(log)
-    status, _, said = clone.install()
+    status, _, message = clone.install()
     assert status == 2
-    assert said.startswith(f"launch/install.sh: pip failed: {why}")
-    assert said.endswith("(all it printed: .venv/pip.log)\n")
-    assert said.count("\n") == 1
+    assert message.startswith(f"launch/install.sh: pip failed: {reason}")
+    assert message.endswith("(full output: .venv/pip.log)\n")
+    assert message.count("\n") == 1
     assert (clone.path / ".venv" / "pip.log").read_text().strip() == log
     (clone.folder / "error").unlink()
     assert clone.install()[0] == 0
 
 
-def test_only_where_packages_come_from_is_taken_from_the_settings_of_pip():
+def test_only_index_and_network_settings_of_pip_are_used():
     spec = importlib.util.spec_from_file_location("pip_install", ROOT / "launch/pip_install.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -277,40 +280,41 @@ def test_only_where_packages_come_from_is_taken_from_the_settings_of_pip():
     }
 
 
-def test_an_interpreter_that_does_not_do_is_named(clone):
-    status, said, wrong = clone.install(PYTHON="./none")
-    assert (status, said) == (2, "")
-    assert wrong == (
-        f"launch/install.sh: PYTHON={clone.folder}/./none is no Python 3.11 to 3.13: name another, "
-        "or unset it\n"
+def test_an_unusable_interpreter_is_named(clone):
+    status, output, message = clone.install(PYTHON="./none")
+    assert (status, output) == (2, "")
+    assert message == (
+        f"launch/install.sh: PYTHON={clone.folder}/./none is not Python 3.11 to 3.13: "
+        "name another, or unset it\n"
     )
     (clone.folder / "venv-fails").touch()
-    status, said, wrong = clone.install()
-    assert (status, said) == (2, "")
-    assert wrong.count("\n") == 1
-    assert wrong.endswith("Error: No space left\n")
+    status, output, message = clone.install()
+    assert (status, output) == (2, "")
+    assert message.count("\n") == 1
+    assert message.endswith("Error: No space left\n")
     assert not (clone.path / ".venv").exists()
 
 
-def test_one_extra_at_a_time(clone):
-    status, _, wrong = clone.install("test", "cuda")
-    assert (status, wrong) == (
+def test_several_extras_are_refused(clone):
+    status, _, message = clone.install("test", "cuda")
+    assert (status, message) == (
         2,
-        "launch/install.sh: one extra at a time; start it again for cuda\n",
+        "launch/install.sh: one extra at a time: rerun for cuda\n",
     )
 
 
-def test_scripts_keep_their_line_ends_in_a_clone_of_git_for_windows(tmp_path):
-    made = tmp_path / "made"
-    shutil.copytree(ROOT / "launch", made / "launch")
-    shutil.copy(ROOT / ".gitattributes", made)
+def test_scripts_keep_their_line_endings_in_a_clone_on_windows(tmp_path):
+    repository = tmp_path / "repository"
+    shutil.copytree(ROOT / "launch", repository / "launch")
+    shutil.copy(ROOT / ".gitattributes", repository)
     identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
     for command in (["init"], ["add", "-A"], [*identity, "commit", "-m", "all"]):
-        subprocess.run(["git", *command], cwd=made, check=True, capture_output=True)
+        subprocess.run(["git", *command], cwd=repository, check=True, capture_output=True)
     subprocess.run(
-        ["git", "-c", "core.autocrlf=true", "clone", "-q", made, tmp_path / "clone"], check=True
+        ["git", "-c", "core.autocrlf=true", "clone", "-q", repository, tmp_path / "clone"],
+        check=True,
     )
-    for file in (made / "launch").iterdir():
+    for file in (repository / "launch").iterdir():
         assert (tmp_path / "clone" / "launch" / file.name).read_bytes() == file.read_bytes()
 
 
@@ -325,28 +329,28 @@ def hatchling():
     return WheelBuilder(str(ROOT))
 
 
-def test_a_wheel_has_the_recipes_and_what_is_not_code(hatchling, tmp_path):
+def test_a_wheel_has_configs_and_data_files(hatchling, tmp_path):
     import zipfile
 
     (wheel,) = hatchling.build(directory=str(tmp_path), versions=["standard"])
     names = set(zipfile.ZipFile(wheel).namelist())
     files = [*(ROOT / "configs").glob("*.py"), *(ROOT / "histo_jax").rglob("*.*")]
-    wanted = {
+    expected = {
         str(file.relative_to(ROOT)).replace("configs/", "histo_jax/configs/", 1)
         for file in files
         if file.suffix != ".pyc"
     }
-    assert {name for name in names if ".dist-info/" not in name} == wanted
+    assert {name for name in names if ".dist-info/" not in name} == expected
     assert {"histo_jax/report/page.html", "histo_jax/configs/pcam_best.py"} <= names
 
 
-def test_an_editable_installation_is_found_from_the_folder_above_the_clone(hatchling, tmp_path):
+def test_an_editable_installation_works_in_the_folder_above_the_clone(hatchling, tmp_path):
     import zipfile
 
     (wheel,) = hatchling.build(directory=str(tmp_path), versions=["editable"])
     (tmp_path / "packages").mkdir()
     zipfile.ZipFile(wheel).extractall(tmp_path / "packages")
-    # As Git leaves it there.
+    # The clone, which Python could take for a namespace package.
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "histo_jax").symlink_to(ROOT)
     code = (

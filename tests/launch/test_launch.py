@@ -1,4 +1,4 @@
-"""The launch scripts, run for real up to the cloud's door: its programs are stand-ins here."""
+"""The launch scripts, run with fakes of the programs of clouds and clusters."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ SCRIPTS = ["gpu_vm.sh", "slurm.sbatch", "tpu_vm.sh"]
 OPTIONS = ["--config=configs/pcam.py", "--workdir=runs/with a space"]
 TPU = ["--name=mine", "--zone=here"]
 ACTIVE = {"queued-resources describe": ["ACTIVE"]}
-# Of each command, the options that its manual names and the scripts use.
+# The options of each command that the scripts use, as its manual names them.
 KNOWN = {
     "gcloud compute tpus queued-resources create": [
         "--node-id",
@@ -43,9 +43,9 @@ KNOWN = {
     "scontrol requeue": [],
     "squeue": ["--noheader", "--jobs", "--format"],
 }
-# Refuses what the program would refuse, notes how it was called, and answers as the file `answers`
-# beside it says for that call.
-STAND_IN = f"""#!{sys.executable}
+# Refuses unknown commands and options, records its calls, and takes its answers from the file
+# `answers` beside it.
+FAKE = f"""#!{sys.executable} -IS
 import contextlib, json, os, pathlib, shutil, signal, subprocess, sys, time
 known = {KNOWN!r}
 folder = pathlib.Path(__file__).parent
@@ -55,7 +55,7 @@ with (folder / "calls").open("a") as calls:
     print(json.dumps(words), file=calls)
 if any(key.split()[0] == name for key in known):
     fitting = [key for key in known if words[: len(key.split())] == key.split()]
-    # Behind srun's own options stands a command with its options.
+    # The options of srun are followed by a command with its own options.
     own = [word for word in words if word.startswith("--")]
     if name == "srun":
         own = words[1 : next(at for at, word in enumerate(words) if at and word[:2] != "--")]
@@ -66,14 +66,14 @@ if any(key.split()[0] == name for key in known):
 answers = json.loads((folder / "answers").read_text())
 for key, texts in answers.items():
     if key in " ".join(words):
-        said = texts.pop(0) if len(texts) > 1 else texts[0]
+        answer = texts.pop(0) if len(texts) > 1 else texts[0]
         (folder / "answers").write_text(json.dumps(answers))
-        if isinstance(said, int):
-            sys.exit(f"no answer to {{key}}" if name == "gcloud" else said)
-        print(said)
+        if isinstance(answer, int):
+            sys.exit(f"no answer to {{key}}" if name == "gcloud" else answer)
+        print(answer)
         sys.exit()
 """
-# Starts the command for each task, passes no signal on, and ends as the manual says.
+# Starts the command for each task, forwards no signal, and exits as the manual says.
 SRUN = """
 command = words[1 + len(own) :]
 for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -89,8 +89,8 @@ for rank, status in enumerate(statuses):
         print(f"srun: error: node{rank}: task {rank}: {how}", file=sys.stderr)
 sys.exit(128 - min(statuses) if min(statuses) < 0 else max(statuses))
 """
-# Has WORKERS, each with a folder as its home and the programs of `vm`; as gcloud does, it repeats
-# each command whose connection is BROKEN, and that still works. A connection's end hangs up.
+# Has WORKERS, each with its own home folder and the programs of `vm`. Like gcloud, it repeats each
+# command BROKEN times, while the first still runs. The end of a connection sends SIGHUP.
 GCLOUD = """
 def option(name):
     return next(word.partition("=")[2] for word in words if word.startswith(f"--{name}="))
@@ -124,7 +124,7 @@ elif words[3:5] == ["tpu-vm", "scp"]:
     for home in homes:
         shutil.copy(source, home / target.partition(":")[2])
 """
-# What the virtual machines have; what they install is there from then on.
+# Programs of the virtual machines; those that they install are added.
 VM = """awk bash cat chmod cp dirname find flock gzip hostname mkdir rm sed setsid sh sleep
 tail tar touch wc"""
 VM_PROGRAMS = {
@@ -135,7 +135,7 @@ VM_PROGRAMS = {
     "other-gcsfuse": 'echo "gcsfuse $*" >> "$HOME/calls"; '
     'setsid sleep 90 </dev/null >/dev/null 2>&1 & echo $! >> "$HOME/mounts"',
     "python3.12": "exit 1",
-    # Another program holds the lock the first time.
+    # The first time another program holds the lock.
     "sudo": """echo "sudo $*" >> "$HOME/calls"
 case "$*" in
   tee*) cat >> "$HOME/written" ;;
@@ -151,21 +151,21 @@ def program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-class Door:
-    """A folder on the PATH with stand-ins."""
+class Fakes:
+    """A folder on the PATH with fake programs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.started = folder, []
         folder.mkdir()
         for name in sorted({key.split()[0] for key in KNOWN}):
-            self.stand_in(folder / name)
+            self.make_fake(folder / name)
         for name, more in (("srun", SRUN), ("gcloud", GCLOUD)):
             with (folder / name).open("a") as file:
                 file.write(more)
         self.answer()
 
-    def stand_in(self, path: Path) -> None:
-        path.write_text(STAND_IN)
+    def make_fake(self, path: Path) -> None:
+        path.write_text(FAKE)
         path.chmod(0o755)
 
     def answer(self, **answers: list[str | int]) -> None:
@@ -185,7 +185,7 @@ class Door:
             **variables,
         }
         process = subprocess.Popen(
-            # Tests that run in the background ignore Ctrl-C, and bash cannot undo that.
+            # Background processes ignore SIGINT, and bash cannot reset that.
             ["env", "--default-signal=INT", "bash", str(script), *arguments],
             start_new_session=True,
             env=environment,
@@ -195,74 +195,75 @@ class Door:
         )
         self.started.append(process)
         try:
-            said = process.communicate(timeout=60)
+            output = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        done = subprocess.CompletedProcess(process.args, process.returncode, *said)
+        done = subprocess.CompletedProcess(process.args, process.returncode, *output)
         refused = self.folder / "refused"
         assert not refused.exists(), refused.read_text()
         return done
 
 
 @pytest.fixture
-def door(tmp_path):
-    return Door(tmp_path / "door")
+def fakes(tmp_path):
+    return Fakes(tmp_path / "fakes")
 
 
-def test_shellcheck_finds_nothing():
+def test_shellcheck_passes():
     scripts = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
     shellcheck = Path(sys.executable).with_name("shellcheck")
     done = subprocess.run([shellcheck, *scripts], text=True, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("option", ["--help", "-h"])
 @pytest.mark.parametrize(
     "script", [*sorted(file.name for file in LAUNCH.glob("*.sh")), "slurm.sbatch"]
 )
-def test_help_says_how_it_is_used_and_does_nothing(door, tmp_path, script, option):
-    # A clone without an environment, and none is made.
+def test_help_prints_the_usage_and_does_nothing(fakes, tmp_path, script):
+    # In a clone without an environment, and none is created.
     shutil.copytree(LAUNCH, tmp_path / "clone" / "launch")
     (tmp_path / "clone" / "tests" / "benchmarks").mkdir(parents=True)
     options = "tests/benchmarks/options.py"
     shutil.copy(ROOT / options, tmp_path / "clone" / options)
-    done = door.run(tmp_path / "clone" / "launch" / script, option)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("usage:") == 1
-    assert "#" not in done.stdout
-    assert door.calls() == []
+    for option in ("--help", "-h"):
+        done = fakes.run(tmp_path / "clone" / "launch" / script, option)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.count("usage:") == 1
+        assert "#" not in done.stdout
+        assert "BASH_VERSION" not in done.stdout
+    assert fakes.calls() == []
     assert not (tmp_path / "clone" / ".venv").exists()
 
 
 @pytest.mark.parametrize(
-    ("script", "option", "said"),
+    ("script", "option", "message"),
     [
         (
             "quickstart.sh",
             "--mode=fit",
-            "unknown option --mode=fit; for another config or mode use "
+            "unknown option --mode=fit: for another config or mode, use "
             ".venv/bin/python -m histo_jax.main",
         ),
         ("bench.sh", "--row=train", "unrecognized arguments: --row=train (see --help)"),
-        ("bench.sh", "--rows=train,trian", "no such row: trian (see --help)"),
+        ("bench.sh", "--rows=train,trian", "unknown row: trian (see --help)"),
     ],
 )
-def test_an_unknown_option_is_named_before_anything_is_installed(door, script, option, said):
-    done = door.run(LAUNCH / script, option, PYTHON="/nowhere")
+def test_an_unknown_option_is_refused_before_installing(fakes, script, option, message):
+    done = fakes.run(LAUNCH / script, option, PYTHON="/nowhere")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"launch/{script}: {said}\n"
+    assert done.stderr == f"launch/{script}: {message}\n"
 
 
-def test_an_unknown_extra_is_not_installed(door):
-    done = door.run(LAUNCH / "install.sh", "cud")
+def test_an_unknown_extra_is_refused(fakes):
+    done = fakes.run(LAUNCH / "install.sh", "cud")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "launch/install.sh: no such extra: cud; test, cuda, tpu or bench\n"
+    assert done.stderr == "launch/install.sh: unknown extra cud: test, cuda, tpu or bench\n"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("first", [True, False])
-def test_a_dry_run_prints_and_does_nothing(door, script, first, tmp_path):
+def test_a_dry_run_only_prints(fakes, script, first, tmp_path):
     fetched = tmp_path / "fetched"
     if script == "tpu_vm.sh":
         settings = [*TPU, f"--fetch={fetched}"]
@@ -270,9 +271,9 @@ def test_a_dry_run_prints_and_does_nothing(door, script, first, tmp_path):
         arguments = [*settings, "--", *OPTIONS]
     else:
         arguments = ["--dry-run", *OPTIONS] if first else [*OPTIONS, "--dry-run"]
-    done = door.run(LAUNCH / script, *arguments)
+    done = fakes.run(LAUNCH / script, *arguments)
     assert done.returncode == 0, done.stderr
-    assert door.calls() == []
+    assert fakes.calls() == []
     assert not fetched.exists()
     last = next(line for line in done.stdout.splitlines() if "--config=configs/pcam.py" in line)
     assert "--workdir=runs/with a space" in " ".join(shlex.split(" ".join(shlex.split(last))))
@@ -280,24 +281,24 @@ def test_a_dry_run_prints_and_does_nothing(door, script, first, tmp_path):
 
 
 @pytest.fixture
-def repository(door, tmp_path):
-    """One whose installation and Python are stand-ins."""
+def repository(fakes, tmp_path):
+    """A repository with a fake installation and a fake Python."""
     folder = tmp_path / "repository"
     for path in ("launch", ".venv/bin"):
         (folder / path).mkdir(parents=True)
     for script in SCRIPTS:
         shutil.copy(LAUNCH / script, folder / "launch")
     for path in ("launch/install.sh", ".venv/bin/python"):
-        door.stand_in(folder / path)
+        fakes.make_fake(folder / path)
         (folder / path).with_name("answers").write_text('{"histo_jax.main": [75]}')
     return folder
 
 
-def test_gpu_vm_installs_looks_and_trains(door, repository):
-    done = door.run(repository / "launch" / "gpu_vm.sh", *OPTIONS)
+def test_gpu_vm_installs_checks_and_trains(fakes, repository):
+    done = fakes.run(repository / "launch" / "gpu_vm.sh", *OPTIONS)
     assert done.returncode == 75, done.stderr
-    assert door.calls(repository / "launch") == [["install.sh", "cuda"]]
-    assert door.calls(repository / ".venv" / "bin") == [
+    assert fakes.calls(repository / "launch") == [["install.sh", "cuda"]]
+    assert fakes.calls(repository / ".venv" / "bin") == [
         ["python", "-m", "histo_jax.doctor"],
         ["python", "-m", "histo_jax.main", *OPTIONS],
     ]
@@ -310,32 +311,32 @@ def test_gpu_vm_installs_looks_and_trains(door, repository):
         ("s3://b/records", ["aws", "s3", "sync"]),
     ],
 )
-def test_gpu_vm_copies_records_from_a_bucket(door, repository, tmp_path, records, command):
-    done = door.run(
+def test_gpu_vm_copies_records_from_a_bucket(fakes, repository, tmp_path, records, command):
+    done = fakes.run(
         repository / "launch" / "gpu_vm.sh", f"--records={records}", *OPTIONS, HOME=str(tmp_path)
     )
     assert done.returncode == 75, done.stderr
     copied = tmp_path / "tensorflow_datasets" / "histopathology"
-    assert door.calls() == [[*command, f"{records}/histopathology", str(copied)]]
-    assert copied.is_dir()  # `rsync` wants it there
-    assert door.calls(repository / ".venv" / "bin")[-1][3:] == OPTIONS
+    assert fakes.calls() == [[*command, f"{records}/histopathology", str(copied)]]
+    assert copied.is_dir()  # `rsync` requires it
+    assert fakes.calls(repository / ".venv" / "bin")[-1][3:] == OPTIONS
 
 
 @pytest.mark.parametrize("script", ["gpu_vm.sh", "slurm.sbatch"])
-def test_records_that_are_not_there_are_named(door, repository, script):
-    done = door.run(repository / "launch" / script, "--records=nowhere", *OPTIONS)
-    assert (done.returncode, door.calls()) == (2, [])
+def test_missing_records_are_refused(fakes, repository, script):
+    done = fakes.run(repository / "launch" / script, "--records=nowhere", *OPTIONS)
+    assert (done.returncode, fakes.calls()) == (2, [])
     assert done.stderr == (
-        f"launch/{script}: --records=nowhere: holds no prepared records; name a data.tfds_dir\n"
+        f"launch/{script}: --records=nowhere has no prepared records: name a data.tfds_dir\n"
     )
 
 
-def test_gpu_vm_copies_records_from_a_folder(door, repository, tmp_path):
+def test_gpu_vm_copies_records_from_a_folder(fakes, repository, tmp_path):
     for name in ("histopathology", "downloads"):
         (tmp_path / "records" / name).mkdir(parents=True)
         (tmp_path / "records" / name / "shard").write_text("patches")
     for _ in range(2):
-        done = door.run(
+        done = fakes.run(
             repository / "launch" / "gpu_vm.sh",
             f"--records={tmp_path / 'records'}",
             *OPTIONS,
@@ -347,15 +348,15 @@ def test_gpu_vm_copies_records_from_a_folder(door, repository, tmp_path):
 
 
 @pytest.fixture
-def slurm(door, repository):
-    """Submits to a cluster whose processes do `what`, in bash, each with its $TASK."""
+def slurm(fakes, repository):
+    """Submits a job whose processes run `code`, in bash, with their number as $TASK."""
 
-    def submit(what: str, *options: str, tasks: int = 2, **variables: str):
+    def submit(code: str, *options: str, tasks: int = 2, **variables: str):
         program(
             repository / ".venv" / "bin" / "python",
-            f'TASK=$SLURM_PROCID\necho "$@" > "{door.folder}/task$TASK"\n{what}',
+            f'TASK=$SLURM_PROCID\necho "$@" > "{fakes.folder}/task$TASK"\n{code}',
         )
-        return door.run(
+        return fakes.run(
             LAUNCH / "slurm.sbatch",
             *options,
             *OPTIONS,
@@ -371,13 +372,13 @@ REQUEUE = ["scontrol", "requeue", "77"]
 
 
 @pytest.mark.parametrize(
-    ("statuses", "status", "again"),
+    ("statuses", "status", "is_requeued"),
     [
         ("0 0", 0, False),
         ("75 75", 75, True),
-        ("75 0", 75, True),  # the first wrote the last file when the others had ended
+        ("75 0", 75, True),  # the first wrote the last file after the others had exited
         ("75 ABRT", 134, True),
-        ("KILL ABRT", 137, False),  # srun calls the higher one out of memory
+        ("KILL ABRT", 137, False),  # out of memory
         ("SEGV ABRT", 139, False),
         ("2 ABRT 75", 2, False),
         ("75 ABRT 1", 1, False),
@@ -385,46 +386,48 @@ REQUEUE = ["scontrol", "requeue", "77"]
         ("2 2", 2, False),
     ],
 )
-def test_slurm_queues_the_job_again_where_that_helps(door, slurm, statuses, status, again):
+def test_slurm_requeues_the_job_where_that_helps(fakes, slurm, statuses, status, is_requeued):
     done = slurm(
         f'statuses=({statuses}); s=${{statuses[$TASK]}}; case $s in [0-9]*) exit "$s" ;; '
         '*) ulimit -c 0; kill -"$s" $$ ;; esac',
         tasks=len(statuses.split()),
     )
     assert done.returncode == status, done.stderr
-    calls = [call for call in door.calls() if call[0] != "squeue"]
+    calls = [call for call in fakes.calls() if call[0] != "squeue"]
     assert calls[0][0] == "srun"
     assert calls[0][-5:] == ["-m", "histo_jax.main", "--multihost=slurm", *OPTIONS]
-    assert calls[1:] == ([REQUEUE] if again else [])
+    assert calls[1:] == ([REQUEUE] if is_requeued else [])
     assert done.stderr.count("srun: error: node") == sum(s != "0" for s in statuses.split())
 
 
-def test_slurm_is_not_misled_by_what_the_processes_say(door, slurm):
-    program(door.folder / "tee", f'sleep 0.3; exec {shutil.which("tee")} "$@"')
+def test_slurm_is_not_misled_by_output_of_the_processes(fakes, slurm):
+    program(fakes.folder / "tee", f'sleep 0.3; exec {shutil.which("tee")} "$@"')
     done = slurm('printf "50%%\\r" >&2; printf "Exited with exit code 2\\n" >&2; exit 75', tasks=1)
     assert done.returncode == 75
-    assert door.calls()[-1] == REQUEUE
-    # A bar that has ended no line stands before srun's words.
+    assert fakes.calls()[-1] == REQUEUE
+    # A progress bar without a line end precedes the message of srun.
     done = slurm('[ $TASK = 0 ] || exit 75; printf "50%%" >&2; exit 2', tasks=2)
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize(("state", "again"), [("RUNNING", True), ("COMPLETING", False), (1, True)])
-def test_slurm_does_not_queue_again_what_was_cancelled(door, slurm, state, again):
-    door.answer(squeue=[state])
+@pytest.mark.parametrize(
+    ("state", "is_requeued"), [("RUNNING", True), ("COMPLETING", False), (1, True)]
+)
+def test_slurm_does_not_requeue_a_cancelled_job(fakes, slurm, state, is_requeued):
+    fakes.answer(squeue=[state])
     done = slurm("exit 75")
     assert done.returncode == 75
-    assert ["squeue", "--noheader", "--jobs=77", "--format=%T"] in door.calls()
-    assert (REQUEUE in door.calls()) == again
+    assert ["squeue", "--noheader", "--jobs=77", "--format=%T"] in fakes.calls()
+    assert (REQUEUE in fakes.calls()) == is_requeued
 
 
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
-def test_slurm_outlives_the_signals_that_its_processes_get(door, slurm, name):
-    # To the whole group, as some clusters do.
+def test_slurm_survives_the_signals_to_its_processes(fakes, slurm, name):
+    # Sent to the whole group, as on some clusters.
     done = slurm(f'trap "echo saved >&2; exit 75" {name}; kill -{name} 0; sleep 5', tasks=1)
     assert done.returncode == 75, done.stderr
     assert "saved" in done.stderr
-    assert door.calls()[-1] == REQUEUE
+    assert fakes.calls()[-1] == REQUEUE
 
 
 @pytest.mark.parametrize(
@@ -432,7 +435,10 @@ def test_slurm_outlives_the_signals_that_its_processes_get(door, slurm, name):
     [
         ({"SLURM_CPUS_PER_TASK": "8", "SLURM_CPUS_ON_NODE": "16"}, "8"),
         ({"SLURM_CPUS_ON_NODE": "16"}, "16"),
-        ({"SLURM_CPUS_ON_NODE": "16", "SLURM_CPUS_PER_GPU": "4"}, "none"),  # srun takes only one
+        (
+            {"SLURM_CPUS_ON_NODE": "16", "SLURM_CPUS_PER_GPU": "4"},
+            "none",
+        ),  # srun accepts only one of them
         ({}, "none"),
     ],
 )
@@ -441,7 +447,7 @@ def test_slurm_gives_each_process_its_cores(slurm, variables, cores):
     assert done.stdout == f"cores: {cores}\n"
 
 
-def test_slurm_copies_records_to_the_nodes(door, slurm, tmp_path):
+def test_slurm_copies_records_to_the_nodes(fakes, slurm, tmp_path):
     records, nodes = tmp_path / "the records", tmp_path / "node disk"
     for name in ("histopathology", "downloads"):
         (records / name).mkdir(parents=True)
@@ -450,60 +456,60 @@ def test_slurm_copies_records_to_the_nodes(door, slurm, tmp_path):
     def start() -> Path:
         done = slurm("exit 0", f"--records={records}", TMPDIR=str(nodes))
         assert done.returncode == 0, done.stderr
-        words = (door.folder / "task1").read_text().strip()
-        assert words.startswith("-m histo_jax.main --multihost=slurm --config=configs/pcam.py")
-        return Path(words.partition("--config.data.tfds_dir=")[2])
+        options = (fakes.folder / "task1").read_text().strip()
+        assert options.startswith("-m histo_jax.main --multihost=slurm --config=configs/pcam.py")
+        return Path(options.partition("--config.data.tfds_dir=")[2])
 
     nodes.mkdir()
     copied = start()
     assert copied.is_relative_to(nodes)
     assert not (copied / "downloads").exists()
     assert (copied / "histopathology" / "shard").read_text() == "patches"
-    assert "--ntasks-per-node=1" in door.calls()[0]
-    # What is there is used; what was broken off is not taken for whole.
-    (copied / "histopathology" / "shard").write_text("as it was")
+    assert "--ntasks-per-node=1" in fakes.calls()[0]
+    # A complete copy is reused; an interrupted one is not.
+    (copied / "histopathology" / "shard").write_text("unchanged")
     assert start() == copied
-    assert (copied / "histopathology" / "shard").read_text() == "as it was"
+    assert (copied / "histopathology" / "shard").read_text() == "unchanged"
     shutil.rmtree(copied)
-    program(door.folder / "cp", 'mkdir "${@: -1}"; exit 1')
+    program(fakes.folder / "cp", 'mkdir "${@: -1}"; exit 1')
     assert slurm("exit 0", f"--records={records}", TMPDIR=str(nodes)).returncode == 1
-    (door.folder / "cp").unlink()
+    (fakes.folder / "cp").unlink()
     assert start() == copied
     assert (copied / "histopathology" / "shard").read_text() == "patches"
-    # Other records go elsewhere.
+    # Other records are copied to another folder.
     (records / "histopathology" / "kaggle").write_text("more")
     assert (start() / "histopathology" / "kaggle").read_text() == "more"
 
 
-def test_slurm_asks_for_a_signal_in_time_and_one_process_a_node():
+def test_slurm_requests_an_early_signal_and_one_process_per_node():
     text = (LAUNCH / "slurm.sbatch").read_text()
     for line in ("--ntasks-per-node=1", "--signal=USR1@120", "--requeue", "--open-mode=append"):
         assert f"\n#SBATCH {line}\n" in text
 
 
 @pytest.fixture
-def tpu(door, repository):
-    """Starts a TPU of `workers` whose processes do `what`, in bash; $HOME ends in their number."""
-    (door.folder / "vm").mkdir()
+def tpu(fakes, repository):
+    """Starts a run on a TPU of `workers` whose processes run `code`, in bash."""
+    (fakes.folder / "vm").mkdir()
     for name in VM.split():
-        (door.folder / "vm" / name).symlink_to(shutil.which(name))
+        (fakes.folder / "vm" / name).symlink_to(shutil.which(name))
     for name, text in VM_PROGRAMS.items():
-        (door.folder / "vm" / name).unlink(missing_ok=True)
-        program(door.folder / "vm" / name, text)
+        (fakes.folder / "vm" / name).unlink(missing_ok=True)
+        program(fakes.folder / "vm" / name, text)
     program(
         repository / "launch" / "install.sh",
-        # Two at a time would break it.
-        'mkdir "$HOME/installing" || exit 3; echo "install.sh $*" >> "$HOME/calls"; sleep 0.5; '
-        'mkdir -p .venv/bin runs; cp launch/what .venv/bin/python; rm -r "$HOME/installing"',
+        # Fails if two are running at a time.
+        'mkdir "$HOME/installing" || exit 3; echo "install.sh $*" >> "$HOME/calls"; sleep 0.2; '
+        'mkdir -p .venv/bin runs; cp launch/code .venv/bin/python; rm -r "$HOME/installing"',
     )
     shutil.copy(LAUNCH / "tpu_worker.sh", repository / "launch")
     subprocess.run(["git", "init", "--quiet"], cwd=repository, check=True)
     subprocess.run(["git", "add", "launch/tpu_worker.sh"], cwd=repository, check=True)
-    door.answer(**ACTIVE)
+    fakes.answer(**ACTIVE)
 
-    def start(what, *settings, workers=1, broken=0):
-        program(repository / "launch" / "what", f'echo $$ >> "$HOME/started"; {what}')
-        return door.run(
+    def start(code, *settings, workers=1, broken=0):
+        program(repository / "launch" / "code", f'echo $$ >> "$HOME/started"; {code}')
+        return fakes.run(
             repository / "launch" / "tpu_vm.sh",
             *TPU,
             *settings,
@@ -514,21 +520,21 @@ def tpu(door, repository):
             HISTO_JAX_POLL_SECONDS="0.1",
         )
 
-    start.homes = [door.folder / f"worker{index}" for index in range(2)]
+    start.homes = [fakes.folder / f"worker{index}" for index in range(2)]
     start.repository = repository
     yield start
-    # Mounts stay, and a run may do so where a test has failed.
-    for path in door.folder.glob("worker?/*"):
+    # Mounts keep running, and so does a run if a test has failed.
+    for path in fakes.folder.glob("worker?/*"):
         for number in path.read_text().split() if path.name in ("mounts", "started") else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(number), signal.SIGKILL)
 
 
-def test_tpu_vm_is_made_awaited_used_and_fetched(door, tpu, tmp_path):
-    door.answer(**{"queued-resources describe": [1, "PROVISIONING", "ACTIVE"]})
+def test_tpu_vm_creates_waits_runs_and_fetches(fakes, tpu, tmp_path):
+    fakes.answer(**{"queued-resources describe": [1, "PROVISIONING", "ACTIVE"]})
     fetched = tmp_path / "fetched"
     (tpu.homes[1] / "bin").mkdir(parents=True)
-    (tpu.homes[1] / "bin" / "gcsfuse").symlink_to(door.folder / "vm" / "other-gcsfuse")
+    (tpu.homes[1] / "bin" / "gcsfuse").symlink_to(fakes.folder / "vm" / "other-gcsfuse")
     done = tpu(
         'for word in "$@"; do echo "<$word>"; done; printf "half a "; sleep 0.5; echo line; '
         '[ "$PYTHONUNBUFFERED" ] && touch runs/report.html',
@@ -544,9 +550,9 @@ def test_tpu_vm_is_made_awaited_used_and_fetched(door, tpu, tmp_path):
     shown = [line for line in done.stdout.splitlines() if not line.startswith("waiting")]
     assert shown == [
         f"<{word}>" for word in ["-m", "histo_jax.main", "--multihost=tpu", *OPTIONS]
-    ] + ["half a line"]  # the first worker's alone
+    ] + ["half a line"]  # of the first worker only
     assert (fetched / "runs" / "report.html").exists()
-    calls = [call for call in door.calls() if "describe" not in call]
+    calls = [call for call in fakes.calls() if "describe" not in call]
     assert all(call[:3] == ["gcloud", "compute", "tpus"] for call in calls)
     assert all("--zone=here" in call for call in calls)
     assert calls[0][3:5] == ["queued-resources", "create"]
@@ -554,12 +560,12 @@ def test_tpu_vm_is_made_awaited_used_and_fetched(door, tpu, tmp_path):
     apt = [
         "sudo tee /usr/share/keyrings/cloud.google.asc",
         "sudo tee /etc/apt/sources.list.d/gcsfuse.list",
-        *["sudo apt-get update -q"] * 2,  # the first found a lock
+        *["sudo apt-get update -q"] * 2,  # the first one was locked
         "sudo apt-get -o DPkg::Lock::Timeout=600 install -qy gcsfuse",
     ]
     for home, missing in zip(tpu.homes, (apt, []), strict=True):
         copied = home / "tensorflow_datasets" / "histopathology"
-        assert copied.is_dir()  # `rsync` wants it there
+        assert copied.is_dir()  # `rsync` requires it
         assert (home / "calls").read_text().splitlines() == [
             "install.sh tpu",
             *missing,
@@ -569,8 +575,8 @@ def test_tpu_vm_is_made_awaited_used_and_fetched(door, tpu, tmp_path):
         assert (home / "started").read_text().count("\n") == 1
 
 
-def test_tpu_vm_installs_a_python_where_there_is_none(door, tpu):
-    (door.folder / "vm" / "python3.12").unlink()
+def test_tpu_vm_installs_python_if_missing(fakes, tpu):
+    (fakes.folder / "vm" / "python3.12").unlink()
     assert tpu("exit 0").returncode == 0
     assert (
         "sudo apt-get -o DPkg::Lock::Timeout=600 install -qy python3.11-venv"
@@ -580,9 +586,9 @@ def test_tpu_vm_installs_a_python_where_there_is_none(door, tpu):
 
 @pytest.mark.parametrize(
     ("first", "second", "status"),
-    [(0, 0, 0), (75, 75, 75), (75, 134, 134), (2, 134, 2), (75, 2, 2), (134, 1, 1)],
+    [(0, 0, 0), (75, 134, 134), (2, 134, 2), (134, 1, 1)],
 )
-def test_tpu_vm_passes_the_status_on(door, tpu, tmp_path, first, second, status):
+def test_tpu_vm_returns_the_status_of_the_run(fakes, tpu, tmp_path, first, second, status):
     done = tpu(
         f'echo "I am $HOME"; case $HOME in *0) exit {first} ;; esac; exit {second}',
         "--workdirs=bucket",
@@ -590,71 +596,71 @@ def test_tpu_vm_passes_the_status_on(door, tpu, tmp_path, first, second, status)
         workers=2,
     )
     assert done.returncode == status, done.stderr
-    assert not [call for call in door.calls() if "create" in call]
-    # What the others have said is shown where something went wrong; results are fetched anyway.
+    assert not [call for call in fakes.calls() if "create" in call]
+    # After a failure the output of the other workers is shown; results are always fetched.
     assert (f"I am {tpu.homes[1]}" in done.stdout) == bool(status)
     assert (tmp_path / "fetched" / "runs").exists()
 
 
-@pytest.mark.parametrize(("status", "told"), [(0, 1), (75, 75)])
-def test_tpu_vm_says_what_it_could_not_fetch(door, tpu, tmp_path, status, told):
-    door.answer(**ACTIVE, **{"scp --recurse": [1]})
+@pytest.mark.parametrize(("status", "expected"), [(0, 1), (75, 75)])
+def test_tpu_vm_reports_a_failure_to_fetch(fakes, tpu, tmp_path, status, expected):
+    fakes.answer(**ACTIVE, **{"scp --recurse": [1]})
     done = tpu(f"exit {status}", f"--fetch={tmp_path}")
-    assert done.returncode == told
-    assert "could not be fetched; the same command tries again" in done.stderr
+    assert done.returncode == expected
+    assert "could not be fetched: rerun the command" in done.stderr
 
 
-def test_tpu_vm_starts_a_run_once_however_often_the_connection_breaks(tpu):
-    for what in ("exit 2", "sleep 1; exit 2"):
-        done = tpu(what, "--workdirs=bucket", workers=2, broken=1)
+def test_tpu_vm_starts_a_run_once_when_the_connection_breaks(tpu):
+    for code in ("exit 2", "sleep 1; exit 2"):
+        done = tpu(code, "--workdirs=bucket", workers=2, broken=1)
         assert done.returncode == 2, done.stderr
     for home in tpu.homes:
         assert (home / "started").read_text().count("\n") == 2
 
 
-def wait_for(has_come: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 40
-    while not has_come():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
-def test_tpu_vm_leaves_the_run_alone_at_ctrl_c_and_follows_it_when_started_again(door, tpu):
+def test_tpu_vm_keeps_the_run_at_ctrl_c_and_follows_it_when_rerun(fakes, tpu):
     home = tpu.homes[0]
     with ThreadPoolExecutor() as pool:
         first = pool.submit(
             tpu, 'echo begun; until [ -e "$HOME/go" ]; do sleep 0.1; done; echo ended; exit 75'
         )
         wait_for((home / "started").exists)
-        (script,) = door.started
+        (script,) = fakes.started
         os.killpg(script.pid, signal.SIGINT)
         done = first.result()
         assert done.returncode == 130, done.stderr
-        assert "the run goes on; the same command follows it, and --stop" in done.stderr
-        # Where the state cannot be asked for, nothing is changed under the run.
+        assert "the run continues: rerun the command to follow it, or use --stop" in done.stderr
+        # If the state cannot be queried, the files of the run are not changed.
         (home / "histo_jax" / "old").write_text("")
-        door.answer(**ACTIVE, **{"worker.sh state": [1]})
+        fakes.answer(**ACTIVE, **{"worker.sh state": [1]})
         done = tpu("echo another")
         assert done.returncode == 1
-        assert "a run is there already; start again to follow it" in done.stderr
+        assert "a run is in progress: rerun the command to follow it" in done.stderr
         assert (home / "histo_jax" / "old").exists()
-        door.answer(**ACTIVE)
-        followed = len(door.calls())
+        fakes.answer(**ACTIVE)
+        followed = len(fakes.calls())
         second = pool.submit(tpu, "echo another")
-        wait_for(lambda: any("worker.sh log" in str(call) for call in door.calls()[followed:]))
+        wait_for(lambda: any("worker.sh log" in str(call) for call in fakes.calls()[followed:]))
         (home / "go").write_text("")
         done = second.result()
     assert done.returncode == 75
-    assert done.stdout.splitlines() == ["a run is there already; following that", "begun", "ended"]
+    assert done.stdout.splitlines() == ["following the run that is in progress", "begun", "ended"]
     assert (home / "started").read_text().count("\n") == 1
     assert (home / "calls").read_text().splitlines() == ["install.sh tpu"]
-    # Once it has ended, the same command starts the next.
+    # After its end the command starts a new run.
     assert tpu("echo another").stdout == "another\n"
 
 
 def test_tpu_vm_stops_a_run_by_one_signal(tpu):
     home = tpu.homes[0]
-    for _ in range(2):  # what the first leaves does not keep the second from being stopped
+    for _ in range(2):  # the second run can be stopped, too
         for name in ("ready", "signals"):
             (home / name).unlink(missing_ok=True)
         with ThreadPoolExecutor() as pool:
@@ -671,18 +677,18 @@ def test_tpu_vm_stops_a_run_by_one_signal(tpu):
         assert (home / "signals").read_text() == "signal\n"
 
 
-def test_tpu_vm_says_when_a_run_was_killed_or_does_not_answer(door, tpu):
+def test_tpu_vm_reports_a_killed_run_and_a_lost_connection(fakes, tpu):
     assert tpu("exit 0").returncode == 0
     done = tpu('kill -KILL "$PPID"; kill -KILL $$')
     assert done.returncode == 137
-    door.answer(**ACTIVE, **{"worker.sh log": [1]})
+    fakes.answer(**ACTIVE, **{"worker.sh log": [1]})
     done = tpu("exit 0")
     assert done.returncode == 1
-    assert "mine does not answer, see above" in done.stderr
+    assert "mine does not respond, see above" in done.stderr
     assert "no answer to worker.sh log" in done.stderr
 
 
-def test_tpu_vm_sends_the_working_tree_and_nothing_else(tpu):
+def test_tpu_vm_copies_the_working_tree_only(tpu):
     folder, there = tpu.repository, tpu.homes[0] / "histo_jax"
     for path in (
         "kept",
@@ -708,29 +714,29 @@ def test_tpu_vm_sends_the_working_tree_and_nothing_else(tpu):
     assert (there / "runs" / "mine").exists()
 
 
-def test_tpu_vm_sends_a_download_without_git(tpu):
+def test_tpu_vm_copies_a_download_without_git(tpu):
     folder, there = tpu.repository, tpu.homes[0] / "histo_jax"
     shutil.rmtree(folder / ".git")
-    (folder.parent / ".git").mkdir()  # unpacked inside another repository
+    (folder.parent / ".git").mkdir()  # inside another repository
     for path in ("pyproject.toml", "histo_jax/__pycache__/x", "histo_jax/a.py", "mine.py", "raw/x"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text("")
     assert tpu("exit 0").returncode == 0
-    sent = {"launch/tpu_vm.sh", "pyproject.toml", "histo_jax/a.py", "mine.py"}
-    assert all((there / path).exists() for path in sent)
+    copied = {"launch/tpu_vm.sh", "pyproject.toml", "histo_jax/a.py", "mine.py"}
+    assert all((there / path).exists() for path in copied)
     assert not (there / "raw").exists()
     assert not (there / "histo_jax" / "__pycache__").exists()
 
 
-def test_tpu_vm_mounts_a_bucket_once_and_no_other_over_it(door, tpu):
+def test_tpu_vm_mounts_a_bucket_once_and_refuses_another(fakes, tpu):
     tpu.homes[0].mkdir()
     (tpu.homes[0] / "mounted").write_text("bucket")
     assert tpu("exit 0", "--workdirs=bucket").returncode == 0
     assert "gcsfuse" not in (tpu.homes[0] / "calls").read_text()
-    # The program that holds a mount stays, and does not keep others from starting.
+    # The process of the mount keeps running and does not block later runs.
     (tpu.homes[0] / "mounted").unlink()
     (tpu.homes[0] / "bin").mkdir()
-    (tpu.homes[0] / "bin" / "gcsfuse").symlink_to(door.folder / "vm" / "other-gcsfuse")
+    (tpu.homes[0] / "bin" / "gcsfuse").symlink_to(fakes.folder / "vm" / "other-gcsfuse")
     for _ in range(2):
         assert tpu("exit 0", "--workdirs=bucket").returncode == 0
     (tpu.homes[0] / "mounted").write_text("bucket")
@@ -739,62 +745,60 @@ def test_tpu_vm_mounts_a_bucket_once_and_no_other_over_it(door, tpu):
     assert "bucket is mounted as ~/histo_jax/runs, not other" in done.stderr
     done = tpu("exit 0", "--workdirs=bucket/folder")
     assert done.returncode == 2
-    assert "name a bucket, not a folder in one" in done.stderr
+    assert "name a bucket, not a folder in it" in done.stderr
 
 
-def test_tpu_vm_wants_a_bucket_where_there_are_several_workers(door, tpu):
+def test_tpu_vm_requires_a_bucket_for_several_workers(fakes, tpu):
     done = tpu("exit 0", workers=2)
     assert done.returncode == 2
     assert done.stderr == (
-        "launch/tpu_vm.sh: mine has 2 workers, and all must see the workdir: "
-        "give a bucket by --workdirs\n"
+        "launch/tpu_vm.sh: mine has 2 workers, which must share the workdir: "
+        "set --workdirs to a bucket\n"
     )
 
 
-def test_tpu_vm_gives_up_when_gcloud_no_longer_answers(door, tpu):
+def test_tpu_vm_gives_up_when_gcloud_keeps_failing(fakes, tpu):
     states = ["WAITING_FOR_RESOURCES", 1, 1, "PROVISIONING", *[1] * 5]
-    door.answer(**{"queued-resources describe": states})
+    fakes.answer(**{"queued-resources describe": states})
     done = tpu("exit 0")
     assert done.returncode == 1
     assert "PROVISIONING" in done.stdout
     assert done.stderr.count("no answer to queued-resources describe") == 7
-    assert "launch/tpu_vm.sh: gcloud says nothing of mine, see above; mend that" in done.stderr
+    assert "launch/tpu_vm.sh: gcloud does not describe mine, see above: fix this" in done.stderr
 
 
-def test_tpu_vm_that_failed_or_is_to_go(door):
-    door.answer(**{"describe": ["FAILED"]})
-    done = door.run(LAUNCH / "tpu_vm.sh", *TPU, "--", *OPTIONS)
+def test_tpu_vm_deletes_a_tpu_and_refuses_a_failed_one(fakes):
+    fakes.answer(**{"describe": ["FAILED"]})
+    done = fakes.run(LAUNCH / "tpu_vm.sh", *TPU, "--", *OPTIONS)
     assert done.returncode == 1
     assert "delete it (--delete)" in done.stderr
-    done = door.run(LAUNCH / "tpu_vm.sh", *TPU, "--delete")
+    done = fakes.run(LAUNCH / "tpu_vm.sh", *TPU, "--delete")
     assert done.returncode == 0
-    assert door.calls()[-1][3:7] == ["queued-resources", "delete", "mine", "--force"]
+    assert fakes.calls()[-1][3:7] == ["queued-resources", "delete", "mine", "--force"]
 
 
 @pytest.mark.parametrize("arguments", [["--zone=here"], ["--name=mine"], [*TPU, "--typ=x"]])
-def test_tpu_vm_refuses_what_it_does_not_understand(door, arguments):
-    done = door.run(LAUNCH / "tpu_vm.sh", *arguments)
+def test_tpu_vm_refuses_invalid_arguments(fakes, arguments):
+    done = fakes.run(LAUNCH / "tpu_vm.sh", *arguments)
     assert done.returncode == 2
     assert "see --help" in done.stderr
-    assert door.calls() == []
+    assert fakes.calls() == []
 
 
-def test_kubernetes_follows_the_schema_and_its_command_line_is_known():
+def test_kubernetes_is_valid_and_its_options_are_known():
     documents = list(yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text()))
     for document in documents:
         kubernetes_validate.validate(document, "1.34", strict=True)
     service, job = documents
     pod = job["spec"]["template"]["spec"]
     assert pod["subdomain"] == service["metadata"]["name"]
-    (prepares,), (trains,) = pod["initContainers"], pod["containers"]
-    command = trains["command"]
+    (init,), (main,) = pod["initContainers"], pod["containers"]
+    command = main["command"]
     assert f"--process_count={job['spec']['completions']}" in command
     assert job["spec"]["completions"] == job["spec"]["parallelism"]
     first = f"{job['metadata']['name']}-0.{service['metadata']['name']}"
     assert any(word.startswith(f"--coordinator={first}:") for word in command)
-    options = [
-        word.partition("=")[0] for word in [*prepares["command"], *command] if word[:2] == "--"
-    ]
+    options = [word.partition("=")[0] for word in [*init["command"], *command] if word[:2] == "--"]
     known = subprocess.run(
         [sys.executable, "-m", "histo_jax.main", "--help"],
         text=True,
@@ -805,7 +809,7 @@ def test_kubernetes_follows_the_schema_and_its_command_line_is_known():
     steps = [line.split() for line in (LAUNCH / "Dockerfile").read_text().splitlines()]
     assert ["WORKDIR", pod["containers"][0]["workingDir"]] in steps
     tag = next(word for word in steps[0] if word.startswith("--tag=")).removeprefix("--tag=")
-    assert prepares["image"] == trains["image"] == f"{tag}:latest"
+    assert init["image"] == main["image"] == f"{tag}:latest"
     (program,) = (words[1] for words in steps if words[0] == "RUN")
     assert (LAUNCH.parent / Path(program).relative_to(pod["containers"][0]["workingDir"])).exists()
 
@@ -816,44 +820,42 @@ def pod():
     return job["spec"]["template"]["spec"]
 
 
-def test_kubernetes_gives_what_jax_and_nccl_need(pod):
-    assert pod["shareProcessNamespace"]  # else 134 comes as 139, which the failure policy counts
-    (trains,) = pod["containers"]
+def test_kubernetes_meets_the_needs_of_jax_and_nccl(pod):
+    assert pod["shareProcessNamespace"]  # otherwise 134 becomes 139, which counts as a failure
+    (main,) = pod["containers"]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    at = {mount["mountPath"]: volumes[mount["name"]] for mount in trains["volumeMounts"]}
+    at = {mount["mountPath"]: volumes[mount["name"]] for mount in main["volumeMounts"]}
     assert at["/dev/shm"]["emptyDir"]["medium"] == "Memory"
-    assert at["/records"]["emptyDir"] == {}  # the node's own disk
-    assert "--config.data.tfds_dir=/records" in trains["command"]
-    assert {"cpu", "memory"} <= set(trains["resources"]["requests"])
+    assert at["/records"]["emptyDir"] == {}  # the local disk of the node
+    assert "--config.data.tfds_dir=/records" in main["command"]
+    assert {"cpu", "memory"} <= set(main["resources"]["requests"])
 
 
-def test_kubernetes_prepares_once_and_copies_to_the_node(pod, tmp_path):
-    (prepares,) = pod["initContainers"]
+def test_kubernetes_prepares_and_copies_the_records_to_each_node(pod, tmp_path):
+    (init,) = pod["initContainers"]
     config = next(word for word in pod["containers"][0]["command"] if word[:9] == "--config=")
+    assert config in init["command"]
+    program(
+        tmp_path / "python",
+        f'echo "$*" >> {tmp_path}/calls; mkdir -p {tmp_path}/data/tensorflow_datasets/downloads '
+        f"{tmp_path}/data/tensorflow_datasets/histopathology; "
+        f"echo patches > {tmp_path}/data/tensorflow_datasets/histopathology/shard",
+    )
     changes = {
-        ".venv/bin/python": sys.executable,
+        ".venv/bin/python": str(tmp_path / "python"),
         "/data": f"{tmp_path}/data",
         "/records": f"{tmp_path}/records",
-        config: "--config=configs/quickstart.py",
     }
-    command = prepares["command"]
-    assert config in command
+    command = init["command"]
     for old, new in changes.items():
         command = [word.replace(old, new) for word in command]
-    (tmp_path / "data" / "tensorflow_datasets" / "downloads").mkdir(parents=True)
-    prepared = set()
-    for node in range(2):
+    for _ in range(2):
         (tmp_path / "records").mkdir()
-        done = subprocess.run(
-            [*command, "--config.data.synthetic_slides=2"],
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        prepared |= {path.stat().st_mtime_ns for path in tmp_path.glob("data/**/prepared.json")}
-        assert len(list((tmp_path / "records").rglob("prepared.json"))) == 1
+        subprocess.run(command, check=True)
         assert [path.name for path in (tmp_path / "records").iterdir()] == ["histopathology"]
-        (tmp_path / "records").rename(tmp_path / f"node{node}")
-    assert len(prepared) == 1
+        assert (tmp_path / "records/histopathology/shard").read_text() == "patches\n"
+        shutil.rmtree(tmp_path / "records")
+    calls = (tmp_path / "calls").read_text().splitlines()
+    options = f"{config} --config.data.tfds_dir={tmp_path}/data/tensorflow_datasets"
+    workdir = init["command"][-1].replace("/data", f"{tmp_path}/data")
+    assert calls == [f"-m histo_jax.main --mode=prepare {options} {workdir}"] * 2

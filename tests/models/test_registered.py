@@ -18,7 +18,6 @@ from histo_jax import registry, settings
 from histo_jax.config import AugmentConfig, Config
 from histo_jax.config_checks import validate
 from histo_jax.distributed import mesh
-from histo_jax.ensemble import TrainedModel, uses_tta
 from histo_jax.errors import UserError
 from histo_jax.models import create_model
 from histo_jax.report.attribution import integrated_gradients
@@ -42,13 +41,14 @@ BATCH = {
 
 
 @pytest.fixture(autouse=True)
-def forget():
-    """What a test registers is forgotten after it."""
+def unregister():
+    """Removes what a test registers."""
+    registries = (registry.MODELS, registry.LOSSES, registry.AUGMENTATIONS)
+    names = [known.names() for known in registries]
     yield
-    for known in (registry.MODELS, registry.LOSSES, registry.AUGMENTATIONS):
-        for name in known.names():
-            if not known.is_built_in(name):
-                del known._entries[name]
+    for known, before in zip(registries, names, strict=True):
+        for name in set(known.names()) - set(before):
+            del known._entries[name]
 
 
 def check(config):
@@ -320,17 +320,6 @@ def test_fields_of_the_five_blocks_are_refused_for_other_networks(field, value):
     refuses(config, ["network 'resnet18' fails"])
     setattr(config.model, field, value)
     refuses(config, [f"config.model.{field} is not used by resnet18", "config.model.kwargs"])
-
-
-@pytest.mark.parametrize(("name", "is_used"), [("five_block", True), ("five_block_p4m", False)])
-def test_tta_is_left_out_for_networks_that_are_invariant(name, is_used):
-    config = Config()
-    config.model.name, config.predict.tta = name, True
-    model = create_model(config.model)
-    member = TrainedModel("run", config, model, None, None, 0, "")
-    assert uses_tta(config, member) == is_used
-    config.predict.tta = False
-    assert not uses_tta(config, member)
 
 
 def test_names_belong_to_one_network_each():

@@ -1,4 +1,4 @@
-"""Integrated gradients against the formula, and whether what it marks matters to the network."""
+"""Integrated gradients against their formula, and whether marked pixels matter to the network."""
 
 import functools
 import os
@@ -8,73 +8,99 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import SingleDeviceSharding
 
 import histo_jax
-from histo_jax import ensemble
 from histo_jax.config import Config
 from histo_jax.data.splits import make_subsets
-from histo_jax.models.cnn import FiveBlockCNN
+from histo_jax.metrics import Calibration
+from histo_jax.models.forward import make_forward, normalise
+from histo_jax.predictor import Predictor, TrainedModel
 from histo_jax.preparation import prepare
-from histo_jax.report.attribution import STEPS, integrated_gradients
-from histo_jax.report.patches import look
-from histo_jax.training.state import Weights
-from histo_jax.training.step import make_forward, normalise
+from histo_jax.report.attribution import STEPS, attribute, integrated_gradients
+from histo_jax.training.state import init_weights
+
+SEEDS = (0, 1, 2) if os.environ.get("HISTO_JAX_LONG") else (0,)
 
 
-def test_it_is_the_formula_and_sums_to_the_logit():
-    rng = np.random.default_rng(0)
-    images = jnp.asarray(rng.integers(0, 256, (2, 96, 96, 3), np.uint8))
-    model = FiveBlockCNN((3, 4, 5, 3, 2), 4, 0.0)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
-    statistics = {"batch_stats": variables["batch_stats"]}
-    weights = Weights(variables["params"], statistics, jnp.full(3, 0.7), jnp.full(3, 0.2))
-    logits, maps = jax.jit(lambda: integrated_gradients(model, weights, images))()
-    forward = make_forward(model)
-    np.testing.assert_allclose(logits, forward(weights, images), rtol=1e-5)
+class Smooth(nn.Module):
+    """A small network whose gradient is unique everywhere: where values tie, a maximum's is not."""
 
-    gradient = jax.jit(jax.grad(lambda x: model.apply(variables, x).sum()))
-    start, end = (np.asarray(normalise(weights, x)) for x in (jnp.full_like(images, 255), images))
-    shares = (np.arange(STEPS) + 0.5) / STEPS
-    gradients = [np.asarray(gradient(start + share * (end - start))) for share in shares]
-    wanted = ((end - start) * np.mean(gradients, 0)).sum(-1)
-    # Where two values are equal but for rounding, either may be the maximum that has the gradient.
-    assert (abs(maps - wanted) <= 1e-5 * abs(wanted).max()).mean() > 0.99
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.tanh(nn.Conv(4, (8, 8), 8)(x))
+        return nn.Dense(1)(x.reshape(len(x), -1))[:, 0]
 
-    added = logits - forward(weights, jnp.full_like(images, 255))
+
+def make_trained(seed, calibration):
+    weights = init_weights(Smooth(), jax.random.key(seed), np.full(3, 0.7), np.full(3, 0.2))
+    return TrainedModel(f"run{seed}", Config(), Smooth(), weights, calibration, 0, "")
+
+
+def make_images(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 96, 96, 3), np.uint8)
+
+
+def test_attributions_are_the_formula_and_sum_to_the_logit():
+    images, weights = make_images(2), make_trained(0, Calibration()).weights
+    model, forward = Smooth(), jax.jit(make_forward(Smooth()))
+    logits, maps = jax.jit(functools.partial(integrated_gradients, model))(weights, images)
+    np.testing.assert_allclose(logits, forward(weights, images), rtol=1e-5, atol=1e-6)
+
+    gradient = jax.jit(jax.grad(lambda x: model.apply(weights.variables, x).sum()))
+    glass = np.full_like(images, 255)
+    start, end = (np.asarray(normalise(weights, x)) for x in (glass, images))
+    alphas = (np.arange(STEPS) + 0.5) / STEPS
+    gradients = [np.asarray(gradient(start + alpha * (end - start))) for alpha in alphas]
+    expected = ((end - start) * np.mean(gradients, 0)).sum(-1)
+    np.testing.assert_allclose(maps, expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
+
+    added = logits - forward(weights, glass)
     np.testing.assert_allclose(maps.sum((1, 2)), added, rtol=0.05)
 
 
-def delete(forward, weights, images, maps, share, subset=8):
-    """The logits after the most marked squares were wiped away to bare glass.
+def test_the_attribution_of_an_ensemble_is_the_mean_of_the_calibrated_networks():
+    scales, images = (2.0, 0.5), make_images(13)
+    trained = [make_trained(n, Calibration(scale, 1.0, 0.4)) for n, scale in enumerate(scales)]
+    maps = attribute(Predictor(trained), images)
+    assert (maps.shape, maps.dtype) == ((13, 96, 96), np.float32)
+    compute = jax.jit(functools.partial(integrated_gradients, Smooth()))
+    each = [
+        scale * compute(network.weights, images)[1]
+        for scale, network in zip(scales, trained, strict=True)
+    ]
+    np.testing.assert_allclose(maps, np.mean(each, 0), rtol=1e-4, atol=1e-5 * abs(maps).max())
 
-    White, not the mean colour: glass without tissue is what patches do show. Squares, for single
-    white pixels are nothing that a network has ever seen.
+
+def delete_pixels(forward, weights, images, maps, fraction, square=8):
+    """Returns the logits after the squares of highest attribution are replaced by bare glass.
+
+    White, not the mean colour, because real patches contain glass. Squares, because no network has
+    been trained on single white pixels.
     """
-    count, size = len(images), 96 // subset
-    squares = maps.reshape(count, size, subset, size, subset).sum((2, 4)).reshape(count, -1)
+    count, size = len(images), 96 // square
+    squares = maps.reshape(count, size, square, size, square).sum((2, 4)).reshape(count, -1)
     rank = np.argsort(np.argsort(-squares, 1), 1).reshape(count, size, size)
-    wiped = (rank < share * size * size).repeat(subset, 1).repeat(subset, 2)[..., None]
-    return np.asarray(forward(weights, np.where(wiped, np.uint8(255), images)))
+    is_deleted = (rank < fraction * size * size).repeat(square, 1).repeat(square, 2)[..., None]
+    return np.asarray(forward(weights, np.where(is_deleted, np.uint8(255), images)))
 
 
 def grad_cam(model, weights, images, block):
-    """Features of a block, weighted by how the logit grows with each (Selvaraju et al., 2017)."""
+    """Features of a block, weighted by the logit's gradient for each (Selvaraju et al., 2017)."""
     x = normalise(weights, images)
 
     def forward(change):
-        seen = []
+        captured = []
 
         def add(following, arguments, keywords, context):
             output = following(*arguments, **keywords)
             if context.module.name == f"Block_{block}" and context.method_name == "__call__":
-                seen.append(output + change)
-                return seen[0]
+                captured.append(output + change)
+                return captured[0]
             return output
 
         with nn.intercept_methods(add):
             logits = model.apply(weights.variables, x)
-        return logits.sum(), seen[0]
+        return logits.sum(), captured[0]
 
     features = jax.eval_shape(lambda: forward(0.0)[1])
     gradient, features = jax.grad(forward, has_aux=True)(jnp.zeros_like(features))
@@ -82,46 +108,47 @@ def grad_cam(model, weights, images, block):
     return jax.image.resize(maps, images.shape[:3], "bilinear")
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2], ids="seed {}".format)
+@pytest.fixture(scope="module", params=SEEDS, ids="seed {}".format)
 def trained(request, tmp_path_factory):
-    """A network trained from this seed, and patches with tumour that it has not seen."""
+    """A network trained with this seed, and validation patches with tumour."""
     config = Config(seed=request.param)
-    folder = tmp_path_factory.mktemp("saliency")
+    folder = tmp_path_factory.mktemp("attribution")
     config.data.tfds_dir = str(folder / "records")
     config.data.synthetic_slides, config.data.samples_per_class = 12, 200
     config.data.validation_fraction = 0.25
     config.model.features, config.model.dense = (8, 16, 16, 16, 16), 16
     config.optimizer.learning_rate, config.fit.epochs = 3e-3, 4
     histo_jax.fit(config, folder / "run")
-    (member,) = ensemble.restore(config, folder / "run", SingleDeviceSharding(jax.devices()[0]))
     prepared = prepare(config)
     subset = make_subsets(prepared.tables, config.data, config.data_seed).validation
     labels = prepared.tables[subset.records]["label"].to_numpy()[subset.rows]
-    return member, prepared.records(subset.records, subset.rows[labels == 1][:36]).images(
-        np.arange(36)
+    rows = subset.rows[labels == 1][:36]
+    return histo_jax.load(folder / "run"), prepared.records(subset.records, rows).images(
+        np.arange(len(rows))
     )
 
 
-def drops(member, images, maps):
-    """What wiping away 10, 20 and 30% of the patches, the most marked first, adds to the logit."""
-    forward = jax.jit(make_forward(member.model))
-    before = np.asarray(forward(member.weights, images))
+def mean_drops(forward, weights, images, maps):
+    """Returns the mean change of the logit after deleting 10, 20 and 30% of the pixels."""
+    before = np.asarray(forward(weights, images))
     return np.array(
         [
-            (delete(forward, member.weights, images, maps, share) - before).mean()
-            for share in (0.1, 0.2, 0.3)
+            (delete_pixels(forward, weights, images, maps, fraction) - before).mean()
+            for fraction in (0.1, 0.2, 0.3)
         ]
     )
 
 
-def test_wiping_away_what_is_marked_lowers_the_logit_faster_than_wiping_anywhere(trained):
-    member, images = trained
-    marked = drops(member, images, look([member], images)[1])
-    anywhere = drops(member, images, np.random.default_rng(0).random(images.shape[:3]))
-    print(f"integrated gradients {marked.round(2)}, anywhere {anywhere.round(2)}")
-    assert (marked < np.minimum(anywhere, 0)).all()
+def test_deleting_pixels_of_high_attribution_lowers_the_logit_faster_than_random_ones(trained):
+    predictor, images = trained
+    model, weights = predictor.trained[0].model, predictor.trained[0].weights
+    measure = functools.partial(mean_drops, jax.jit(make_forward(model)), weights, images)
+    highest = measure(attribute(predictor, images))
+    random = measure(np.random.default_rng(0).random(images.shape[:3]))
+    print(f"integrated gradients {highest.round(2)}, random pixels {random.round(2)}")
+    assert (highest < np.minimum(random, 0)).all()
     for block in range(5) if os.environ.get("HISTO_JAX_LONG") else ():
-        mapped = jax.jit(functools.partial(grad_cam, member.model, block=block))
-        other = drops(member, images, np.asarray(mapped(member.weights, images)))
+        maps = jax.jit(functools.partial(grad_cam, model, block=block))(weights, images)
+        other = measure(np.asarray(maps))
         print(f"Grad-CAM of block {block + 1} {other.round(2)}")
-        assert (marked < other).all()
+        assert (highest < other).all()

@@ -1,4 +1,4 @@
-"""Files that belong together: all of the old ones or all of the new ones."""
+"""Atomic replacement of a folder: all of the old files or all of the new ones."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from histo_jax.report import folder as folders
 
-# Forks processes, each of which is killed at one file operation later than the one before it.
+# Forks processes; each one is killed one file operation later than the one before.
 KILLED = """
 import importlib.util, os, signal, sys, pathlib, shutil
 spec = importlib.util.spec_from_file_location("folder", sys.argv[1])
@@ -39,7 +39,7 @@ for number in range(1, 1000):
         folders.update(folder, {"b.png": b"2", "index": b"b"}, ["a.png"])
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    # Between two renames, for an instant, there is nothing.
+    # Between the two renames there is no folder.
     assert not folder.exists() or content(folder) in (OLD, NEW), (number, content(folder))
     folders.recover(folder)
     assert content(folder) in (OLD, NEW), (number, content(folder))
@@ -51,7 +51,7 @@ for number in range(1, 1000):
 """
 
 
-def test_killed_at_any_file_operation_the_folder_is_the_old_or_the_new_one(tmp_path):
+def test_an_update_killed_at_any_file_operation_is_atomic(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, folders.__file__, str(tmp_path)],
         capture_output=True,
@@ -63,7 +63,7 @@ def test_killed_at_any_file_operation_the_folder_is_the_old_or_the_new_one(tmp_p
     assert int(done.stdout.split()[0]) > 10
 
 
-def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_folder_unchanged(tmp_path, monkeypatch):
     folders.update(tmp_path / "f", {"a": b"1", "b": b"1"})
 
     def full(path, content):
@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
-def test_where_there_are_no_hard_links_files_are_copied(tmp_path, monkeypatch):
+def test_files_are_copied_without_hard_links(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
@@ -89,7 +89,7 @@ def test_where_there_are_no_hard_links_files_are_copied(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "f").iterdir()} == {"a", "b"}
 
 
-def test_a_link_to_another_folder_and_its_odd_name_stay(tmp_path):
+def test_a_symbolic_link_and_an_unusual_name_are_kept(tmp_path):
     target = tmp_path / "scratch" / "of [me]"
     target.mkdir(parents=True)
     (tmp_path / "f").symlink_to(target)

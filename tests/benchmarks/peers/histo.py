@@ -1,4 +1,4 @@
-"""histo_jax itself, by the functions that `fit` and `predict` are made of."""
+"""histo_jax, called through the functions that `fit` and `predict` consist of."""
 
 import collections
 import functools
@@ -25,7 +25,7 @@ from histo_jax.preparation import prepare
 from histo_jax.training.augmentation import make_augment
 from histo_jax.training.losses import get_loss
 from histo_jax.training.optimizer import create_optimizer
-from histo_jax.training.placement import Examples, place
+from histo_jax.training.placement import Dataset, place
 from histo_jax.training.state import create_state
 from histo_jax.training.step import make_forward, make_train_step
 
@@ -37,7 +37,7 @@ class Peer:
     def __init__(self, task: Task) -> None:
         self._task = task
         self._folder = Path(task.folder)
-        self._batched = mesh.batch_sharding()
+        self._batch_sharding = mesh.batch_sharding()
         self._config = Config()
         model = self._config.model
         model.features = tuple(task.features)
@@ -60,12 +60,12 @@ class Peer:
 
     @cached_property
     def _training(self) -> list[Any]:
-        """The compiled step, and the state, which each step replaces."""
+        """The train step, and the state, which each step replaces."""
         optimizer = create_optimizer(self._config.optimizer)
         state = create_state(self._model, optimizer, 0, np.full(3, 0.5), np.full(3, 0.25))
-        state = jax.device_put(state, mesh.replicated(self._batched))
+        state = jax.device_put(state, mesh.replicated(self._batch_sharding))
         augment, loss = make_augment(self._config.augment), get_loss(self._config.fit.loss)
-        return [make_train_step(self._model, optimizer, self._batched, augment, loss), state]
+        return [make_train_step(self._model, optimizer, self._batch_sharding, augment, loss), state]
 
     @cached_property
     def _prepared(self) -> Prepared:
@@ -73,13 +73,13 @@ class Peer:
 
     @functools.cache  # noqa: B019 (a peer lives as long as its process)
     def _resident(self, batch_size: int) -> dict[str, Any]:
-        """One batch that lies on the device."""
+        """One batch on the device."""
         images, labels = self._task.images(), self._task.labels()
         batch = {"image": images[:batch_size], "label": labels[:batch_size]}
-        return jax.device_put(batch, self._batched)
+        return jax.device_put(batch, self._batch_sharding)
 
     def _train(self, batches: Iterator[Any], steps: int) -> None:
-        """As in `fit`: at most two steps in flight, and each one looked at."""
+        """As in `fit`: at most two steps in flight, and each one checked to be finite."""
         train_step, state = self._training
         in_flight = collections.deque()
         for _ in range(steps):
@@ -90,15 +90,15 @@ class Peer:
         self._training[1] = jax.block_until_ready(state)
 
     @functools.cache  # noqa: B019
-    def _placed(self, placement: str, epoch: int) -> Examples:
+    def _placed(self, placement: str, epoch: int) -> Dataset:
         rows = np.resize(np.arange(self._task.epoch), epoch)
-        return place(placement, [self._prepared.records("train", rows)], self._batched)[0]
+        return place(placement, [self._prepared.records("train", rows)], self._batch_sharding)[0]
 
     def _batches(self, placement: str, batch_size: int, epoch: int) -> Iterator[Any]:
-        """The one place that knows how batches come to the device."""
+        """Yields batches on the device."""
         return self._placed(placement, epoch).training(batch_size, seed=0, first_step=0)
 
-    def train(self, way: str, batch_size: int, steps: int) -> None:
+    def train(self, variant: str, batch_size: int, steps: int) -> None:
         batch = self._resident(batch_size)
         self._train(itertools.repeat(batch), steps)
 
@@ -113,23 +113,23 @@ class Peer:
     @cached_property
     def _forwards(self) -> dict[str, Any]:
         return {
-            way: jax.pmap(
-                make_forward(self._model, way == "averaged"),
+            variant: jax.pmap(
+                make_forward(self._model, variant == "tta"),
                 in_axes=(None, 0),
                 devices=jax.local_devices(),
             )
-            for way in ("plain", "averaged")
+            for variant in ("plain", "tta")
         }
 
     @functools.cache  # noqa: B019
-    def _divided(self, batch_size: int) -> jax.Array:
-        """The images of the resident batch, as pmap takes them."""
+    def _split(self, batch_size: int) -> jax.Array:
+        """The images of the resident batch, split over the devices for pmap."""
         images = self._resident(batch_size)["image"]
         return images.reshape(jax.local_device_count(), -1, *images.shape[1:])
 
-    def predict(self, way: str, batch_size: int, batches: int) -> None:
-        images, weights = self._divided(batch_size), self._training[1].weights
-        outputs = [self._forwards[way](weights, images) for _ in range(batches)]
+    def predict(self, variant: str, batch_size: int, batches: int) -> None:
+        images, weights = self._split(batch_size), self._training[1].weights
+        outputs = [self._forwards[variant](weights, images) for _ in range(batches)]
         np.concatenate(outputs)
 
     def _prepare(self, source: str, raw_dir: str, tfds_dir: str) -> Prepared:
@@ -139,37 +139,37 @@ class Peer:
         return prepare(self._config)
 
     def prepare(self, source: str, raw_dir: str, tfds_dir: str) -> None:
-        """Writes the raw files as records, also where they are there."""
+        """Prepares the records anew."""
         shutil.rmtree(self._folder / tfds_dir, ignore_errors=True)
         self._prepare(source, raw_dir, tfds_dir)
 
     def read(self, source: str, raw_dir: str, tfds_dir: str, batch_size: int, steps: int) -> None:
-        """Reads batches of prepared records in the order of training, as `disk` does."""
+        """Reads batches of records in the order of training, as placement `disk` does."""
         prepared = self._prepare(source, raw_dir, tfds_dir)
         rows = np.arange(len(prepared.tables["train"]))
         subset = prepared.records("train", rows)
-        batches = place("disk", [subset], self._batched)[0].training(batch_size, 0, 0)
+        batches = place("disk", [subset], self._batch_sharding)[0].training(batch_size, 0, 0)
         for _ in range(steps):
             next(batches)
 
-    def matrix_rate(self) -> float:
-        """Operations a second of a large matrix product in the type that the network uses."""
-        size, times = (8192, 20) if self._task.gpu else (2048, 10)
+    def matrix_rate(self, size: int) -> float:
+        """Operations per second of a large matrix product, in the dtype of the network."""
+        times = 20 if self._task.gpu else 10
         dtype = jnp.bfloat16 if self._task.gpu else jnp.float32
         matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
         return 2 * size**3 * times / _seconds(jax.jit(jnp.dot), times, matrix, matrix)
 
-    def copy_rate(self) -> float:
-        """Bytes a second, read and written, of a copy far larger than the caches."""
-        count, times = (2**29, 20) if self._task.gpu else (2**26, 5)
+    def copy_rate(self, count: int) -> float:
+        """Bytes per second, read and written, of a copy much larger than the caches."""
+        times = 20 if self._task.gpu else 5
         source = jnp.ones(count, jnp.float32)
         return 8 * count * times / _seconds(jax.jit(jnp.negative), times, source)
 
 
 def _seconds(function: Callable[..., jax.Array], times: int, *arguments: jax.Array) -> float:
     function(*arguments).block_until_ready()
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(times):
         result = function(*arguments)
     result.block_until_ready()
-    return time.perf_counter() - began
+    return time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Keras 3 on its JAX backend as its users train: `compile`, `fit`, `predict`."""
+"""Keras 3 on its JAX backend, with `compile`, `fit` and `predict`."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ from worker import Task
 
 
 class Symmetries(layers.Layer):
-    """In training, each image in one of the eight symmetries of the square."""
+    """Applies a random symmetry of the square to each image in training."""
 
     def __init__(self) -> None:
         super().__init__(dtype="uint8")
@@ -25,14 +25,14 @@ class Symmetries(layers.Layer):
         if not training:
             return images
         draws = keras.random.uniform((3, ops.shape(images)[0], 1, 1, 1), seed=self._seeds)
-        turn, rows, columns = ops.unstack(draws < 0.5, 3)
-        images = ops.where(turn, ops.transpose(images, (0, 2, 1, 3)), images)
+        transpose, rows, columns = ops.unstack(draws < 0.5, 3)
+        images = ops.where(transpose, ops.transpose(images, (0, 2, 1, 3)), images)
         images = ops.where(rows, ops.flip(images, 1), images)
         return ops.where(columns, ops.flip(images, 2), images)
 
 
-class Same(keras.utils.PyDataset):
-    """The same batch again and again, which lies on the device."""
+class RepeatedBatch(keras.utils.PyDataset):
+    """Repeats one batch, which is on the device."""
 
     def __init__(self, images: Any, labels: Any, steps: int) -> None:
         super().__init__()
@@ -93,20 +93,20 @@ class Peer:
     def _resident(self, batch_size: int) -> list[jax.Array]:
         return [jax.device_put(data[:batch_size]) for data in self._data]
 
-    def train(self, way: str, batch_size: int, steps: int) -> None:
-        self._model.fit(Same(*self._resident(batch_size), steps), shuffle=False, verbose=0)
+    def train(self, variant: str, batch_size: int, steps: int) -> None:
+        self._model.fit(RepeatedBatch(*self._resident(batch_size), steps), shuffle=False, verbose=0)
         self._wait()
 
-    def epoch(self, way: str, batch_size: int, epoch: int) -> None:
-        # A last batch of another size would be compiled anew; the others leave it out, too.
+    def epoch(self, variant: str, batch_size: int, epoch: int) -> None:
+        # Drops the remainder, which would be compiled separately; the other peers drop it, too.
         count = epoch // batch_size * batch_size
         images, labels = (data[:count] for data in self._data)
         self._model.fit(images, labels, batch_size, verbose=0)
         self._wait()
 
-    def predict(self, way: str, batch_size: int, batches: int) -> None:
+    def predict(self, variant: str, batch_size: int, batches: int) -> None:
         images, _ = self._resident(batch_size)
-        self._model.predict(Same(images, None, batches), verbose=0)
+        self._model.predict(RepeatedBatch(images, None, batches), verbose=0)
 
     def _wait(self) -> None:
         jax.block_until_ready([variable.value for variable in self._model.variables])

@@ -1,4 +1,4 @@
-"""PyTorch as its users train at their best: everything resident, no wait inside the loop."""
+"""PyTorch with all patches on the device and a loop without synchronisation."""
 
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -21,11 +21,11 @@ def layers(task: Task) -> nn.Sequential:
             nn.ReLU(inplace=True),
             nn.MaxPool2d(2),
         ]
-    subset = 96 // 2 ** len(task.features)
+    size = 96 // 2 ** len(task.features)
     return nn.Sequential(
         *blocks,
         nn.Flatten(),
-        nn.Linear(subset * subset * task.features[-1], task.dense),
+        nn.Linear(size * size * task.features[-1], task.dense),
         nn.ReLU(inplace=True),
         nn.Dropout(task.dropout),
         nn.Linear(task.dense, 1),
@@ -33,19 +33,19 @@ def layers(task: Task) -> nn.Sequential:
 
 
 def hello() -> dict[str, Any]:
-    """Returns what the table's head says of PyTorch."""
+    """Returns the versions for the report."""
     return {"versions": {"torch": torch.__version__}}
 
 
 def device_memory() -> int | None:
-    """Returns the most bytes that tensors took on the GPU."""
+    """Returns the peak memory of tensors on the GPU, bytes."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def augment(images: Tensor) -> Tensor:
-    """Returns each image in one of the eight symmetries of the square."""
-    turn, rows, columns = torch.rand(3, len(images), 1, 1, 1, device=images.device) < 0.5
-    images = torch.where(turn, images.transpose(2, 3), images)
+    """Returns each image under a random symmetry of the square."""
+    transpose, rows, columns = torch.rand(3, len(images), 1, 1, 1, device=images.device) < 0.5
+    images = torch.where(transpose, images.transpose(2, 3), images)
     images = torch.where(rows, images.flip(2), images)
     return torch.where(columns, images.flip(3), images)
 
@@ -63,7 +63,7 @@ class Peer:
         self._autocast = partial(
             torch.autocast, self._device.type, torch.bfloat16, enabled=task.gpu
         )
-        # On a GPU with CUDA graphs, which spare a small batch the launching of its kernels.
+        # On a GPU with CUDA graphs, which save the launch of kernels at small batches.
         compiled = partial(
             torch.compile, dynamic=False, mode="reduce-overhead" if task.gpu else "default"
         )
@@ -82,7 +82,7 @@ class Peer:
 
     @cached_property
     def _data(self) -> tuple[Tensor, Tensor]:
-        """All patches and labels, resident; uint8, channels last in memory."""
+        """All patches, uint8 and channels last, and labels, on the device."""
         images, labels = torch.from_numpy(self._task.images()), self._task.labels()
         return images.to(self._device), torch.from_numpy(labels).to(self._device)
 
@@ -102,26 +102,26 @@ class Peer:
         self._optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def train(self, way: str, batch_size: int, steps: int) -> None:
+    def train(self, variant: str, batch_size: int, steps: int) -> None:
         self._network.train()
         images, labels = (data[:batch_size] for data in self._data)
         for _ in range(steps):
-            loss = self._step(self._losses[way], images, labels)
+            loss = self._step(self._losses[variant], images, labels)
         assert loss.isfinite()  # waits for the device
 
-    def epoch(self, way: str, batch_size: int, epoch: int) -> None:
+    def epoch(self, variant: str, batch_size: int, epoch: int) -> None:
         self._network.train()
         images, labels = self._data
         order = torch.randperm(epoch, device=self._device) % len(images)
         total = torch.zeros((), device=self._device)
         for chosen in order[: epoch // batch_size * batch_size].split(batch_size):
-            total += self._step(self._losses[way], images[chosen], labels[chosen])
+            total += self._step(self._losses[variant], images[chosen], labels[chosen])
         assert total.isfinite()
 
-    def predict(self, way: str, batch_size: int, batches: int) -> None:
+    def predict(self, variant: str, batch_size: int, batches: int) -> None:
         self._network.eval()
         images = self._data[0][:batch_size]
         with torch.inference_mode():
-            # Cloned, for a CUDA graph writes its output to the same place each time.
-            logits = [self._forwards[way](images).clone() for _ in range(batches)]
+            # Cloned, because a CUDA graph overwrites its output at each call.
+            logits = [self._forwards[variant](images).clone() for _ in range(batches)]
             torch.cat(logits).cpu()

@@ -1,4 +1,4 @@
-"""The way of teaching notebooks: a Dataset that reads TIFFs with OpenCV, a plain eager loop."""
+"""PyTorch as in teaching notebooks: a Dataset that reads TIFFs with OpenCV, and an eager loop."""
 
 import csv
 from functools import cached_property
@@ -15,7 +15,7 @@ from worker import Task
 
 
 class Patches(Dataset):
-    """TIFFs of a folder in Kaggle's layout, augmented and normalised one by one."""
+    """TIFFs in the layout of Kaggle, augmented and normalised one by one."""
 
     def __init__(self, folder: Path, count: int) -> None:
         with (folder / "train_labels.csv").open() as file:
@@ -70,7 +70,7 @@ class Peer:
             pin_memory=self._task.gpu,
         )
 
-    def epoch(self, way: str, batch_size: int, epoch: int) -> None:
+    def epoch(self, variant: str, batch_size: int, epoch: int) -> None:
         self._network.train()
         total = 0.0
         for images, labels in self._loader(batch_size):
@@ -81,6 +81,6 @@ class Peer:
             self._optimizer.step()
             total += loss.item()
 
-    def input(self, way: str, batch_size: int, epoch: int) -> None:
+    def input(self, variant: str, batch_size: int, epoch: int) -> None:
         for images, labels in self._loader(batch_size):
             images.to(self._device), labels.to(self._device)

@@ -1,0 +1,343 @@
+"""From uint8 images to calibrated probabilities: one trained network, or an ensemble of several.
+
+Everything that uses trained networks uses them through `Predictor`, and only this module knows
+`jax.pmap`. It reads checkpoints, and knows nothing else of training.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Float, Float32, UInt8
+from scipy.special import expit
+
+from histo_jax import environment
+from histo_jax.config import Config
+from histo_jax.config_values import folders
+from histo_jax.data.example import IMAGE_SHAPE
+from histo_jax.distributed import runtime
+from histo_jax.errors import UserError
+from histo_jax.metrics import Calibration
+from histo_jax.models import create_model
+from histo_jax.models.forward import Weights, make_forward, read_behind
+from histo_jax.run import files
+from histo_jax.settings import load_run_config
+from histo_jax.training.checkpoints import Checkpoints
+
+Value = TypeVar("Value")
+
+_EXPECTED = f"uint8[n, {', '.join(map(str, IMAGE_SHAPE))}]"
+
+Batch = UInt8[np.ndarray, "batch 96 96 3"]
+# From a network to the function of its weights and of uint8 images that is to be computed.
+MakeFunction = Callable[[nn.Module], Callable[[Weights, Any], Any]]
+
+
+class TrainedModel(NamedTuple):
+    """A trained network.
+
+    Attributes:
+        run: folder of the run that trained it.
+        config: settings of that run.
+        model: maps normalised images to logits.
+        weights: those of the best checkpoint, on the first local device.
+        calibration: fitted to these weights.
+        step: training step of the checkpoint.
+        fingerprint: of the training and validation examples, see `splits.fingerprint`.
+    """
+
+    run: str
+    config: Config
+    model: nn.Module
+    weights: Weights
+    calibration: Calibration
+    step: int
+    fingerprint: str
+
+
+def read_best(run: Path, config: Config, read_only: bool = True) -> TrainedModel:
+    """Reads the best checkpoint of a run.
+
+    Args:
+        run: its folder.
+        config: its settings.
+        read_only: leave the folder as it is: another process may be training there.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is corrupt or of another model.
+    """
+    with Checkpoints.of(run, read_only) as checkpoints:
+        best = checkpoints.restore_best(config, SingleDeviceSharding(jax.local_devices()[0]))
+    return TrainedModel(
+        run=str(run),
+        config=config,
+        model=create_model(config.model),
+        weights=best.state.eval_weights,
+        calibration=Calibration(**best.data.get("calibration", {})),
+        step=int(best.state.step),
+        fingerprint=best.data["fingerprint"],
+    )
+
+
+def read_runs(runs: Sequence[Path], source: str) -> list[TrainedModel]:
+    """Reads the best checkpoint of each run; the runs may still be training.
+
+    Args:
+        runs: their folders.
+        source: what names them, for error messages.
+
+    Raises:
+        UserError: a folder is given twice, is not the folder of a run, or has no usable checkpoint.
+    """
+    real = [run.resolve() for run in runs]
+    for number, run in enumerate(runs):
+        if real[number] in real[:number]:
+            raise UserError(f"{source}: duplicate run {run}; name each run once")
+    return [read_best(run, load_run_config(run)) for run in runs]
+
+
+def run_folders(checkpoints: str) -> list[Path]:
+    """Returns the folders that `config.predict.checkpoints` names."""
+    return [
+        files.expand(run, "--config.predict.checkpoints").absolute() for run in folders(checkpoints)
+    ]
+
+
+class Predictor:
+    """Applies trained networks to images, on all local devices.
+
+    The logit of an ensemble is the equal mean of its networks' calibrated logits.
+
+    Example:
+        >>> predictor = histo_jax.load("runs/a", "runs/b")
+        >>> predictor(images)  # uint8[3, 96, 96, 3]
+        array([0.02, 0.97, 0.51])
+
+    Args:
+        trained: at least one network.
+        tta: test-time augmentation: each network's logit is the mean over an image's eight
+            symmetries. Networks that are invariant to them skip it.
+        prior: share of tumour among the images, above 0 and below 1; None = as in validation.
+        batch_size: images in one call of a network, over all local devices together. One program
+            is compiled for it, and smaller batches are padded.
+
+    Attributes:
+        trained: the networks.
+        tta: as given.
+        batch_size: as given.
+
+    Raises:
+        ValueError: `prior` or `batch_size` is out of range.
+    """
+
+    def __init__(
+        self,
+        trained: Sequence[TrainedModel],
+        *,
+        tta: bool = False,
+        prior: float | None = None,
+        batch_size: int = 256,
+    ) -> None:
+        if prior is not None and not 0 < prior < 1:
+            raise ValueError(f"prior = {prior} must be above 0 and below 1, or None")
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size} must be at least 1")
+        self.trained, self.tta, self.batch_size = tuple(trained), tta, batch_size
+        self._prior = prior
+        self._devices = jax.local_devices()
+        self._programs: dict[tuple[MakeFunction, nn.Module], Any] = {}
+
+    def __repr__(self) -> str:
+        return f"Predictor({', '.join(trained.run for trained in self.trained)})"
+
+    def __call__(self, images: Any) -> Float[np.ndarray, " n"]:
+        """Returns the calibrated probabilities of tumour, float64[n].
+
+        Args:
+            images: uint8[n, 96, 96, 3], RGB, or an iterable of such batches of any sizes.
+
+        Raises:
+            ValueError: images of another shape or dtype.
+        """
+        return expit(self.logits(images))
+
+    def logits(self, images: Any) -> Float[np.ndarray, " n"]:
+        """Returns the calibrated logits, float64[n]; for arguments and errors see `__call__`."""
+        return self.calibrate(self.raw_logits(images)).mean(0)
+
+    def raw_logits(
+        self, images: Any, batch_size: int | None = None
+    ) -> Float32[np.ndarray, "networks n"]:
+        """Returns each network's own logits, before calibration.
+
+        Args:
+            images: see `__call__`.
+            batch_size: instead of the predictor's own; each compiles a program.
+        """
+        make = make_forward_tta if self.tta else make_forward
+        return np.stack(self.map(make, images, batch_size))
+
+    def calibrate(
+        self, logits: Float32[np.ndarray, "networks n"]
+    ) -> Float[np.ndarray, "networks n"]:
+        """Returns each network's calibrated logits, float64, shifted to the predictor's prior."""
+        pairs = zip(self.trained, logits, strict=True)
+        return np.stack([trained.calibration.apply(own, self._prior) for trained, own in pairs])
+
+    def select(self, number: int) -> "Predictor":
+        """Returns the predictor of one of the networks; the compiled programs are shared."""
+        selected = Predictor(
+            [self.trained[number]], tta=self.tta, prior=self._prior, batch_size=self.batch_size
+        )
+        selected._programs = self._programs
+        return selected
+
+    def map(
+        self, make: MakeFunction, images: Any, batch_size: int | None = None
+    ) -> list[np.ndarray]:
+        """Computes a function of each network over all images.
+
+        Args:
+            make: returns, for a network, the function `(weights, uint8[batch, 96, 96, 3]) ->
+                array[batch, ...]`. A program is compiled for each pair of `make` and network.
+            images: see `__call__`.
+            batch_size: instead of the predictor's own.
+
+        Returns:
+            For each network array[n, ...].
+        """
+        each = -(-(batch_size or self.batch_size) // len(self._devices))
+        counts: list[int] = []
+
+        def start() -> Iterator[list[jax.Array]]:
+            for batch, count in _padded_batches(images, each * len(self._devices)):
+                counts.append(count)
+                parts = batch.reshape(len(self._devices), each, *IMAGE_SHAPE)
+                # The weights are passed as they are: replicated ones would be copied each time.
+                yield [self._program(make, t.model)(t.weights, parts) for t in self.trained]
+
+        with runtime.jax_defaults():
+            outputs = list(read_behind(start()))
+            if not outputs:
+                return [_empty(make(t.model), t.weights) for t in self.trained]
+        flat = (
+            [output.reshape(-1, *output.shape[2:]) for output in of_one]
+            for of_one in zip(*outputs, strict=True)
+        )
+        return [np.concatenate(parts)[: sum(counts)] for parts in flat]
+
+    def _program(self, make: MakeFunction, model: nn.Module) -> Any:
+        """Returns the compiled function; networks of one architecture share it."""
+        key = (make, model)
+        if key not in self._programs:
+            self._programs[key] = jax.pmap(make(model), in_axes=(None, 0), devices=self._devices)
+        return self._programs[key]
+
+
+def load(
+    *workdirs: str | os.PathLike[str],
+    tta: bool | None = None,
+    prior: float | None = None,
+    batch_size: int | None = None,
+) -> Predictor:
+    """Returns the predictor of one run, or the ensemble of several.
+
+    Example:
+        >>> predictor = histo_jax.load("runs/kaggle")
+        >>> probabilities = predictor(images)  # uint8[n, 96, 96, 3] to float64[n]
+
+    Args:
+        workdirs: folders of runs that `fit` has trained, or of ensembles that `evaluate` or
+            `predict` has worked in, which stand for their runs. The best checkpoints are read.
+        tta: see `Predictor`; None = the runs' `config.predict.tta`.
+        prior: see `Predictor`; None = the runs' `config.predict.prior`.
+        batch_size: see `Predictor`; None = `config.predict.batch_size` of the first run.
+
+    Raises:
+        UserError: a folder is not that of a run, a run has no usable checkpoint or is given twice,
+            or the runs' settings differ where an argument is None.
+        ValueError: `prior` or `batch_size` is out of range.
+    """
+    if not workdirs:
+        raise UserError("load() needs the folder of at least one run")
+    with environment.defaults(), runtime.jax_defaults():
+        runtime.set_up()
+        paths = [files.expand(workdir, "workdir").absolute() for workdir in workdirs]
+        options = [load_run_config(path).predict for path in paths]
+        tta = _common("tta", [each.tta for each in options], tta)
+        prior = _common("prior", [each.prior for each in options], prior)
+        runs: list[Path] = []
+        for path, each in zip(paths, options, strict=True):
+            runs += run_folders(each.checkpoints) or [path]
+        trained = read_runs(runs, "load()")
+    if batch_size is None:
+        batch_size = options[0].batch_size
+    return Predictor(trained, tta=bool(tta), prior=prior, batch_size=batch_size)
+
+
+def _common(name: str, values: Sequence[Value], given: Value | None) -> Value:
+    """Returns the value that was given, else the one that all runs share."""
+    if given is not None:
+        return given
+    if any(value != values[0] for value in values):
+        raise UserError(
+            f"the runs differ in config.predict.{name} ({', '.join(map(str, values))}): "
+            f"give load(..., {name}=...)"
+        )
+    return values[0]
+
+
+def make_forward_tta(model: nn.Module) -> Callable[[Weights, Any], Any]:
+    """Returns `make_forward` with test-time augmentation, unless the network is D4-invariant."""
+    return make_forward(model, tta=not getattr(model, "is_d4_invariant", False))
+
+
+def _empty(function: Callable[[Weights, Any], Any], weights: Weights) -> np.ndarray:
+    """Returns the function's output for no images."""
+    images = jax.ShapeDtypeStruct((1, *IMAGE_SHAPE), np.uint8)
+    output = jax.eval_shape(function, weights, images)
+    return np.zeros((0, *output.shape[1:]), output.dtype)
+
+
+def _padded_batches(images: Any, size: int) -> Iterator[tuple[Batch, int]]:
+    """Yields batches of one size, each with the number of its images; the last is padded."""
+    batch, count = np.empty((size, *IMAGE_SHAPE), np.uint8), 0
+    for part in _parts(images):
+        start = 0
+        while start < len(part):
+            taken = part[start : start + size - count]
+            # Copied, because an iterable may reuse its memory for the next batch.
+            batch[count : count + len(taken)] = taken
+            start, count = start + len(taken), count + len(taken)
+            if count == size:
+                yield batch, count
+                batch, count = np.empty_like(batch), 0
+    if count:
+        batch[count:] = batch[count - 1]
+        yield batch, count
+
+
+def _parts(images: Any) -> Iterator[Batch]:
+    """Yields the batches that a user gave, checked."""
+    if hasattr(images, "__array__"):
+        yield _check_images(images)
+        return
+    if not isinstance(images, Iterable):
+        raise ValueError(
+            f"images are a {type(images).__name__}, expected {_EXPECTED}, or an iterable of such "
+            "batches"
+        )
+    yield from map(_check_images, images)
+
+
+def _check_images(images: Any) -> Batch:
+    array = np.asarray(images)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != IMAGE_SHAPE:
+        received = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
+        raise ValueError(f"images are {received}, expected {_EXPECTED}")
+    return array
