@@ -129,7 +129,7 @@ def test_reading_modes_use_the_records_when_raw_files_are_gone(study, tmp_path, 
     config.data.raw_dir = str(raw)
     found = prepare(config, tmp_path / "run", raw_may_be_gone=True)
     assert found.directory == begun.directory
-    lost = "holds other data than" if loss == "changed" else "; using"
+    lost = "has other data than" if loss == "changed" else "; using"
     assert re.search(f"{raw}.*{lost}", "\n".join(messages))
     refused(config, str(raw), workdir=tmp_path / "run")  # training does not
     config.data.raw_dir = None
@@ -195,7 +195,7 @@ def test_records_of_several_studies_are_kept_apart(study, tmp_path):
     refused(config, "kaggle-typo", one.name, other.name)
     refused(study(1), "kaggle-typo")
     config.data.records = one.name
-    refused(study(1), "raw1 holds other data", one.name, "raw0", "--config.data.records")
+    refused(study(1), "raw1 has other data", one.name, "raw0", "--config.data.records")
 
 
 def test_records_of_version_0_1_0_are_read(study):

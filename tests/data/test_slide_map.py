@@ -138,6 +138,8 @@ def test_slides_are_found_by_pixels_in_patchcamelyon(tmp_path, monkeypatch):
     table = pd.DataFrame({"id": [ids[3], ids[0], ids[2]], "slide": ""})
     data = DataConfig(slide_map=str(raw))
     assert slide_map.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
+    named = table.assign(sha1=table["id"], id=["x", "y", "z"])  # of a source with other ids
+    assert slide_map.fill_in(named, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
     # Hashing, which takes minutes, is done once.
     monkeypatch.setattr(pcam, "read", lambda _: pytest.fail("read again"))
     assert slide_map.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
@@ -187,3 +189,10 @@ def test_a_truncated_cache_is_replaced_and_one_that_cannot_be_written_is_in_memo
     monkeypatch.setattr(pcam, "read", lambda _: pytest.fail("read again"))
     pd.testing.assert_frame_equal(slide_map.fill_in(table, data, cache), complete)
     assert not list(cache.iterdir())
+
+
+def test_ids_of_any_source_are_found(tmp_path):
+    table = pd.DataFrame({"id": ["Patch_1", "b"], "slide": "", "sha1": ["1" * 40, "2" * 40]})
+    (tmp_path / "map.csv").write_text("id,wsi\nPATCH_1.tif,s1\nb,s2\n")
+    data = DataConfig(slide_map=str(tmp_path / "map.csv"))
+    assert slide_map.fill_in(table, data, tmp_path)["slide"].tolist() == ["s1", "s2"]
