@@ -139,7 +139,7 @@ class Peer:
         return prepare(self._config)
 
     def prepare(self, source: str, raw_dir: str, tfds_dir: str) -> None:
-        """Prepares the records anew."""
+        """Prepares the records, also if they exist."""
         shutil.rmtree(self._folder / tfds_dir, ignore_errors=True)
         self._prepare(source, raw_dir, tfds_dir)
 
