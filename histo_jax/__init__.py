@@ -22,6 +22,7 @@ from histo_jax.registry import (
     register_model,
     register_source,
 )
+from histo_jax.version import VERSION
 
 if typing.TYPE_CHECKING:
     from histo_jax.auditing import audit
@@ -36,6 +37,7 @@ if typing.TYPE_CHECKING:
     from histo_jax.report import explain, report
     from histo_jax.training.callbacks import Callback
 
+__version__ = VERSION
 __all__ = [
     "Callback",
     "CheckpointError",

@@ -15,9 +15,9 @@ from sklearn.preprocessing import StandardScaler
 from histo_jax.data import near_duplicates
 from histo_jax.data.example import IMAGE_SIZE, UNLABELLED
 from histo_jax.data.loader import Records, ordered_batches
-from histo_jax.data.record_files import SQUARES, SUMS
+from histo_jax.data.record_files import SQUARES, SUMS, pixel_hashes
 from histo_jax.data.record_reader import Prepared
-from histo_jax.data.splits import Subset, Subsets, caveat, has_slide_names, pixel_hashes
+from histo_jax.data.splits import Subset, Subsets, caveat, has_slide_names
 from histo_jax.run import progress, signals
 
 # Examples that the report lists of each finding.

@@ -127,6 +127,11 @@ def read_table(path: Path, rows: int) -> pd.DataFrame:
     return table
 
 
+def pixel_hashes(table: pd.DataFrame) -> pd.Series:
+    """Returns the SHA-1 of each patch's pixels: the id, unless a user's source has other ids."""
+    return table["sha1"] if "sha1" in table else table["id"]
+
+
 def corrupt(path: Path) -> UserError:
     """Returns the error for a corrupt file of records."""
     return DataError(f"{path} is corrupt: remove {path.parent} to prepare the records again")

@@ -211,10 +211,10 @@ class _Selection:
     def _refuse_or_warn(self, own: Manifest, is_lenient: bool) -> None:
         """Handles raw data that is not that of the records."""
         place = self._data.raw_dir or f"source {self._source.name!r}"
-        message = f"{place} holds other data than {own.name}, {own.describe()}"
+        message = f"{place} has other {self._source.content} than {own.name}, {own.describe()}"
         if not is_lenient:
             other = "--config.data.records" if self._data.records else "--workdir"
-            raise DataError(f"{message}: restore that data, or choose another {other}")
+            raise DataError(f"{message}: restore it, or choose another {other}")
         log.warning("%s; using %s", message, own.name)
 
     def _only(self) -> Manifest | None:

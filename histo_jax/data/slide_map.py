@@ -12,6 +12,7 @@ import pandas as pd
 
 from histo_jax.config import DataConfig
 from histo_jax.data.names import clean, clean_column, identity
+from histo_jax.data.record_files import pixel_hashes
 from histo_jax.data.sources import pcam
 from histo_jax.data.sources.kaggle import clean_id
 from histo_jax.data.tables import read_csv
@@ -28,7 +29,7 @@ def fill_in(table: pd.DataFrame, data: DataConfig, cache: Path) -> pd.DataFrame:
     """Returns the table with its `slide` column filled from `data.slide_map`.
 
     Args:
-        table: columns `id` and `slide`.
+        table: of a split, see `record_files`.
         data: `slide_map` is a CSV with the columns `id` and `wsi`, or a folder of PatchCamelyon's
             files with their `_meta.csv`, in which patches are found by the SHA-1 of their pixels;
             None changes nothing.
@@ -41,15 +42,18 @@ def fill_in(table: pd.DataFrame, data: DataConfig, cache: Path) -> pd.DataFrame:
     if data.slide_map is None:
         return table
     path = files.expand(data.slide_map, "--config.data.slide_map")
-    known = _from_patchcamelyon(path, cache) if path.is_dir() else _from_csv(path)
-    slides = clean_column(table["id"].map(known).fillna(""))
+    if path.is_dir():
+        known, keys = _from_patchcamelyon(path, cache), pixel_hashes(table)
+    else:
+        known, keys = _from_csv(path), table["id"].map(clean_id)
+    slides = clean_column(keys.map(known).fillna(""))
     missing = int((slides == "").sum())
     if missing == len(table):
-        if table["id"].isin(known.index).any():
+        if keys.isin(known.index).any():
             raise DataError(f"{path} names no slide in its column wsi; complete it")
         raise DataError(
             f"{path} names the slide of no patch: does it belong to other data? Its first id is "
-            f"{known.index[0][:60]!r}, that of the data is {table['id'].iloc[0]}"
+            f"{known.index[0][:60]!r}, that of the data is {keys.iloc[0][:60]!r}"
         )
     if missing:
         summary = f"{path} names the slides of {len(table) - missing} of {len(table)} patches"

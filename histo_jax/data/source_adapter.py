@@ -66,6 +66,12 @@ class SourceAdapter:
             return str(Path(self._data.raw_dir).expanduser().absolute())
         return str(getattr(self._source, "origin", f"source {self.name!r}"))
 
+    @property
+    def content(self) -> str:
+        """What the fingerprint covers, for messages."""
+        has_fingerprint = hasattr(self._source, "fingerprint")
+        return "data" if has_fingerprint else "code or another data.raw_dir"
+
     def fingerprint(self) -> str | None:
         """Returns the hash of the data; None = not known.
 

@@ -13,7 +13,7 @@ from histo_jax.config import DataConfig
 from histo_jax.data import sampling
 from histo_jax.data.example import IMAGE_SIZE
 from histo_jax.data.names import identity
-from histo_jax.data.record_files import SQUARES, SUMS
+from histo_jax.data.record_files import SQUARES, SUMS, pixel_hashes
 from histo_jax.errors import DataError
 
 log = logging.getLogger("histo_jax")
@@ -188,11 +188,6 @@ def share(first: pd.DataFrame, second: pd.DataFrame) -> bool:
 def slide_identities(table: pd.DataFrame) -> pd.Series:
     """Returns for each patch the `identity` of its slide, equal for all spellings."""
     return table["slide"].map({name: identity(name) for name in table["slide"].unique()})
-
-
-def pixel_hashes(table: pd.DataFrame) -> pd.Series:
-    """Returns the SHA-1 of each patch's pixels: the id, unless a user's source has other ids."""
-    return table["sha1"] if "sha1" in table else table["id"]
 
 
 def shared_ids(first: pd.DataFrame, second: pd.DataFrame) -> pd.Series:

@@ -1,5 +1,4 @@
 import gzip
-import logging
 
 import h5py
 import numpy as np
@@ -33,16 +32,14 @@ def test_a_csv_names_the_slides(tmp_path):
     assert filled["slide"].tolist() == ["slide_0", "slide_1"] * 3
 
 
-def test_a_partial_map_is_refused_or_leaves_the_rest_out(tmp_path, caplog):
+def test_a_partial_map_is_refused_or_leaves_the_rest_out(tmp_path, messages):
     data = write_map(tmp_path, [(i, "a") for i in range(4)])
     with pytest.raises(UserError, match=r"4 of 6 patches.*other 2.*on_damaged=skip"):
         slide_map.fill_in(make_table(), data, tmp_path)
     data.on_damaged = "skip"
-    logging.getLogger("histo_jax").addHandler(caplog.handler)
     filled = slide_map.fill_in(make_table(), data, tmp_path)
-    logging.getLogger("histo_jax").removeHandler(caplog.handler)
     assert filled["slide"].tolist() == ["a"] * 4 + [""] * 2
-    assert "other 2 are left out of training and validation" in caplog.text
+    assert "other 2 are left out of training and validation" in "\n".join(messages)
 
 
 @pytest.mark.parametrize(
@@ -93,23 +90,21 @@ def test_contradictions_in_a_map_are_counted(tmp_path):
         slide_map.fill_in(make_table(), data, tmp_path)
 
 
-def test_one_slide_has_one_name_in_all_tables(caplog):
+def test_one_slide_has_one_name_in_all_tables(messages):
     tables = {
         "train": pd.DataFrame({"slide": ["Slide_01", "b", "nan", "7"], "label": 0}),
         "validation": pd.DataFrame({"slide": ["slide_01 ", "B\u200b", "c", "07.0"]}),
         "test": pd.DataFrame({"slide": ["SLIDE_01", ""]}),
     }
-    logging.getLogger("histo_jax").addHandler(caplog.handler)
     for _ in range(2):
         unified = slide_map.unify(tables)
-    logging.getLogger("histo_jax").removeHandler(caplog.handler)
     assert unified["train"].to_dict("list") == {
         "slide": ["Slide_01", "b", "", "7"],
         "label": [0] * 4,
     }
     assert unified["validation"]["slide"].tolist() == ["Slide_01", "b", "c", "7"]
     assert unified["test"]["slide"].tolist() == ["Slide_01", ""]
-    assert [record.message for record in caplog.records] == [
+    assert messages == [
         "3 slides have several spellings, such as 'SLIDE_01', 'Slide_01', 'slide_01 '; each counts "
         "as one slide"
     ]
@@ -143,6 +138,8 @@ def test_slides_are_found_by_pixels_in_patchcamelyon(tmp_path, monkeypatch):
     table = pd.DataFrame({"id": [ids[3], ids[0], ids[2]], "slide": ""})
     data = DataConfig(slide_map=str(raw))
     assert slide_map.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
+    named = table.assign(sha1=table["id"], id=["x", "y", "z"])  # of a source with other ids
+    assert slide_map.fill_in(named, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
     # Hashing, which takes minutes, is done once.
     monkeypatch.setattr(pcam, "read", lambda _: pytest.fail("read again"))
     assert slide_map.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
@@ -192,3 +189,10 @@ def test_a_truncated_cache_is_replaced_and_one_that_cannot_be_written_is_in_memo
     monkeypatch.setattr(pcam, "read", lambda _: pytest.fail("read again"))
     pd.testing.assert_frame_equal(slide_map.fill_in(table, data, cache), complete)
     assert not list(cache.iterdir())
+
+
+def test_ids_of_any_source_are_found(tmp_path):
+    table = pd.DataFrame({"id": ["Patch_1", "b"], "slide": "", "sha1": ["1" * 40, "2" * 40]})
+    (tmp_path / "map.csv").write_text("id,wsi\nPATCH_1.tif,s1\nb,s2\n")
+    data = DataConfig(slide_map=str(tmp_path / "map.csv"))
+    assert slide_map.fill_in(table, data, tmp_path)["slide"].tolist() == ["s1", "s2"]

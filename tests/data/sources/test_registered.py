@@ -19,6 +19,7 @@ from histo_jax.data import leakage, records
 from histo_jax.data.example import Example
 from histo_jax.data.splits import make_subsets
 from histo_jax.errors import DataError, UserError
+from histo_jax.run.workdir import Workdir
 
 IMAGES = np.random.default_rng(0).integers(150, 230, (64, 96, 96, 3), np.uint8)
 IMAGES[::2, 32:64, 32:64] -= 90
@@ -143,7 +144,7 @@ def test_fingerprints_name_the_records(config):
     assert prepare(config).name == "mine-v2"
 
 
-def test_without_a_fingerprint_other_code_makes_other_records(config):
+def test_without_a_fingerprint_other_code_makes_other_records(config, tmp_path):
     class First:
         def __init__(self, data):
             pass
@@ -160,9 +161,16 @@ def test_without_a_fingerprint_other_code_makes_other_records(config):
         registry.SOURCES._entries["mine"] = kind
         names.append(prepare(config).name)
     assert names[0] == names[1] != names[2]
+    # A run keeps its records: modes that read use them, training refuses.
+    run = Workdir(tmp_path)
+    run.save_config(config)
+    run.update_status(records=names[0])
+    with pytest.raises(DataError, match=r"source 'mine' has other code .*choose another --workdir"):
+        prepare(config, workdir=tmp_path)
+    assert prepare(config, workdir=tmp_path, raw_may_be_gone=True).name == names[0]
 
 
-def test_optional_members_are_used(config, tmp_path, caplog):
+def test_optional_members_are_used(config, tmp_path):
     folders = []
 
     class Mine:
