@@ -31,9 +31,10 @@ from histo_jax.training import step as steps
 from histo_jax.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[1]
-NETWORK = (Path(__file__).parent / "tiny_network.py").read_text()
 CONFIG = """
+import runpy
 from histo_jax.config import Config
+runpy.run_path({network!r})
 def get_config():
     config = Config()
     config.data.source, config.data.validation_fraction = "kaggle", 0.25
@@ -50,8 +51,9 @@ class Command:
     def __init__(self, folder: Path, make_kaggle) -> None:
         self.workdir, self.config = folder / "run", folder / "config.py"
         raw = make_kaggle(folder / "raw")
-        text = CONFIG.format(raw=str(raw), records=str(folder / "records"))
-        self.config.write_text(NETWORK + text)
+        network = str(Path(__file__).parent / "tiny_network.py")
+        records = str(folder / "records")
+        self.config.write_text(CONFIG.format(network=network, raw=str(raw), records=records))
         self.argv = [sys.executable, "-m", "histo_jax.main", f"--config={self.config}"]
 
     def start(self, *options: str) -> subprocess.Popen:
@@ -123,7 +125,7 @@ def test_signals_save_and_leave_and_the_lock_keeps_others_out(command, log):
     stderr = second.communicate(timeout=60)[1]
     assert second.returncode == 130, stderr
     assert f"resumed from step {status['step']}" in stderr
-    assert "Ctrl-C again leaves at once" in stderr
+    assert "press Ctrl-C again to exit at once" in stderr
     assert re.search(r"histo_jax: interrupted, saved at step \d+;", stderr.splitlines()[-1])
     assert "Traceback" not in stderr
     assert run.status()["state"] == "failed"
@@ -336,7 +338,7 @@ def test_a_second_interrupt_from_python_raises_at_once_and_none_is_lost():
             signal.raise_signal(signal.SIGINT)
         signals._received = 0  # dealt with here
     # One that comes after the last point to stop at.
-    with pytest.raises(KeyboardInterrupt, match="when all was done"), signals.watch():
+    with pytest.raises(KeyboardInterrupt, match="after the command had finished"), signals.watch():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not signals.requested()

@@ -1,6 +1,6 @@
 """A network that compiles in a second, for tests of everything around a network.
 
-Registered as 'tiny'; the config files of tests hold this text.
+Registered as 'tiny'; tests and their config files run this file, as a name has one origin.
 """
 
 import flax.linen as nn

@@ -140,13 +140,13 @@ def check_callbacks(callbacks: Any) -> list[Any]:
         UserError: it is not iterable, or an item is a class or has no method of a callback.
     """
     try:
-        found = list(callbacks)
+        items = list(callbacks)
     except TypeError:
         name = type(callbacks).__name__
         raise UserError(
             f"callbacks is a {name}; it must be a list of callbacks, [{name}()]"
         ) from None
-    for index, callback in enumerate(found):
+    for index, callback in enumerate(items):
         name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
         if isinstance(callback, type):
             raise UserError(f"callbacks[{index}] is the class {name}: pass an object, {name}()")
@@ -155,7 +155,7 @@ def check_callbacks(callbacks: Any) -> list[Any]:
                 f"callbacks[{index}] ({name}) has none of the methods {', '.join(_METHODS)}: "
                 "define one, or leave the callback out"
             )
-    return found
+    return items
 
 
 class HistoryFile(Callback):

@@ -31,7 +31,9 @@ ROOT = Path(__file__).parents[2]
 TRACED = Path(__file__).with_name("traced.py")
 NETWORK = Path(__file__).parents[1] / "tiny_network.py"
 CONFIG = """
+import runpy
 from histo_jax.config import Config
+runpy.run_path({network!r})
 def get_config():
     config = Config()
     config.data.source, config.data.raw_dir = "kaggle", {raw!r}
@@ -50,8 +52,8 @@ def place(tmp_path_factory, make_kaggle):
     """A folder with raw files, of which 7 are to predict, a prime number, and a config."""
     folder = tmp_path_factory.mktemp("hosts")
     raw = make_kaggle(folder / "raw", train=40, test=7)
-    text = CONFIG.format(raw=str(raw), records=str(folder / "records"))
-    (folder / "config.py").write_text(NETWORK.read_text() + text)
+    text = CONFIG.format(network=str(NETWORK), raw=str(raw), records=str(folder / "records"))
+    (folder / "config.py").write_text(text)
     return folder
 
 

@@ -1,5 +1,6 @@
 """How often a run is restarted after a lost process; the processes are simulated."""
 
+import sys
 from pathlib import Path
 
 import jax
@@ -78,11 +79,11 @@ def test_a_single_process_counts_nothing(start, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("status", "advice"), [(75, "restart all"), (1, "fix the error")])
 def test_the_process_ends_with_one_line_that_says_what_to_do(status, advice, monkeypatch, capsys):
-    ends = []
     monkeypatch.setattr(restarts, "exit_status", lambda _: status)
-    monkeypatch.setattr(restarts.os, "_exit", ends.append)
-    restarts.exit_after_loss(LOST, Path("run"))
+    monkeypatch.setattr(restarts.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as exit_info:
+        restarts.exit_after_loss(LOST, Path("run"))
+    assert exit_info.value.code == status
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("histo_jax: another process of the run was lost or failed")
     assert advice in line
-    assert ends == [status]
