@@ -12,13 +12,13 @@ def forms(images):
 
 
 def test_the_elements_are_the_eight_symmetries_and_the_first_the_identity():
-    wanted = {
+    expected = {
         np.rot90(image, turns, (1, 2)).tobytes()
         for image in (IMAGES, IMAGES.swapaxes(1, 2))
         for turns in range(4)
     }
-    assert {form.tobytes() for form in forms(IMAGES)} == wanted
-    assert len(wanted) == 8
+    assert {form.tobytes() for form in forms(IMAGES)} == expected
+    assert len(expected) == 8
     np.testing.assert_array_equal(forms(IMAGES)[0], IMAGES)
 
 

@@ -1,4 +1,4 @@
-"""Runs a registered source: optional members, and one-line errors for what it does wrong."""
+"""Runs a registered source: optional attributes, and one-line errors for what it does wrong."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 class SourceAdapter:
-    """A source as the records need it, with every optional member.
+    """A source as the records need it, with every optional attribute.
 
     Sources of the package are trusted: their exceptions are bugs and keep their traceback, and
     their examples are not checked.

@@ -47,13 +47,13 @@ def random_hashes(rng: np.random.Generator, *shape: int) -> np.ndarray:
 def test_the_first_hash_is_the_published_dct_hash():
     images = draw_textures(20)
     hashes, contrast = near_duplicates.hash_images(images)
-    for image, own, deviation in zip(images, hashes[:, 0], contrast, strict=True):
+    for image, own, std in zip(images, hashes[:, 0], contrast, strict=True):
         grey = image @ np.array([0.299, 0.587, 0.114])
         small = grey.reshape(32, 3, 32, 3).mean(axis=(1, 3))
         low = scipy.fft.dctn(small)[:8, :8]
         bits = np.unpackbits(np.array([own]).view(np.uint8)).reshape(8, 8)
         np.testing.assert_array_equal(bits, low > np.median(low))
-        assert deviation == pytest.approx(small.std(), rel=1e-4)
+        assert std == pytest.approx(small.std(), rel=1e-4)
 
 
 def test_hashes_are_those_of_the_flipped_and_rotated_images():

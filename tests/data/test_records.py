@@ -17,7 +17,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from histo_jax import environment
-from histo_jax.data import record_writer, records, splits
+from histo_jax.data import record_files, record_writer, records, splits
 from histo_jax.data.record_files import SQUARES, SUMS
 from histo_jax.data.sources import kaggle, synthetic
 from histo_jax.errors import UserError
@@ -203,7 +203,7 @@ def test_records_of_version_0_1_0_are_read(study):
     config = study(0)
     record = prepare(config).directory / "prepared.json"
     new = json.loads(record.read_text())
-    old = {"files": new["fingerprint"], "times": None, "damaged": {}}
+    old = {key: new[renamed] for key, renamed in record_files._OLD_KEYS.items()}
     record.write_text(json.dumps(old))
     record.parents[1].rename(record.parents[2] / "kaggle")
     for _ in range(2):

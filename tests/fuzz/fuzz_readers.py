@@ -241,7 +241,7 @@ def make(kind: str, seed: int, index: int) -> bytes:
 # --- child processes -----------------------------------------------------------------------------
 
 
-def judge(kind: str, folder: Path, content: bytes) -> tuple[str, str]:
+def check(kind: str, folder: Path, content: bytes) -> tuple[str, str]:
     """Returns 'ok', 'refused' or 'finding', and the message."""
     try:
         for id_, image, label, slide in KINDS[kind].feed(folder, content):
@@ -272,7 +272,7 @@ def child(pipe) -> None:
         while True:
             kind, content = pipe.recv()
             (place := Path(folder) / kind).mkdir(exist_ok=True)
-            pipe.send((*judge(kind, place, content), peak() - before))
+            pipe.send((*check(kind, place, content), peak() - before))
 
 
 def peak() -> int:
@@ -291,7 +291,7 @@ class Child:
         self.process.start()
         end.close()
 
-    def judge(self, kind: str, content: bytes) -> tuple[str, str, int]:
+    def check(self, kind: str, content: bytes) -> tuple[str, str, int]:
         self.pipe.send((kind, content))
         try:
             if not self.pipe.poll(self.seconds):
@@ -332,7 +332,7 @@ def main() -> int:
         runner = Child(args.seconds)
         for index, content in enumerate(inputs):
             begin = time.monotonic()
-            result, line, memory = runner.judge(kind, content)
+            result, line, memory = runner.check(kind, content)
             slowest, most = max(slowest, time.monotonic() - begin), max(most, memory)
             tally[result] += 1
             if args.replay:

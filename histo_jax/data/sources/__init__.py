@@ -1,7 +1,7 @@
 """Where patches come from: one file per built-in source, registered as a user's own are.
 
 A source is a class. `histo_jax.register_source` describes its constructor, `splits()` and
-`fingerprint()`. It may also have these members:
+`fingerprint()`. It may also have these attributes and methods:
 
 - `modified() -> str | None`: hash of the modification times of files that the fingerprint covers
   in part only. A change is logged.

@@ -179,7 +179,7 @@ def _check_rows(csv_path: Path, wrong: pd.Series, cells: pd.Series, problem: str
         wrong: bool[n], by line.
         cells: the cell that is wrong, by line.
         problem: what is wrong; `{}` stands for the cell.
-        fix: verb of what to do with the row.
+        fix: what to do with the row, as in 'remove'.
     """
     lines = wrong.index[wrong]
     if not len(lines):
@@ -222,8 +222,8 @@ def _missing_error(folder: Path, csv_path: Path, missing: dict[str, int], listed
         fix = f"unpack the competition's {folder.name} images there"
     count, example = raw_files.find_stems(folder.parent, missing)
     if example is not None:
-        verb = "move or rename" if example.suffix.lower().startswith(".tif") else "convert"
-        fix = f"{count} of them are elsewhere, as {example}: {verb} them to {folder}/ID.tif"
+        action = "move or rename" if example.suffix.lower().startswith(".tif") else "convert"
+        fix = f"{count} of them are elsewhere, as {example}: {action} them to {folder}/ID.tif"
     elif len(missing) > 1:
         fix = raw_files.archives(folder.parent) or raw_files.archives(folder) or fix
     return DataError(f"{problem}; {fix}")

@@ -680,7 +680,7 @@ def test_download(server: Server, tmp_path: Path, scratch: Path) -> None:
     assert "tensorflow" not in sys.modules
 
 
-def test_a_broken_download_starts_again(server: Server, tmp_path: Path) -> None:
+def test_a_broken_download_is_repeated(server: Server, tmp_path: Path) -> None:
     server.spoil = lambda handler, content: handler.answer(len(content), content[:9999])
     refused(server, tmp_path, "try again")
     server.spoil = None
@@ -690,7 +690,9 @@ def test_a_broken_download_starts_again(server: Server, tmp_path: Path) -> None:
     assert server.requests.count(f"{Y}.gz") == 1
 
 
-def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path, monkeypatch) -> None:
+def test_requests_to_a_busy_server_are_repeated(
+    server: Server, tmp_path: Path, monkeypatch
+) -> None:
     def busy_once(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
         server.spoil = None
         handler.send_error(503)

@@ -63,9 +63,9 @@ def examples(count=8, first=0, label=None, slide="s"):
     ]
 
 
-def register(splits, **members):
+def register(splits, **attributes):
     """Registers a source that returns what `splits` returns."""
-    body = {"__init__": lambda self, data: None, "splits": lambda self: splits(), **members}
+    body = {"__init__": lambda self, data: None, "splits": lambda self: splits(), **attributes}
     histo_jax.register_source("mine")(type("Mine", (), body))
 
 
@@ -170,7 +170,7 @@ def test_without_a_fingerprint_other_code_makes_other_records(config, tmp_path):
     assert prepare(config, workdir=tmp_path, raw_may_be_gone=True).name == names[0]
 
 
-def test_optional_members_are_used(config, tmp_path):
+def test_optional_attributes_are_used(config, tmp_path):
     folders = []
 
     class Mine:
@@ -258,15 +258,15 @@ def test_a_wrong_source_is_one_line(config, name):
 
 
 @pytest.mark.parametrize(
-    ("member", "value", "words"),
+    ("attribute", "value", "words"),
     [
         ("__init__", lambda self: None, "the constructor raised TypeError"),
         ("fingerprint", lambda self: {}["a"], "fingerprint() raised KeyError"),
         ("fingerprint", lambda self: 7, "fingerprint() returned int; return a str, or None"),
     ],
 )
-def test_a_wrong_member_is_one_line(config, member, value, words):
-    register(lambda: {"train": examples()}, **{member: value})
+def test_a_wrong_attribute_is_one_line(config, attribute, value, words):
+    register(lambda: {"train": examples()}, **{attribute: value})
     refused(config, "source 'mine'", words)
 
 
