@@ -233,7 +233,7 @@ def test_compare_pairs_the_runs_patch_by_patch(make, runs, scores, tmp_path):
     assert any("accuracy" in line for line in lines)
     assert lines[-1] == f"verdict: {result['verdict']}"
     # Of 4 slides even chance favours one run in all of them, 1 time in 8.
-    assert "no difference can be shown with so few slides (4;" in result["verdict"]
+    assert "too few slides to show a difference (4;" in result["verdict"]
     itself = make(compare_runs=f"{runs / 'plain'},{runs / 'plain'}")
     assert comparison.compare(itself, tmp_path)["auc"]["difference"] == 0
 
@@ -247,7 +247,7 @@ def test_compare_refuses_runs_that_cannot_be_paired(make, runs, tmp_path):
     other = predictions(runs / "plain").iloc[1:]
     (tmp_path / "other").mkdir()
     other.to_csv(tmp_path / "other" / "predictions_validation.csv", index=False)
-    with pytest.raises(UserError, match="not scored on the same patches"):
+    with pytest.raises(UserError, match="not evaluated on the same patches"):
         comparison.compare(make(compare_runs=f"{runs / 'plain'},{tmp_path / 'other'}"), tmp_path)
 
 
