@@ -22,6 +22,7 @@ from histo_jax.registry import (
     register_model,
     register_source,
 )
+from histo_jax.version import VERSION
 
 if typing.TYPE_CHECKING:
     from histo_jax.auditing import audit
@@ -35,6 +36,7 @@ if typing.TYPE_CHECKING:
     from histo_jax.recipes import recipe
     from histo_jax.report import explain, report
 
+__version__ = VERSION
 __all__ = [
     "CheckpointError",
     "Config",

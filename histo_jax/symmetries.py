@@ -1,7 +1,7 @@
 """The eight symmetries of the square (the dihedral group D4), for images, kernels and spectra.
 
-Needs NumPy alone, and works on JAX arrays as well. Everywhere the same order: `ELEMENTS`, of which
-the first is the identity.
+Imports NumPy only, and works on JAX arrays as well. The order is always that of `ELEMENTS`, whose
+first is the identity.
 """
 
 import itertools
@@ -14,28 +14,28 @@ from jaxtyping import Int
 ELEMENTS = tuple(itertools.product((False, True), repeat=3))
 
 
-def _choose(condition: Any, changed: Any, unchanged: Any) -> Any:
+def _where(condition: Any, changed: Any, unchanged: Any) -> Any:
     if isinstance(condition, bool):
         return changed if condition else unchanged
     return unchanged.__array_namespace__().where(condition, changed, unchanged)
 
 
 def transform(images: Any, transpose: Any, flip_rows: Any, flip_columns: Any) -> Any:
-    """Returns images [batch, side, side, ...] under a symmetry; views of NumPy arrays.
+    """Returns images [batch, size, size, ...] under a symmetry; views of NumPy arrays.
 
     Args:
-        images: NumPy or JAX array.
-        transpose: bool, or an array of them that broadcasts against `images`.
+        images: NumPy or JAX array, square.
+        transpose: bool, or a bool array that broadcasts against `images`.
         flip_rows: likewise.
         flip_columns: likewise.
     """
-    images = _choose(transpose, images.swapaxes(1, 2), images)
-    images = _choose(flip_rows, images[:, ::-1], images)
-    return _choose(flip_columns, images[:, :, ::-1], images)
+    images = _where(transpose, images.swapaxes(1, 2), images)
+    images = _where(flip_rows, images[:, ::-1], images)
+    return _where(flip_columns, images[:, :, ::-1], images)
 
 
 def transform_dct(coefficients: Any, transpose: bool, flip_rows: bool, flip_columns: bool) -> Any:
-    """Returns the DCT-II [batch, size, size] of the transformed images from that of the images.
+    """Returns the DCT-II [batch, size, size] of transformed images, from that of the images.
 
     A transposition transposes it, and a flip changes the sign of the odd frequencies.
     """
@@ -46,7 +46,7 @@ def transform_dct(coefficients: Any, transpose: bool, flip_rows: bool, flip_colu
 
 
 def permutations(size: int) -> Int[np.ndarray, "8 places"]:
-    """Returns, for each symmetry, where each value of a flattened [size, size] array comes from."""
+    """Returns for each symmetry the source index of each value of a flat [size, size] array."""
     grid = np.arange(size * size).reshape(1, size, size)
     return np.array([transform(grid, *element).ravel() for element in ELEMENTS])
 

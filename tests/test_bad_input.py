@@ -20,6 +20,7 @@ import histo_jax
 from histo_jax import main as cli
 from histo_jax.config import Config
 from histo_jax.errors import UserError
+from histo_jax.metrics import Calibration
 from histo_jax.run.workdir import Workdir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -465,16 +466,16 @@ RAW: dict[str, tuple] = {
     "other-header": (
         content(SAMPLE, lambda old: b"x" + old),
         SAMPLE,
-        "must be id,",
+        "columns id",
         "xid,label",
         "correct the header",
     ),
     "header-alone": (content(SAMPLE, lambda old: old[:9]), SAMPLE, "no patches", "again"),
-    "empty-csv": (content(LABELS, lambda _: b""), LABELS, "no readable CSV"),
+    "empty-csv": (content(LABELS, lambda _: b""), LABELS, "not a readable CSV"),
     "zeros-csv": (content(LABELS, lambda _: bytes(999)), LABELS),
     "binary-csv": (content(LABELS, lambda _: bytes(range(256)) * 9), LABELS),
     "not-utf-8-csv": (content(SAMPLE, lambda old: old + b"\xe9,0\n"), SAMPLE, "save it as UTF-8"),
-    "ragged-csv": (content(LABELS, lambda old: old + b"a,b,c\n"), LABELS, "no readable CSV"),
+    "ragged-csv": (content(LABELS, lambda old: old + b"a,b,c\n"), LABELS, "not a readable CSV"),
     "label-2": (row(f"{ID},2"), ROW, "'2'", "0 or 1", "correct the row"),
     "label-half": (row(f"{ID},0.5"), ROW, "'0.5'", "0 or 1", "correct the row"),
     "label-empty": (row(f"{ID},"), ROW, "0 or 1", "correct the row"),
@@ -552,9 +553,9 @@ def test_records_folder_that_cannot_be_written(place: Place, here, below: str) -
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def trained(tmp_path_factory: pytest.TempPathFactory, save_run: Callable) -> Place:
     place = Place(tmp_path_factory.mktemp("trained"))
-    histo_jax.fit(place.config(), place.workdir)
+    save_run(place.config(), place.workdir, Calibration(1.0, 0.0))
     return place
 
 
@@ -587,7 +588,7 @@ def test_no_checkpoint(place: Place, here, mode: str, left: str) -> None:
 @pytest.mark.parametrize("mode", ["fit", "evaluate", "predict"])
 def test_checkpoint_of_another_model(copy: Place, here, mode: str) -> None:
     argv = [*copy.make_other_model(), f"--mode={mode}"]
-    refuses(here, copy, argv, "checkpoints/2", "another model", "config.model", "--workdir")
+    refuses(here, copy, argv, "checkpoints/0", "another model", "config.model", "--workdir")
 
 
 def test_checkpoints_in_a_folder_without_config(copy: Place, here) -> None:
@@ -627,7 +628,7 @@ def test_the_heavy_ones_in_real_processes(copy: Place, tmp_path_factory) -> None
     spoil(cut.raw)
     jobs.append((cut, cut.argv("--mode=prepare"), " ".join(words[:1])))
     argv = [*copy.make_other_model(), "--mode=evaluate"]
-    jobs.append((copy, argv, "checkpoints/2 another model"))
+    jobs.append((copy, argv, "checkpoints/0 another model"))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(refuses, real, p, argv, *w.split()) for p, argv, w in jobs]:
             done.result()

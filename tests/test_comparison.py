@@ -94,11 +94,11 @@ def test_the_verdict_says_what_may_be_wrong_with_it(scored, slides, scores, cave
 def test_scores_of_other_predictions_are_refused(scored, changes):
     """As a process leaves them that is killed between the two files."""
     runs = scored("a", 30), scored("b", 30, **changes)
-    with pytest.raises(UserError, match=r"b/evaluation_validation.json holds .* other pred"):
+    with pytest.raises(UserError, match=r"b/evaluation_validation.json does not match the pred"):
         verdict_of(*runs)
     for text in ("{", "[1]"):
         Path(runs[1], "evaluation_validation.json").write_text(text)
-        with pytest.raises(UserError, match=r"b/evaluation_validation.json is damaged: run"):
+        with pytest.raises(UserError, match=r"b/evaluation_validation.json is corrupt: "):
             verdict_of(*runs)
     Path(runs[1], "evaluation_validation.json").unlink()
     assert verdict_of(*runs)[1]

@@ -170,13 +170,20 @@ def test_importing_the_package_shows_no_log():
     assert (done.stdout, done.stderr) == ("['NullHandler'] 0\n", "")
 
 
-def test_a_finished_run_exits_at_once_and_is_evaluated_once_where_that_changed(run, run_command):
+def test_a_finished_run_exits_at_once_and_is_evaluated_once_where_that_changed(
+    run, run_command, monkeypatch
+):
     workdir, options = run
+    calls = []
+    for name in ("fitting.fit_in", "evaluate_in", "predict_in"):
+        monkeypatch.setattr(f"histo_jax.pipeline.{name}", lambda *_, n=name, **__: calls.append(n))
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
     assert "already complete" in run_command(*options).stdout
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
     changed = [*options, "--config.predict.batch_size=5"]
+    assert not calls
     assert "already complete" not in run_command(*changed).stdout
+    assert calls == ["fitting.fit_in", "evaluate_in", "predict_in"]
     assert '"predict.batch_size": 5' in (workdir / "config.json").read_text()
     assert re.search(r"predict\.batch_size\D+5\D", (workdir / "report.html").read_text())
     assert "already complete" in run_command(*changed).stdout

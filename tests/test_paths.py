@@ -12,6 +12,7 @@ from histo_jax.config import Config
 from histo_jax.config_checks import validate
 from histo_jax.config_values import folders
 from histo_jax.errors import UserError
+from histo_jax.metrics import Calibration
 from histo_jax.run import files
 from histo_jax.run.workdir import Workdir
 
@@ -116,14 +117,15 @@ def test_what_cannot_be_worked_in_is_refused_before_anything_is_made(tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
-def test_records_and_runs_in_folders_with_patterns_in_their_names(make_tiny_config, tmp_path):
+def test_records_and_runs_in_folders_with_patterns_in_their_names(
+    make_tiny_config, save_run, tmp_path
+):
     place = tmp_path / "lr=[0.1]*, a\\b?"
     config = make_tiny_config()
     shutil.copytree(config.data.raw_dir, place / "raw, [x]")
     config.data.raw_dir, config.data.tfds_dir = str(place / "raw, [x]"), str(place / "records**")
     runs = [place / "run [1, 2]", place / "run [1"]
-    config.fit.epochs = 1
-    histo_jax.fit(config, runs[0])
+    save_run(config, runs[0], Calibration(1.0, 0.0))
     shutil.copytree(runs[0], runs[1])
     config.predict.checkpoints = ", ".join(map(str, runs))
     scores = histo_jax.evaluate(config, place / "both")

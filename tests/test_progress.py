@@ -9,6 +9,7 @@ import types
 import pytest
 import tqdm
 
+from histo_jax.errors import UserError
 from histo_jax.run import progress
 
 
@@ -82,6 +83,16 @@ def test_notebooks_have_a_bar_with_text_where_widgets_are_missing(is_kernel, mon
         bar.update(3)
     assert ("3/3" in cell.getvalue()) == is_kernel
     assert isinstance(bar, progress.Bar)
+
+
+def test_a_bar_that_tqdm_cannot_format_names_the_variables(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TQDM_BAR_FORMAT", "{no_such_field}")
+    with pytest.raises(UserError, match=r"cannot be shown .*unset TQDM_BAR_FORMAT="):
+        progress.bar("loading", 3, bar_format="{no_such_field}")
 
 
 def test_nothing_is_shown_without_stderr(monkeypatch):

@@ -16,7 +16,7 @@ from grain.experimental import index_shuffle
 # Batches prefetched: enough to hide a slow read, few enough for a small machine (a batch
 # of 64 is 1.8 MB). Worker processes instead of threads were slower on two cores, and take 2 s to
 # start.
-_READ_AHEAD = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+_PREFETCH = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ def prefetch(
     order: grain.MapDataset, make: Callable[[np.ndarray], T], first: int = 0
 ) -> Iterator[T]:
     """Yields `make(element)` for element `first` and all later ones, prefetched in threads."""
-    iterator = iter(order.map(make).to_iter_dataset(_READ_AHEAD))
+    iterator = iter(order.map(make).to_iter_dataset(_PREFETCH))
     iterator.set_state({"next_index": first})
     return iterator
 

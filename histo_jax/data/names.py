@@ -1,11 +1,11 @@
-"""Names of slides as people write them: which are one name, and which are none."""
+"""Names of slides as people write them: spellings of one name, and words for 'not known'."""
 
 import re
 import unicodedata
 
 import pandas as pd
 
-# What tables hold where a name is not known; no slide is called so.
+# Cells of tables in which the name is not known.
 UNKNOWN = {
     "", "-", "--", "?", "n/a", "na", "nan", "nat", "<na>", "#n/a", "none", "null", "nil",
     "unknown", "not known", "undefined", "missing",
@@ -14,22 +14,22 @@ _NUMBER = re.compile(r"0*(\d+)(\.0+)?")
 
 
 def clean(name: str) -> str:
-    """Returns a name without invisible characters and needless spaces; '' = not known."""
+    """Returns a name without invisible characters and superfluous spaces; '' = not known."""
     visible = "".join(c for c in name if c.isspace() or unicodedata.category(c) not in ("Cf", "Cc"))
     name = " ".join(unicodedata.normalize("NFKC", visible).split())
     return "" if name.casefold() in UNKNOWN else name
 
 
 def clean_column(names: pd.Series) -> pd.Series:
-    """Returns a column with each name as `clean` gives it."""
+    """Applies `clean` to each name of a column."""
     return names.map({name: clean(name) for name in names.unique()})
 
 
 def identity(name: str) -> str:
-    """Returns what all spellings of one slide have in common.
+    """Returns a normalised name that is equal for all spellings of one slide.
 
-    Case, the kind of dash, and how a table wrote a number (7, 07, 7.0) tell no slides apart: taking
-    two slides for one costs little, and one slide for two lets it train and be scored.
+    Case, the kind of dash, and the format of a number (7, 07, 7.0) do not distinguish slides:
+    to merge two slides costs little, but to split one lets it be in training and evaluation.
     """
     name = unicodedata.normalize("NFKC", clean(name).casefold())
     name = "".join("-" if unicodedata.category(c) == "Pd" else c for c in name)

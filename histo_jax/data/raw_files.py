@@ -1,4 +1,4 @@
-"""Raw files that others keep: why the system refuses one, and where missing ones lie instead."""
+"""Raw files of the user: why the system cannot read one, and where missing ones may be."""
 
 import collections
 import contextlib
@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from histo_jax.errors import UserError
+from histo_jax.errors import DataError
 
-# What libraries raise where a number inside a damaged file is no sensible offset or length.
-_DAMAGE = {errno.EINVAL, errno.EFBIG, errno.EOVERFLOW, errno.ESPIPE, errno.EFAULT}
-_IN_USE = "close it in the program that has it open"
-_REMEDIES = {
+# What libraries raise where a number inside a corrupt file is not a valid offset or length.
+_CORRUPTION = {errno.EINVAL, errno.EFBIG, errno.EOVERFLOW, errno.ESPIPE, errno.EFAULT}
+_IN_USE = "close it in the program that uses it"
+_FIXES = {
     errno.EAGAIN: _IN_USE,
     errno.EBUSY: _IN_USE,
     errno.ETXTBSY: _IN_USE,
@@ -20,7 +20,7 @@ _REMEDIES = {
     errno.EPERM: "change its permissions",
     errno.ENOENT: "restore it",
     errno.ELOOP: "restore it",
-    errno.EISDIR: "put the file there",
+    errno.EISDIR: "replace the folder by the file",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the limit of open files (ulimit -n)",
     errno.ENOMEM: "free some memory",
@@ -32,30 +32,30 @@ _DEPTH = 3
 
 
 def is_system_error(error: Exception) -> bool:
-    """Whether the system could not read a file, which says nothing about what the file holds."""
+    """Whether the system could not read a file, which does not mean that the file is corrupt."""
     if isinstance(error, OSError):
-        return bool(error.errno) and error.errno not in _DAMAGE
+        return bool(error.errno) and error.errno not in _CORRUPTION
     return isinstance(error, MemoryError)
 
 
-def unreadable(path: Path, error: Exception, also: str = "") -> UserError:
-    """Returns the error to raise for a file that the system could not read.
+def unreadable(path: Path, error: Exception, also: str = "") -> DataError:
+    """Returns the error for a file that the system could not read.
 
     Args:
         path: the file.
         error: one for which `is_system_error` holds.
-        also: what else could not be read, as ', nor can 3 more of 9'.
+        also: number of other files that could not be read, as in ', nor can 3 more of 9'.
     """
     number = error.errno if isinstance(error, OSError) else errno.ENOMEM
-    words = os.strerror(number or 0)
+    reason = os.strerror(number or 0)
     if number == errno.EAGAIN:
-        words = f"{_lock_holder(path)} has locked it"
-    remedy = _REMEDIES.get(number or 0, "check its disk or mount, and start again")
-    return UserError(f"{path} cannot be read ({words}){also}: {remedy}")
+        reason = f"{_lock_holder(path)} has locked it"
+    fix = _FIXES.get(number or 0, "check its disk or mount, and rerun")
+    return DataError(f"{path} cannot be read ({reason}){also}: {fix}")
 
 
 def _lock_holder(path: Path) -> str:
-    """Names the process that holds a lock on a file, as far as the system tells."""
+    """Returns the process that holds a lock on a file, as far as the system shows it."""
     with contextlib.suppress(OSError, ValueError):
         status = path.stat()
         device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
@@ -68,17 +68,17 @@ def _lock_holder(path: Path) -> str:
 
 
 def folders_around(folder: Path) -> Iterator[Path]:
-    """Yields the folder above and those below, in which misplaced files may lie."""
+    """Yields the folder above and those below, which may contain misplaced files."""
     yield folder.absolute().parent
     for place, _ in _walk(folder):
         yield place
 
 
 def find_stems(folder: Path, stems: Collection[str]) -> tuple[int, Path | None]:
-    """Looks below a folder for images of some names, whatever their suffix and case.
+    """Searches below a folder for images by name, ignoring suffix and case.
 
     Returns:
-        how many there are, and one at the most frequent place, with the most frequent suffix.
+        their number, and an example in the most frequent folder with the most frequent suffix.
     """
     counts: collections.Counter[tuple[Path, str]] = collections.Counter()
     examples: dict[tuple[Path, str], Path] = {}
@@ -94,17 +94,17 @@ def find_stems(folder: Path, stems: Collection[str]) -> tuple[int, Path | None]:
 
 
 def likely_reason(folder: Path, missing: list[str], fits: Callable[[Path], bool]) -> str:
-    """Says why entries of a folder may be missing, and the fix; '' = nothing like them is found.
+    """Returns why entries of a folder may be missing, and the fix; '' = no likely reason.
 
     Args:
         folder: where they should be.
         missing: their names.
-        fits: whether a folder holds all that is needed.
+        fits: whether a folder contains all that is needed.
     """
-    with contextlib.suppress(OSError):  # of folders that are none of our business
+    with contextlib.suppress(OSError):  # of folders that are not readable
         for place in folders_around(folder):
             if fits(place):
-                return f"{place} has all: give this folder instead"
+                return f"{place} has all files: give this folder instead"
         for path in sorted(folder.iterdir()):
             if path.name in missing:
                 what = "folder" if path.is_dir() else "file" if path.is_file() else "broken link"
@@ -116,7 +116,7 @@ def likely_reason(folder: Path, missing: list[str], fits: Callable[[Path], bool]
 
 
 def archives(folder: Path) -> str:
-    """Says which archives in a folder are still to be unpacked; '' = none."""
+    """Returns which archives in a folder should be unpacked, as a fix; '' = there are none."""
     names = sorted(
         path.name for path in folder.iterdir() if path.suffix in (".zip", ".tar", ".tgz")
     )
@@ -124,7 +124,7 @@ def archives(folder: Path) -> str:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Folders to a depth of `_DEPTH` with their files, in a fixed order."""
+    """Yields folders to a depth of `_DEPTH` with the names of their files, in a fixed order."""
     for place, folders, names in os.walk(folder):
         depth = len(Path(place).relative_to(folder).parts)
         folders[:] = sorted(folders) if depth < _DEPTH else []

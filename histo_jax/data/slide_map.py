@@ -1,4 +1,4 @@
-"""Slides of patches that do not name theirs."""
+"""Adds the slides of patches whose source does not name them."""
 
 import contextlib
 import functools
@@ -15,26 +15,27 @@ from histo_jax.data.names import clean, clean_column, identity
 from histo_jax.data.sources import pcam
 from histo_jax.data.sources.kaggle import clean_id
 from histo_jax.data.tables import read_csv
-from histo_jax.errors import UserError, one_line
+from histo_jax.errors import DataError, one_line
 from histo_jax.run import files, signals
 
 log = logging.getLogger("histo_jax")
 
-# Look-ups that could not be kept on disk, by the folder's fingerprint.
-_in_memory: dict[str, pd.Series] = {}
+# Slides that could not be cached on disk, by the fingerprint of PatchCamelyon's folder.
+_memory_cache: dict[str, pd.Series] = {}
 
 
 def fill_in(table: pd.DataFrame, data: DataConfig, cache: Path) -> pd.DataFrame:
-    """Returns the table with its `slide` column taken from `data.slide_map`.
+    """Returns the table with its `slide` column filled from `data.slide_map`.
 
     Args:
         table: columns `id` and `slide`.
         data: `slide_map` is a CSV with the columns `id` and `wsi`, or a folder of PatchCamelyon's
-            files with their `_meta.csv`, where the pixels' SHA-1 is the id; None changes nothing.
-        cache: folder in which the look-up of a PatchCamelyon folder is kept.
+            files with their `_meta.csv`, in which patches are found by the SHA-1 of their pixels;
+            None changes nothing.
+        cache: folder for the slides that were read from PatchCamelyon's files.
 
     Raises:
-        UserError: the map cannot be read, or names the slides of a part only and
+        DataError: the map cannot be read, or names the slides of some patches only and
             `data.on_damaged` is 'stop'.
     """
     if data.slide_map is None:
@@ -45,24 +46,24 @@ def fill_in(table: pd.DataFrame, data: DataConfig, cache: Path) -> pd.DataFrame:
     missing = int((slides == "").sum())
     if missing == len(table):
         if table["id"].isin(known.index).any():
-            raise UserError(f"{path} names no slide in its column wsi; complete it")
-        raise UserError(
-            f"{path} names the slide of no patch: is it the map of other data? Its first id is "
-            f"{known.index[0][:60]!r}, the data's {table['id'].iloc[0]}"
+            raise DataError(f"{path} names no slide in its column wsi; complete it")
+        raise DataError(
+            f"{path} names the slide of no patch: does it belong to other data? Its first id is "
+            f"{known.index[0][:60]!r}, that of the data is {table['id'].iloc[0]}"
         )
     if missing:
-        found = f"{path} names the slides of {len(table) - missing} of {len(table)} patches"
+        summary = f"{path} names the slides of {len(table) - missing} of {len(table)} patches"
         if data.on_damaged == "stop":
-            raise UserError(
-                f"{found}: complete it, or leave the other {missing} out of training and "
+            raise DataError(
+                f"{summary}: complete it, or leave the other {missing} out of training and "
                 "validation by --config.data.on_damaged=skip"
             )
-        log.warning("%s; the other %d neither train nor validate", found, missing)
+        log.warning("%s; the other %d are left out of training and validation", summary, missing)
     return table.assign(slide=slides)
 
 
 def unify(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Returns the tables with each slide under one name in all of them, the first spelling met.
+    """Returns the tables with one spelling of each slide in all of them, the first one.
 
     Args:
         tables: each with a column `slide`; '' and the words of `names.UNKNOWN` = not known.
@@ -74,76 +75,76 @@ def unify(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
             key = identity(name)
             first.setdefault(key, clean(name))
             spellings.setdefault(key, set()).add(name)
-    several = [key for key, found in spellings.items() if key and len(found) > 1]
+    several = [key for key, names in spellings.items() if key and len(names) > 1]
     if several:
         examples = ", ".join(map(repr, sorted(spellings[several[0]])[:3]))
-        _say_once(
-            f"slides spelled in more than one way: {len(several)}, the first as {examples}; each "
-            "counts as one slide"
+        _warn_once(
+            f"{len(several)} slides have several spellings, such as {examples}; each counts as one "
+            "slide"
         )
-    renamed = {name: first[key] for key, found in spellings.items() for name in found}
+    renamed = {name: first[key] for key, names in spellings.items() for name in names}
     return {
         split: table.assign(slide=table["slide"].map(renamed)) for split, table in tables.items()
     }
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     log.warning(message)
 
 
 def _from_csv(path: Path) -> pd.Series:
     """Returns the slide of each id."""
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; set --config.data.slide_map")
+        raise DataError(f"{path}: no such file or folder; set --config.data.slide_map")
     table = read_csv(path, ("id", "wsi"))
     table["id"] = table["id"].map(clean_id)
     slides = table["wsi"].map({name: identity(name) for name in table["wsi"].unique()})
     table = table[~table.assign(wsi=slides).duplicated()]
-    twice = table["id"][table["id"].duplicated()]
+    duplicates = table["id"][table["id"].duplicated()]
     if table.empty:
-        raise UserError(f"{path} names no patches; complete it")
-    if not twice.empty:
-        raise UserError(
-            f"{path}, line {twice.index[0]}: {len(twice)} ids stand there twice with other "
-            f"slides, the first is {twice.iloc[0][:60]!r}; mend these rows"
+        raise DataError(f"{path} lists no patches; complete it")
+    if not duplicates.empty:
+        raise DataError(
+            f"{path}, line {duplicates.index[0]}: {len(duplicates)} duplicate ids have different "
+            f"slides, the first is {duplicates.iloc[0][:60]!r}; correct these rows"
         )
     return table.set_index("id")["wsi"]
 
 
 def _from_patchcamelyon(folder: Path, cache: Path) -> pd.Series:
     content, _ = pcam.fingerprint(folder)
-    if content in _in_memory:
-        return _in_memory[content]
+    if content in _memory_cache:
+        return _memory_cache[content]
     for cached in cache.glob(f"slides-{content}-*.csv"):
-        with contextlib.suppress(OSError):  # another user's that cannot be read
+        with contextlib.suppress(OSError):  # another user's, not readable
             if cached == _cache_file(cache, content, cached.read_bytes()):
                 return _from_csv(cached)
-    table = pd.DataFrame(_look_up(folder, cache).items(), columns=["id", "wsi"])
+    table = pd.DataFrame(_read_slides(folder, cache).items(), columns=["id", "wsi"])
     text = table.to_csv(index=False)
     try:
         files.write_text(_cache_file(cache, content, text.encode()), text)
     except OSError as error:  # the records are another user's, or their disk is full
-        log.info("the slides of %s are not kept for the next time (%s)", folder, one_line(error))
-        _in_memory[content] = table.set_index("id")["wsi"]
+        log.info("the slides of %s cannot be cached (%s)", folder, one_line(error))
+        _memory_cache[content] = table.set_index("id")["wsi"]
     return table.set_index("id")["wsi"]
 
 
 def _cache_file(cache: Path, content: str, text: bytes) -> Path:
-    """Its name holds its SHA-256: one that was cut short is not taken for whole."""
+    """Returns a name with the SHA-256 of the content, so that a truncated file is not used."""
     return cache / f"slides-{content}-{hashlib.sha256(text).hexdigest()[:16]}.csv"
 
 
-def _look_up(folder: Path, cache: Path) -> dict[str, str]:
+def _read_slides(folder: Path, cache: Path) -> dict[str, str]:
     """Returns the slide of each patch, by the SHA-1 of its pixels."""
-    log.info("looking up slides by pixels in %s", folder)
-    # Packed files are unpacked where the records lie, unless these are another user's.
+    log.info("reading the slides of patches from %s", folder)
+    # Packed files are unpacked beside the records, unless these are another user's.
     scratch = cache if os.access(cache, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
     rows: dict[str, str] = {}
     for split in pcam.find(folder).values():
         if split.meta is None:
-            raise UserError(
-                f"{folder}: the _meta.csv beside {split.x.name} is missing; it names the slides"
+            raise DataError(
+                f"{folder}: the _meta.csv of {split.x.name} is missing; add it, it names the slides"
             )
         with files.naming(scratch), pcam.unpacked(split, scratch) as plain:
             rows |= {example.id: example.slide for example in signals.stopping(pcam.read(plain))}

@@ -57,7 +57,7 @@ class SourceAdapter:
     @property
     def corrupt(self) -> dict[str, str]:
         """The reason for each file that was left out, by path."""
-        return dict(getattr(self._source, "corrupt", {}))
+        return dict(getattr(self._source, "corrupt", None) or {})
 
     @property
     def origin(self) -> str:
@@ -86,11 +86,13 @@ class SourceAdapter:
 
     def modified(self) -> str | None:
         """Returns the hash of modification times, None where the source has none."""
-        return self._source.modified() if hasattr(self._source, "modified") else None
+        with self._errors("modified()"):
+            return self._source.modified() if hasattr(self._source, "modified") else None
 
     def intact(self, corrupt: Iterable[str]) -> list[str]:
         """Returns those of the corrupt files that can be read by now."""
-        return self._source.intact(corrupt) if hasattr(self._source, "intact") else []
+        with self._errors("intact()"):
+            return self._source.intact(corrupt) if hasattr(self._source, "intact") else []
 
     def splits(self, scratch: Path) -> dict[str, Iterable[Example]]:
         """Returns the examples of each split; reading them raises `DataError` for a bad one.
@@ -125,13 +127,13 @@ class SourceAdapter:
                 "train on"
             )
 
-    def _checked(self, split: str, examples: Iterable[Example]) -> Iterable[Example]:
+    def _checked(self, split: str, examples: Any) -> Iterable[Example]:
         checked = self._check_examples(split, examples)
         with contextlib.suppress(TypeError):
-            return SizedExamples(checked, len(examples))  # type: ignore[arg-type]
+            return SizedExamples(checked, len(examples))
         return checked
 
-    def _check_examples(self, split: str, examples: Iterable[Example]) -> Iterator[Example]:
+    def _check_examples(self, split: str, examples: Any) -> Iterator[Example]:
         """Yields the examples with plain values; refuses the first bad one."""
         place = f"source {self.name!r}, {split} split"
         ids: set[str] = set()
@@ -154,7 +156,7 @@ class SourceAdapter:
                 "none"
             )
 
-    def _guarded(self, split: str, examples: Iterable[Example]) -> Iterator[Example]:
+    def _guarded(self, split: str, examples: Any) -> Iterator[Any]:
         """Yields the examples; errors of the source itself become one line."""
         with self._errors(f"splits()[{split!r}]"):
             iterator = iter(examples)
@@ -176,10 +178,12 @@ class SourceAdapter:
         except Exception as error:
             if self.is_built_in:
                 raise
-            frame = traceback.extract_tb(error.__traceback__)[-1]
+            frames = traceback.extract_tb(error.__traceback__)
+            places = [f"{f.filename}, line {f.lineno}" for f in frames if f.filename != __file__]
+            place = f" ({places[-1]})" if places else ""
             raise DataError(
-                f"source {self.name!r}: {what} raised {type(error).__name__}: {one_line(error)} "
-                f"({frame.filename}, line {frame.lineno}); correct the source"
+                f"source {self.name!r}: {what} raised {type(error).__name__}: {one_line(error)}"
+                f"{place}; correct the source"
             ) from error
 
 

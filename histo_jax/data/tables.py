@@ -1,4 +1,4 @@
-"""CSV files that others wrote."""
+"""Reads CSV files of the user."""
 
 import codecs
 import csv
@@ -9,38 +9,43 @@ from typing import Any, TextIO
 import pandas as pd
 
 from histo_jax.data.raw_files import unreadable
-from histo_jax.errors import UserError, one_line
+from histo_jax.errors import DataError, one_line
 
 _DELIMITERS = ",;\t"
-# All that is white, and what spreadsheets and web pages leave unseen around a cell.
+# White space, and the invisible characters that spreadsheets and web pages leave around a cell.
 _SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace())
 _SPACES += "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"
-# Characters of a cell; outlines of regions stand in some columns that nobody asks for.
+# Characters of a cell: some files have outlines of regions in a column.
 csv.field_size_limit(2**24)
-_AGAIN = "mend it or download it again"
+_FIX = "correct it or download it again"
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """Returns some columns as text without spaces around it, indexed by line; '' = no cell.
+    """Returns columns of a CSV as text without surrounding spaces, indexed by line; '' = empty.
 
-    Reads what spreadsheets and pandas write: UTF-8 or, with its mark, UTF-16; commas, semicolons or
-    tabs; columns in any order, others beside them; empty lines. Header names may differ in case.
+    Accepts what spreadsheets and pandas write: UTF-8 or, with a byte-order mark, UTF-16; commas,
+    semicolons or tabs; columns in any order, further columns; empty lines; header names in any
+    case.
 
-    Not pandas's reader: it takes the first cells of rows that are too long for an index, and
-    100,000 commas in one of them cost it 13 seconds and half a GB.
+    pandas's reader does not serve: it uses the first cells of rows that are too long as an index,
+    and 100,000 commas in one row cost it 13 seconds and half a GB.
+
+    Args:
+        path: the file.
+        columns: names of the columns to read, in lower case.
 
     Raises:
-        UserError: it cannot be read, is no CSV, or lacks one of the columns.
+        DataError: it cannot be read, is not a CSV, or lacks one of the columns.
     """
     try:
         with path.open("rb") as file:
-            mark = file.read(2)
-        utf_16 = mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            start = file.read(2)
+        utf_16 = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         with path.open(encoding="utf-16" if utf_16 else "utf-8-sig", newline="") as file:
             return _parse(path, file, columns)
     except UnicodeError as error:
-        raise UserError(
-            f"{path} is no readable CSV ({one_line(error)}); save it as UTF-8"
+        raise DataError(
+            f"{path} is not a readable CSV ({one_line(error)}); save it as UTF-8"
         ) from None
     except OSError as error:
         raise unreadable(path, error) from None
@@ -49,37 +54,37 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 def _parse(path: Path, file: TextIO, columns: tuple[str, ...]) -> pd.DataFrame:
     start = next((line for line in file if line.strip()), "")
     file.seek(0)
-    if "\0" in start:  # UTF-16 without its mark
-        raise UserError(f"{path} is no readable CSV (zero bytes in it); save it as UTF-8")
+    if "\0" in start:  # UTF-16 without a byte-order mark
+        raise DataError(f"{path} is not a readable CSV (it contains zero bytes); save it as UTF-8")
     reader = csv.reader(file, strict=True, delimiter=max(_DELIMITERS, key=start.count))
     rows, lines = [], []
     try:
-        numbered = _filled(reader)
+        numbered = _non_empty(reader)
         header = [name.casefold() for name in next(numbered, (0, []))[1]]
         if not header:
-            raise UserError(f"{path} is no readable CSV (it is empty); {_AGAIN}")
+            raise DataError(f"{path} is not a readable CSV (it is empty); {_FIX}")
         if any(header.count(name) != 1 for name in columns):
-            raise UserError(
-                f"{path}: the header must be {','.join(columns)}, or name these once among others, "
-                f"and is {start.strip()[:80]!r}; mend the header"
+            raise DataError(
+                f"{path}: the header must name the columns {','.join(columns)} once each, and is "
+                f"{start.strip()[:80]!r}; correct the header"
             )
-        places = [header.index(name) for name in columns]
+        indices = [header.index(name) for name in columns]
         for line, row in numbered:
             if any(row[len(header) :]):
-                raise UserError(
-                    f"{path} is no readable CSV (line {line} is longer than the header); {_AGAIN}"
+                raise DataError(
+                    f"{path} is not a readable CSV (line {line} is longer than the header); {_FIX}"
                 )
-            rows.append([row[place] if place < len(row) else "" for place in places])
+            rows.append([row[index] if index < len(row) else "" for index in indices])
             lines.append(line)
     except csv.Error as error:
-        raise UserError(
-            f"{path} is no readable CSV (line {reader.line_num}: {one_line(error)}); {_AGAIN}"
+        raise DataError(
+            f"{path} is not a readable CSV (line {reader.line_num}: {one_line(error)}); {_FIX}"
         ) from None
     return pd.DataFrame(rows, columns=list(columns), index=lines, dtype=str)
 
 
-def _filled(reader: Any) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not empty, each with the line that it begins in; no spaces around cells."""
+def _non_empty(reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Yields the rows that are not empty, each with its first line; cells are stripped."""
     line = 1
     for row in reader:
         cells = [cell.strip(_SPACES) for cell in row]

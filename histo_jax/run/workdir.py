@@ -15,7 +15,7 @@ from histo_jax.config_values import NO_URL, is_url
 from histo_jax.errors import UserError
 from histo_jax.run import files
 from histo_jax.run.saved_config import LOCATIONS, SavedConfig, is_identity, plain
-from histo_jax.run.signals import Preempted, watch
+from histo_jax.run.signals import EXIT_STATUS, Preempted, watch
 
 log = logging.getLogger("histo_jax")
 
@@ -170,7 +170,9 @@ class Workdir:
                 finished = sorted({*self.status().get("finished", []), mode})
                 self._set_state("complete", finished=finished)
             except BaseException as error:
-                state = "preempted" if isinstance(error, Preempted) else "failed"
+                # After Ctrl-C nothing restarts the command by itself.
+                is_preempted = isinstance(error, Preempted) and error.code == EXIT_STATUS
+                state = "preempted" if is_preempted else "failed"
                 # The error itself matters more than a status that cannot be written any more.
                 with contextlib.suppress(OSError):
                     self._set_state(state, reason=str(error) or type(error).__name__)

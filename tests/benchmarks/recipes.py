@@ -22,6 +22,7 @@ import pandas as pd
 from absl import logging
 
 import histo_jax
+from histo_jax import streams
 from histo_jax.config import Config, flat
 from histo_jax.data.splits import make_subsets
 from histo_jax.models import create_model
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
     options = parser.parse_args()
     logging.set_verbosity(logging.FATAL)  # as histo_jax.main does
+    streams.log_to_stderr()
     for name in options.names or STAGES[options.stage]:
         for seed in map(int, options.seeds.split(",")):
             changes = {

@@ -62,8 +62,8 @@ def make_train_step(*arguments, make=steps.make_train_step):
 steps.make_train_step = make_train_step
 noted(fitting, "prepare", lambda *_: ("prepare",))
 noted(steps, "collect_logits", lambda *_: ("validate",))
-noted(evaluation, "evaluate", lambda *_: ("evaluate",))
-noted(prediction, "predict", lambda *_: ("predict",))
+noted(evaluation, "evaluate_in", lambda *_: ("evaluate",))
+noted(prediction, "predict_in", lambda *_: ("predict",))
 noted(files, "write_text", lambda path, _: ("write", path.name), lambda *_: ("written",))
 noted(
     Checkpoints,

@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import io
 import json
@@ -15,8 +16,8 @@ from scipy.ndimage import gaussian_filter
 import histo_jax
 from histo_jax.config import Config
 from histo_jax.data import leakage
-from histo_jax.data.records import SQUARES, SUMS, Prepared, prepare
-from histo_jax.data.sources import synthetic
+from histo_jax.data.record_files import SQUARES, SUMS
+from histo_jax.data.record_reader import Prepared
 from histo_jax.data.splits import OPTIMISTIC, Subset, Subsets, make_subsets
 from histo_jax.run import signals
 
@@ -51,7 +52,7 @@ class Memory(Prepared):
         return self.sources[split]
 
     def subsets(self, by: str = "image") -> Subsets:
-        """Official sides: all of 'train', 'validation' and, where there is one, 'test'."""
+        """Official splits: all of 'train', 'validation' and, where there is one, 'test'."""
         subset = {name: Subset(name, np.arange(len(table))) for name, table in self.tables.items()}
         return Subsets(subset["train"], subset["validation"], subset.get("test"), by, by == "slide")
 
@@ -74,31 +75,37 @@ def recompress(image: np.ndarray, quality: int = 90) -> np.ndarray:
 
 @pytest.fixture
 def clean() -> Memory:
-    """Three sides that share nothing; each row knows its slide."""
+    """Three subsets that share nothing; each row names its slide."""
     memory = Memory()
-    for seed, (split, count) in enumerate({"train": 60, "validation": 20, "test": 12}.items()):
-        slides = [f"{split}-{k // 5}" for k in range(count)]
-        memory.add(split, draw_textures(count, seed), slides=slides)
+    for split, textures in clean_textures().items():
+        slides = [f"{split}-{k // 5}" for k in range(len(textures))]
+        memory.add(split, textures.copy(), slides=slides)
     return memory
+
+
+@functools.cache
+def clean_textures() -> dict[str, np.ndarray]:
+    counts = {"train": 60, "validation": 20, "test": 12}
+    return {split: draw_textures(count, k) for k, (split, count) in enumerate(counts.items())}
 
 
 def counts(report: dict[str, Any], key: str) -> list[int]:
     return [pair[key]["count"] for pair in report["pairs"].values()]
 
 
-def test_clean_sides_pass(clean, capsys):
+def test_disjoint_subsets_pass(clean, capsys):
     report = leakage.audit(clean, clean.subsets("slide"), seed=0)
     assert list(report["pairs"]) == ["train/validation", "train/test", "validation/test"]
-    for key in ("identical", "shared_slides", "near"):
+    for key in ("identical", "shared_slides", "near_duplicates"):
         assert counts(report, key) == [0, 0, 0]
     assert not leakage.has_leak(report)
     assert report["slide_disjoint"]
     assert report["note"] == ""
-    subset = report["sides"]["train"]
+    subset = report["subsets"]["train"]
     assert (subset["patches"], subset["without_tumour"], subset["with_tumour"]) == (60, 30, 30)
     assert (subset["slides"], subset["patches_per_slide"]) == (12, [5, 5.0, 5])
     assert subset["per_slide"]["train-0"] == [3, 2]
-    assert (subset["repeated"], subset["dark"]["count"], subset["white"]["count"]) == (0, 0, 0)
+    assert (subset["duplicates"], subset["dark"]["count"], subset["white"]["count"]) == (0, 0, 0)
     text = leakage.table(report)
     assert "no leak found" in text
     assert "LEAK" not in text
@@ -115,8 +122,8 @@ def test_an_identical_patch_is_a_leak(clean):
     report = leakage.audit(clean, clean.subsets(), seed=0)
     assert counts(report, "identical") == [0, 1, 0]
     assert report["pairs"]["train/test"]["identical"]["examples"] == [sha1(images[41])]
-    # It is told once, not as a nearly identical one too.
-    assert counts(report, "near") == [0, 0, 0]
+    # It is not reported as a near-duplicate, too.
+    assert counts(report, "near_duplicates") == [0, 0, 0]
     assert leakage.has_leak(report)
     text = leakage.table(report)
     assert "LEAK FOUND" in text
@@ -124,25 +131,25 @@ def test_an_identical_patch_is_a_leak(clean):
 
 
 @pytest.mark.parametrize("quality", [90, 75])
-@pytest.mark.parametrize(("turns", "flip"), [(0, False), (1, False), (3, True), (2, True)])
-def test_a_turned_and_recompressed_copy_is_warned_of(clean, turns, flip, quality):
+@pytest.mark.parametrize(("rotations", "flip"), [(0, False), (1, False), (3, True), (2, True)])
+def test_a_rotated_and_recompressed_copy_is_a_near_duplicate(clean, rotations, flip, quality):
     original = clean.sources["train"].images[17]
-    copy = np.rot90(original.transpose(1, 0, 2) if flip else original, turns)
+    copy = np.rot90(original.transpose(1, 0, 2) if flip else original, rotations)
     images = clean.sources["validation"].images
     images[8] = recompress(copy, quality)
     clean.add("validation", images)
     report = leakage.audit(clean, clean.subsets(), seed=0)
-    assert counts(report, "near") == [1, 0, 0]
-    (found,) = report["pairs"]["train/validation"]["near"]["examples"]
+    assert counts(report, "near_duplicates") == [1, 0, 0]
+    (found,) = report["pairs"]["train/validation"]["near_duplicates"]["examples"]
     assert found["ids"] == [sha1(original), sha1(images[8])]
-    assert found["bits"] <= 4
+    assert found["hamming_distance"] <= 4
     assert 0.9 < found["correlation"] <= 1
     assert counts(report, "identical") == [0, 0, 0]
     assert not leakage.has_leak(report)
     assert sha1(images[8]) in leakage.table(report)
 
 
-def test_hashes_that_match_by_chance_are_not_warned_of(clean):
+def test_hashes_that_match_by_chance_are_not_near_duplicates(clean):
     """The lowest frequencies alike, the rest not: an edge of tissue, as PatchCamelyon has some."""
     rng = np.random.default_rng(5)
     slope = gaussian_filter(rng.standard_normal((96, 96)), 12)
@@ -152,7 +159,8 @@ def test_hashes_that_match_by_chance_are_not_warned_of(clean):
         images = clean.sources[split].images
         images[0] = (150 + slope + fine)[..., None].astype(np.uint8)
         clean.add(split, images)
-    near = leakage.audit(clean, clean.subsets(), seed=0)["pairs"]["train/validation"]["near"]
+    pair = leakage.audit(clean, clean.subsets(), seed=0)["pairs"]["train/validation"]
+    near = pair["near_duplicates"]
     assert (near["hash_matches"], near["count"]) == (1, 0)
 
 
@@ -163,13 +171,13 @@ def test_blank_patches_are_left_out(clean):
         images[split][0] = np.round(8 * (faint - 240) + 220 + 9 * offset)
         clean.add(split, images[split])
     report = leakage.audit(clean, clean.subsets(), seed=0)
-    assert report["pairs"]["train/validation"]["near"]["hash_matches"] == 0
-    assert [subset["blank"] for subset in report["sides"].values()] == [1, 1, 0]
+    assert report["pairs"]["train/validation"]["near_duplicates"]["hash_matches"] == 0
+    assert [subset["blank"] for subset in report["subsets"].values()] == [1, 1, 0]
     # The same picture with more contrast is found, so that it is the contrast that decides.
     for offset, split in enumerate(images):
         images[split][0] = np.round(200 * (faint - 240) + 120 + 9 * offset)
         clean.add(split, images[split])
-    assert counts(leakage.audit(clean, clean.subsets(), seed=0), "near") == [1, 0, 0]
+    assert counts(leakage.audit(clean, clean.subsets(), seed=0), "near_duplicates") == [1, 0, 0]
 
 
 def test_a_shared_slide_is_a_leak(clean):
@@ -182,31 +190,31 @@ def test_a_shared_slide_is_a_leak(clean):
     assert "train-3" in text
 
 
-def test_unknown_slides_are_not_shared_and_that_is_said(clean):
+def test_unknown_slides_are_not_shared_and_reported_as_unknown(clean):
     for split in ("train", "test"):
         clean.tables[split]["slide"] = ""
     clean.tables["validation"].loc[:3, "slide"] = ""
     report = leakage.audit(clean, clean.subsets(), seed=0)
     assert [pair["shared_slides"] for pair in report["pairs"].values()] == [None] * 3
-    assert report["sides"]["train"]["slides"] is None
-    assert report["sides"]["validation"]["slides"] == 4
+    assert report["subsets"]["train"]["slides"] is None
+    assert report["subsets"]["validation"]["slides"] == 4
     assert not leakage.has_leak(report)
     text = leakage.table(report)
-    assert "slides: not known, cannot be checked" in text
+    assert "slides: not all known" in text
     assert OPTIMISTIC in text
     assert report["note"] == OPTIMISTIC
-    # Unknown slides beside known ones on both sides are no common slide.
+    # Unknown slides beside known ones in both subsets are not a shared slide.
     clean.tables["train"].loc[5:, "slide"] = "a"
     pair = leakage.audit(clean, clean.subsets(), seed=0)["pairs"]["train/validation"]
     assert pair["shared_slides"] is None  # nor proof that there is none
 
 
-def test_repeats_inside_a_side_are_no_leak(clean):
+def test_duplicates_inside_a_subset_are_no_leak(clean):
     images = clean.sources["train"].images
     images[5] = images[6] = images[7]
     clean.add("train", images)
     report = leakage.audit(clean, clean.subsets(), seed=0)
-    assert report["sides"]["train"]["repeated"] == 2
+    assert report["subsets"]["train"]["duplicates"] == 2
     assert not leakage.has_leak(report)
 
 
@@ -219,59 +227,59 @@ def test_flat_patches_are_named(clean):
     images[5, :20, :, 1] = 150
     clean.add("test", images, labels=-1)
     report = leakage.audit(clean, clean.subsets(), seed=0)
-    subset = report["sides"]["test"]
+    subset = report["subsets"]["test"]
     assert subset["white"] == {"count": 1, "examples": [sha1(images[2])]}
     assert subset["dark"] == {"count": 1, "examples": [sha1(images[9])]}
     assert (subset["unknown_label"], subset["with_tumour"], subset["blank"]) == (12, 0, 3)
 
 
-def test_rows_of_sides_not_records_are_audited(clean):
-    """One set of records feeds two sides, over several batches."""
-    images = draw_textures(600, seed=7)
-    images[300] = recompress(images[400], 60)
-    images[555] = recompress(np.rot90(images[31]), 95)
+def test_rows_of_subsets_are_audited_not_whole_records(clean):
+    """Two subsets of the same records, over several batches."""
+    images = draw_textures(300, seed=7)
+    images[260] = recompress(images[40], 60)
+    images[299] = recompress(np.rot90(images[31]), 95)
     clean.add("train", images)
-    inside = np.isin(np.arange(600), [0, 100, 300, 555, 599])
+    inside = np.isin(np.arange(300), [0, 100, 260, 280, 299])
     train, validation = (Subset("train", np.flatnonzero(mask)) for mask in (~inside, inside))
     report = leakage.audit(clean, Subsets(train, validation, None, "image", False), seed=0)
     assert list(report["pairs"]) == ["train/validation"]
-    assert [subset["patches"] for subset in report["sides"].values()] == [595, 5]
-    near = report["pairs"]["train/validation"]["near"]
+    assert [subset["patches"] for subset in report["subsets"].values()] == [295, 5]
+    near = report["pairs"]["train/validation"]["near_duplicates"]
     # The nearest comes first.
     ids = [found["ids"] for found in near["examples"]]
-    assert ids == [[sha1(images[31]), sha1(images[555])], [sha1(images[400]), sha1(images[300])]]
+    assert ids == [[sha1(images[31]), sha1(images[299])], [sha1(images[40]), sha1(images[260])]]
     assert near["count"] == 2
 
 
-def test_the_control_reads_colour(clean, monkeypatch):
+def test_the_baseline_uses_colour(clean, monkeypatch):
     rng = np.random.default_rng(8)
-    for split, count in (("train", 600), ("validation", 300)):
+    for split, count in (("train", 300), ("validation", 200)):
         images, labels = draw_textures(count, count), rng.integers(0, 2, count)
         images[labels == 1, :, :, 1] //= 2
         clean.add(split, images, labels)
     # A subset must keep its own labels.
-    monkeypatch.setattr(leakage, "CONTROL_PATCHES", 280)
-    control = leakage.audit(clean, clean.subsets(), seed=0)["control"]
-    assert control["train_patches"] == 280
-    assert control["validation_auc"] > 0.99
+    monkeypatch.setattr(leakage, "BASELINE_PATCHES", 180)
+    baseline = leakage.audit(clean, clean.subsets(), seed=0)["colour_histogram_baseline"]
+    assert baseline["train_patches"] == 180
+    assert baseline["validation_auc"] > 0.99
     for split in ("train", "validation"):
         clean.tables[split]["label"] = rng.permutation(clean.tables[split]["label"])
-    assert 0.4 < leakage.audit(clean, clean.subsets(), seed=0)["control"]["validation_auc"] < 0.6
+    baseline = leakage.audit(clean, clean.subsets(), seed=0)["colour_histogram_baseline"]
+    assert 0.4 < baseline["validation_auc"] < 0.6
 
 
-def test_drawn_slides_share_slides_only_when_split_by_image():
+def test_slides_are_shared_only_when_split_by_image():
     memory, config = Memory(), Config()
     for split, slides in (("train", 3), ("test", 1)):
-        drawn = [e for k in range(slides) for e in synthetic.draw_slide(0, split, k)]
-        labels, names = [e.label for e in drawn], [e.slide for e in drawn]
-        memory.add(split, np.stack([e.image for e in drawn]), labels, names)
+        names = [f"{split}-{k // 16}" for k in range(16 * slides)]
+        memory.add(split, draw_textures(16 * slides, slides), slides=names)
     config.data.validation_fraction = 0.3
-    report = leakage.audit(memory, make_subsets(memory.tables, config), seed=0)
-    assert report["sides"]["validation"]["slides"] == 1
+    report = leakage.audit(memory, make_subsets(memory.tables, config.data, 0), seed=0)
+    assert report["subsets"]["validation"]["slides"] == 1
     assert report["slide_disjoint"]
     assert not leakage.has_leak(report)
     config.data.split_by = "image"
-    report = leakage.audit(memory, make_subsets(memory.tables, config), seed=0)
+    report = leakage.audit(memory, make_subsets(memory.tables, config.data, 0), seed=0)
     assert counts(report, "shared_slides") == [3, 0, 0]
     assert leakage.has_leak(report)
 
@@ -281,15 +289,15 @@ def test_real_patches_pass(sample, tmp_path):
     config.data.source = "kaggle"
     config.data.raw_dir = str(sample / "kaggle_sample")
     config.data.tfds_dir = str(tmp_path)
-    prepared = prepare(config)
-    report = leakage.audit(prepared, make_subsets(prepared.tables, config), seed=0)
+    prepared = histo_jax.prepare(config)
+    report = leakage.audit(prepared, make_subsets(prepared.tables, config.data, 0), seed=0)
     assert not leakage.has_leak(report)
-    assert counts(report, "identical") == counts(report, "near") == [0, 0, 0]
-    assert [subset["patches"] for subset in report["sides"].values()] == [2250, 250, 629]
-    assert report["sides"]["test"]["unknown_label"] == 629
-    assert "slides: not known" in leakage.table(report)
-    # Colours alone tell much, and far from all.
-    assert 0.75 < report["control"]["validation_auc"] < 0.95
+    assert counts(report, "identical") == counts(report, "near_duplicates") == [0, 0, 0]
+    assert [subset["patches"] for subset in report["subsets"].values()] == [2250, 250, 629]
+    assert report["subsets"]["test"]["unknown_label"] == 629
+    assert "slides: not all known" in leakage.table(report)
+    # Colours alone classify better than chance, and far from perfectly.
+    assert 0.75 < report["colour_histogram_baseline"]["validation_auc"] < 0.95
 
 
 def test_a_signal_ends_an_audit(clean):
@@ -302,7 +310,7 @@ def test_a_signal_ends_an_audit(clean):
 def test_audit_and_prepare_are_commands_from_python_too(tiny_config, tmp_path):
     report = histo_jax.audit(tiny_config, tmp_path / "run")
     assert report == json.loads((tmp_path / "run" / "audit.json").read_text())
-    assert report["sides"]["test"]["patches"] == 7
+    assert report["subsets"]["test"]["patches"] == 7
     prepared = histo_jax.prepare(tiny_config)
     assert {split: len(table) for split, table in prepared.tables.items()} == {
         "train": 40,

@@ -19,7 +19,7 @@ class Records:
         return [{"image": np.full((96, 96, 3), r, np.uint8), "label": r % 2} for r in rows]
 
 
-def test_each_pass_takes_every_row_at_most_once_and_shuffles_anew():
+def test_each_pass_has_every_row_at_most_once_in_a_new_order():
     rows = np.arange(50)
     order = loader.training_order(50, 8, seed=3)
     passes = [np.concatenate([order[p * 6 + k] for k in range(6)]) for p in range(3)]
@@ -37,7 +37,7 @@ def test_order_is_a_function_of_seed_and_step():
     assert any((one[k] != other[k]).any() for k in range(6))
 
 
-def test_order_is_the_one_that_saved_runs_go_on_with():
+def test_the_order_of_saved_runs_does_not_change():
     order = loader.training_order(50, 8, seed=3)
     assert order[0].tolist() == [29, 30, 31, 7, 26, 3, 47, 19]
     assert order[6].tolist() == [36, 24, 41, 49, 26, 10, 40, 4]  # the second pass
@@ -53,17 +53,17 @@ def test_order_is_that_of_grains_own_shuffle(count, size, seed):
 
 
 @pytest.mark.parametrize("first", [0, 5, 13])
-def test_reading_ahead_starts_anywhere_and_is_bounded(first):
+def test_prefetching_starts_anywhere_and_is_bounded(first):
     source = Records(50)
     records = loader.Records(source, np.arange(50), np.zeros(50, np.float32))
     order = loader.training_order(50, 8, seed=3)
-    made = loader.prefetch(order, records.images, first)
+    batches = loader.prefetch(order, records.images, first)
     for step in range(first, first + 9):
-        np.testing.assert_array_equal(next(made)[:, 0, 0, 0], order[step])
-    assert len(source.read) <= (9 + loader._READ_AHEAD.prefetch_buffer_size) * 8
+        np.testing.assert_array_equal(next(batches)[:, 0, 0, 0], order[step])
+    assert len(source.read) <= (9 + loader._PREFETCH.prefetch_buffer_size) * 8
 
 
-def test_ordered_batches_give_each_row_once_and_mask_the_filling():
+def test_ordered_batches_have_each_row_once_and_mask_the_padding():
     source, rows = Records(50), np.array([7, 3, 9, 1, 20, 30, 49])
     batches = list(loader.ordered_batches(source, rows, 4))
     assert [b["image"].shape for b in batches] == [(4, 96, 96, 3)] * 2

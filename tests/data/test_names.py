@@ -19,7 +19,7 @@ def test_spellings_of_one_slide(kind):
     assert len({names.identity(name) for name in ONE_SLIDE[kind]}) == 1
 
 
-def test_other_slides_stay_apart():
+def test_other_slides_are_kept_apart():
     apart = [
         "slide_1",
         "slide_01",

@@ -42,15 +42,15 @@ def test_a_partial_map_is_refused_or_leaves_the_rest_out(tmp_path, caplog):
     filled = slide_map.fill_in(make_table(), data, tmp_path)
     logging.getLogger("histo_jax").removeHandler(caplog.handler)
     assert filled["slide"].tolist() == ["a"] * 4 + [""] * 2
-    assert "other 2 neither train nor validate" in caplog.text
+    assert "other 2 are left out of training and validation" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("rows", "header", "words"),
     [
         ([(90, "a")], "id,wsi", "no patch"),
-        ([(0, "a")], "id,slide", "header must be id,wsi"),
-        ([(0, "a"), (0, "b")], "id,wsi", "line 3: 1 ids stand there twice"),
+        ([(0, "a")], "id,slide", "header must name the columns id,wsi"),
+        ([(0, "a"), (0, "b")], "id,wsi", "line 3: 1 duplicate ids"),
     ],
 )
 def test_a_wrong_map_is_one_line(tmp_path, rows, header, words):
@@ -66,7 +66,7 @@ def test_a_wrong_map_is_one_line(tmp_path, rows, header, words):
         "wsi;coord_x;id\n" + "".join(f"s{i % 2};9;{i:040X}.tif\n" for i in range(6)),
         "id,wsi\r\n" + "".join(f"{i:040x} ,{'Ss'[i % 3 % 2]}{i % 2} \r\n" for i in range(6)) * 2,
     ],
-    ids=["more-columns", "repeats"],
+    ids=["more-columns", "duplicates"],
 )
 def test_other_forms_of_a_map(tmp_path, text):
     (tmp_path / "map.csv").write_bytes(text.encode())
@@ -87,9 +87,9 @@ def test_slides_that_are_not_known_are_not_one_slide(tmp_path):
         slide_map.fill_in(make_table(), data, tmp_path)
 
 
-def test_a_map_that_contradicts_itself_says_how_often(tmp_path):
+def test_contradictions_in_a_map_are_counted(tmp_path):
     data = write_map(tmp_path, [(i, f"s{k}") for k in range(2) for i in range(6)])
-    with pytest.raises(UserError, match="line 8: 6 ids stand there twice with other slides"):
+    with pytest.raises(UserError, match="line 8: 6 duplicate ids have different slides"):
         slide_map.fill_in(make_table(), data, tmp_path)
 
 
@@ -110,8 +110,8 @@ def test_one_slide_has_one_name_in_all_tables(caplog):
     assert unified["validation"]["slide"].tolist() == ["Slide_01", "b", "c", "7"]
     assert unified["test"]["slide"].tolist() == ["Slide_01", ""]
     assert [record.message for record in caplog.records] == [
-        "slides spelled in more than one way: 3, the first as 'SLIDE_01', 'Slide_01', 'slide_01 '; "
-        "each counts as one slide"
+        "3 slides have several spellings, such as 'SLIDE_01', 'Slide_01', 'slide_01 '; each counts "
+        "as one slide"
     ]
 
 
@@ -133,7 +133,7 @@ def make_pcam(folder, images, wsi):
             pd.DataFrame({"coord_y": 0, "wsi": wsi}).to_csv(f"{stem}_meta.csv", index=False)
 
 
-def test_slides_are_looked_up_by_pixels_in_patchcamelyon(tmp_path, monkeypatch):
+def test_slides_are_found_by_pixels_in_patchcamelyon(tmp_path, monkeypatch):
     raw, cache = tmp_path / "pcam", tmp_path / "cache"
     raw.mkdir()
     cache.mkdir()
@@ -143,7 +143,7 @@ def test_slides_are_looked_up_by_pixels_in_patchcamelyon(tmp_path, monkeypatch):
     table = pd.DataFrame({"id": [ids[3], ids[0], ids[2]], "slide": ""})
     data = DataConfig(slide_map=str(raw))
     assert slide_map.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
-    # Minutes of hashing are done once.
+    # Hashing, which takes minutes, is done once.
     monkeypatch.setattr(pcam, "read", lambda _: pytest.fail("read again"))
     assert slide_map.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
 
@@ -155,7 +155,7 @@ def test_patchcamelyon_without_meta_names_no_slides(tmp_path):
         slide_map.fill_in(make_table(), DataConfig(slide_map=str(tmp_path)), tmp_path)
 
 
-def test_a_look_up_that_was_cut_short_is_made_anew_and_one_that_cannot_be_kept_serves(
+def test_a_truncated_cache_is_replaced_and_one_that_cannot_be_written_is_in_memory(
     tmp_path, monkeypatch
 ):
     raw, cache = tmp_path / "pcam", tmp_path / "cache"
@@ -165,10 +165,10 @@ def test_a_look_up_that_was_cut_short_is_made_anew_and_one_that_cannot_be_kept_s
     make_pcam(raw, images, ["s1", "s1", "s2", "s3"])
     ids = [example.id for example in pcam.read(pcam.find(raw)["train"])]
     table, data = pd.DataFrame({"id": ids, "slide": ""}), DataConfig(slide_map=str(raw))
-    whole = slide_map.fill_in(table, data, cache)
+    complete = slide_map.fill_in(table, data, cache)
     (kept,) = cache.iterdir()
     kept.write_text("\n".join(kept.read_text().split("\n")[:3]) + "\n")
-    pd.testing.assert_frame_equal(slide_map.fill_in(table, data, cache), whole)
+    pd.testing.assert_frame_equal(slide_map.fill_in(table, data, cache), complete)
     kept.unlink()
 
     # The records of another user: nothing can be written beside them.
@@ -186,9 +186,9 @@ def test_a_look_up_that_was_cut_short_is_made_anew_and_one_that_cannot_be_kept_s
     monkeypatch.setattr(
         pcam, "unpacked", lambda its, scratch: scratches.append(scratch) or unpacked(its, scratch)
     )
-    pd.testing.assert_frame_equal(slide_map.fill_in(table, data, cache), whole)
+    pd.testing.assert_frame_equal(slide_map.fill_in(table, data, cache), complete)
     assert scratches
     assert cache not in scratches
     monkeypatch.setattr(pcam, "read", lambda _: pytest.fail("read again"))
-    pd.testing.assert_frame_equal(slide_map.fill_in(table, data, cache), whole)
+    pd.testing.assert_frame_equal(slide_map.fill_in(table, data, cache), complete)
     assert not list(cache.iterdir())

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from histo_jax.config import Config
+from histo_jax.config import Config, DataConfig
 from histo_jax.data import splits
-from histo_jax.data.records import SQUARES, SUMS
+from histo_jax.data.record_files import SQUARES, SUMS
 from histo_jax.errors import UserError
 
 
@@ -27,26 +27,26 @@ def make_table(count: int = 400, slides: int = 0, positive: float = 0.4) -> pd.D
 
 
 def make_split(table: pd.DataFrame, config: Config) -> splits.Subsets:
-    return splits.make_subsets({"train": table}, config)
+    return splits.make_subsets({"train": table}, config.data, config.data_seed)
 
 
-def test_sides_are_disjoint_stratified_and_repeatable():
+def test_subsets_are_disjoint_stratified_and_repeatable():
     table, config = make_table(), Config()
     config.data.validation_fraction = 0.25
     split = make_split(table, config)
-    again = make_split(table, config)
+    second = make_split(table, config)
     assert split.by == "image"
     assert sorted([*split.train.rows, *split.validation.rows]) == list(range(400))
     assert len(split.validation.rows) == 100
     share = table["label"].mean()
     assert abs(table["label"].iloc[split.validation.rows].mean() - share) < 0.01
-    np.testing.assert_array_equal(split.validation.rows, again.validation.rows)
+    np.testing.assert_array_equal(split.validation.rows, second.validation.rows)
     config.seed = 1
     assert set(make_split(table, config).validation.rows) != set(split.validation.rows)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.4])
-def test_no_slide_is_on_both_sides(fraction):
+def test_no_slide_is_in_both_subsets(fraction):
     table, config = make_table(count=2000, slides=30), Config()
     config.data.validation_fraction = fraction
     split = make_split(table, config)
@@ -57,7 +57,7 @@ def test_no_slide_is_on_both_sides(fraction):
     assert abs(len(split.validation.rows) / 2000 - fraction) < 0.05
 
 
-def test_image_split_of_known_slides_only_when_asked():
+def test_known_slides_are_split_by_image_only_on_request():
     table, config = make_table(slides=30), Config()
     config.data.split_by = "image"
     split = make_split(table, config)
@@ -86,7 +86,7 @@ def test_sampling_balances_the_classes():
     assert np.bincount(table["label"].iloc[rows]).tolist() == [50, 50]
 
 
-def test_a_class_with_too_few_is_taken_whole_and_said(caplog):
+def test_all_patches_of_a_class_with_too_few_are_used_with_a_warning(caplog):
     table, config = make_table(positive=0.2), Config()
     positives = int(table["label"].sum())
     config.data.samples_per_class = positives + 20
@@ -98,7 +98,7 @@ def test_a_class_with_too_few_is_taken_whole_and_said(caplog):
     assert f"class 1 has {positives} patches" in caplog.text
 
 
-def test_normalisation_equals_the_pixels_own_moments():
+def test_channel_stats_equal_the_moments_of_the_pixels():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (5, 96, 96, 3), dtype=np.uint8)
     flat = images.reshape(5, -1, 3).astype(np.int64)
@@ -111,30 +111,30 @@ def test_normalisation_equals_the_pixels_own_moments():
     assert mean.dtype == std.dtype == np.float32
 
 
-def test_fingerprint_tells_seed_batch_size_and_examples_apart():
-    table, config = make_table(), Config()
-    subsets = make_split(table, config)
-    prints = {splits.fingerprint({"train": table}, subsets, config)}
-    assert splits.fingerprint({"train": table.copy()}, subsets, config) in prints
-    for change in ("seed", "batch", "ids", "side"):
-        other, changed, divided = table.copy(), Config(), subsets
-        if change == "seed":
-            changed.seed = 1
-        elif change == "batch":
-            changed.fit.batch_size = 32
-        elif change == "ids":
-            other.loc[subsets.train.rows[0], "id"] = "f" * 40
-        else:
-            fewer = splits.Subset("train", subsets.train.rows[1:])
-            divided = dataclasses.replace(subsets, train=fewer)
-        prints.add(splits.fingerprint({"train": other}, divided, changed))
-    assert len(prints) == 5
+def test_fingerprint_depends_on_seed_batch_size_ids_and_rows():
+    table = make_table()
+    subsets = make_split(table, Config())
+    other = table.copy()
+    other.loc[subsets.train.rows[0], "id"] = "f" * 40
+    fewer = splits.Subset("train", subsets.train.rows[1:])
+    fingerprints = [
+        splits.fingerprint({"train": table}, subsets, 0, 64),
+        splits.fingerprint({"train": table}, subsets, 1, 64),
+        splits.fingerprint({"train": table}, subsets, 0, 32),
+        splits.fingerprint({"train": other}, subsets, 0, 64),
+        splits.fingerprint({"train": table}, dataclasses.replace(subsets, train=fewer), 0, 64),
+    ]
+    assert len(set(fingerprints)) == 5
+    assert splits.fingerprint({"train": table.copy()}, subsets, 0, 64) == fingerprints[0]
+    splits.check_fingerprint(fingerprints[0], fingerprints[0], "/records")
+    with pytest.raises(UserError, match="/records no longer holds the examples"):
+        splits.check_fingerprint(fingerprints[0], fingerprints[1], "/records")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), slides=st.integers(4, 60), share=st.floats(0.2, 0.8))
 def test_slides_stay_apart_for_any_seed(seed, slides, share):
-    table, config = make_table(count=600, slides=slides, positive=share), Config()
+    table, config = make_table(count=300, slides=slides, positive=share), Config()
     config.seed = seed
     subsets = make_split(table, config)
     names = table["slide"].to_numpy()
@@ -142,14 +142,14 @@ def test_slides_stay_apart_for_any_seed(seed, slides, share):
     assert 0 < len(subsets.validation.rows) < len(subsets.train.rows)
 
 
-def test_official_splits_rule():
+def test_official_splits_are_kept():
     tables = {"train": make_table(100), "validation": make_table(40), "test": make_table(30)}
     tables["validation"]["id"] = "validation " + tables["validation"]["id"]
     config = Config()
     config.data.samples_per_class = 20
     for rule in ("auto", "slide", "image"):
         config.data.split_by = rule
-        subsets = splits.make_subsets(tables, config)
+        subsets = splits.make_subsets(tables, config.data, config.data_seed)
         assert (subsets.by, subsets.slide_disjoint) == ("official", None)
         assert "slides not checked" in subsets.division
         assert (subsets.train.records, len(subsets.train.rows)) == ("train", 40)
@@ -159,7 +159,7 @@ def test_official_splits_rule():
         assert len(subsets.test.rows) == 30
 
 
-def test_patches_of_unknown_slides_take_no_side():
+def test_patches_of_unknown_slides_are_left_out():
     table = make_table(400, slides=20)
     table.loc[:99, "slide"] = ""
     subsets = make_split(table, Config())
@@ -170,7 +170,7 @@ def test_patches_of_unknown_slides_take_no_side():
 def test_training_on_test_patches_is_refused(caplog):
     tables = {"train": make_table(100), "test": make_table(30)}
     tables["test"]["id"] = [f"{i + 1000:040x}" for i in range(30)]
-    subsets = splits.make_subsets(tables, Config())
+    subsets = splits.make_subsets(tables, DataConfig(), 0)
     splits.refuse_leak(tables, subsets, allow=False)
     leaked = tables["train"]["id"].iloc[subsets.train.rows[3]]
     tables["test"].loc[7, "id"] = leaked
@@ -180,7 +180,7 @@ def test_training_on_test_patches_is_refused(caplog):
     splits.refuse_leak(tables, subsets, allow=True)
     logging.getLogger("histo_jax").removeHandler(caplog.handler)
     assert "LEAK" in caplog.text
-    # The same patch, but of one colour, proves nothing.
+    # Patches of one colour may be equal by chance.
     tables["train"][list(SQUARES)] -= 1
     splits.refuse_leak(tables, subsets, allow=False)
 
@@ -192,7 +192,7 @@ def test_training_on_test_patches_is_refused(caplog):
         ("one unknown", "official"), ("names of patches", "official"),
     ],
 )  # fmt: skip
-def test_official_sides_are_honest_only_where_they_share_nothing(shared, by):
+def test_official_splits_are_slide_disjoint_only_where_they_share_nothing(shared, by):
     train, validation = make_table(slides=4), make_table(slides=4)
     validation["id"] = [f"{i:040x}" for i in range(1000, 1400)]
     validation["slide"] = "other " + validation["slide"]
@@ -206,11 +206,11 @@ def test_official_sides_are_honest_only_where_they_share_nothing(shared, by):
         train["slide"] = train["id"]
     if shared == "glass":  # of one colour
         train.loc[3, list(SQUARES)] = 9216 * 200**2
-    subsets = splits.make_subsets({"train": train, "validation": validation}, Config())
+    subsets = splits.make_subsets({"train": train, "validation": validation}, DataConfig(), 0)
     assert (subsets.by, subsets.slide_disjoint) == (by, {"slide": True, "image": False}.get(by))
 
 
-def test_slide_names_that_no_two_patches_share_make_no_honest_split():
+def test_slide_names_that_no_two_patches_share_are_not_slides():
     table = make_table(40)
     table["slide"] = table["id"]
     subsets = make_split(table, Config())
@@ -221,7 +221,7 @@ def test_slide_names_that_no_two_patches_share_make_no_honest_split():
     assert make_split(table, Config()).slide_disjoint
 
 
-def test_two_spellings_of_a_slide_are_shared_by_two_data_sets():
+def test_two_spellings_of_a_slide_are_one_slide():
     one, other = make_table(slides=2), make_table(slides=2)
     other["id"] += "x"
     other["slide"] = other["slide"].str.upper() + " "
@@ -229,7 +229,7 @@ def test_two_spellings_of_a_slide_are_shared_by_two_data_sets():
     assert not splits.share(one, other.assign(slide="another"))
 
 
-def test_what_holds_for_all_together():
+def test_combine():
     assert splits.combine([True, None, False]) is False
     assert splits.combine([True, None]) is None
     assert splits.combine([True, True]) is True
@@ -242,32 +242,39 @@ def test_folds_are_disjoint_and_cover_everything(slides):
     config.data.samples_per_class, config.data.split_seed = 100, 7
     folds = []
     for number in range(1, 5):
-        config.seed, config.data.fold = number, f"{number}/4"  # other seeds, one division
-        subsets = splits.make_subsets(tables, config)
+        config.seed, config.data.fold = number, f"{number}/4"  # other seeds, same division
+        subsets = splits.make_subsets(tables, config.data, config.data_seed)
         assert (subsets.by, subsets.slide_disjoint) == (
             ("slide", True) if slides else ("image", False)
         )
         assert subsets.validation.records == "train"  # the data's own validation split is left out
         both = np.concatenate([subsets.train.rows, subsets.validation.rows])
-        assert sorted(both) == splits.draw_sample(tables, config).rows.tolist()
+        assert (
+            sorted(both) == splits.draw_sample(tables, config.data, config.data_seed).rows.tolist()
+        )
         if slides:
-            names = (
-                set(tables["train"]["slide"].iloc[subset.rows]) for subset in sides_of(subsets)
-            )
+            names = (set(tables["train"]["slide"].iloc[subset.rows]) for subset in both_of(subsets))
             assert not set.intersection(*names)
         folds.append(subsets.validation.rows)
-    assert sorted(np.concatenate(folds)) == splits.draw_sample(tables, config).rows.tolist()
+    assert (
+        sorted(np.concatenate(folds))
+        == splits.draw_sample(tables, config.data, config.data_seed).rows.tolist()
+    )
 
 
-def sides_of(subsets):
+def both_of(subsets):
     return subsets.train, subsets.validation
 
 
 @pytest.mark.parametrize(
     ("slides", "count", "words"),
-    [(0, 500, "200 patches with"), (3, 4, "3 slides"), (4, 4, "patches of one class only")],
+    [
+        (0, 500, "500 patches without, and there are 200"),
+        (3, 4, "4 slides, and there are 3"),
+        (4, 4, "patches of one class only"),
+    ],
 )
-def test_more_folds_than_the_data_has_are_refused(slides, count, words):
+def test_too_many_folds_are_refused(slides, count, words):
     table, config = make_table(slides=slides), Config()
     table["label"] = (np.arange(400) < 200).astype(int)
     if slides == 4:
@@ -277,9 +284,20 @@ def test_more_folds_than_the_data_has_are_refused(slides, count, words):
         make_split(table, config)
 
 
-def test_the_data_can_have_a_seed_of_its_own():
+def test_split_seed_replaces_the_seed():
     table, one, other = make_table(slides=9), Config(), Config(seed=5)
     other.data.split_seed = 0
     for name in ("train", "validation"):
         rows = (getattr(make_split(table, config), name).rows for config in (one, other))
         np.testing.assert_array_equal(*rows)
+
+
+def test_a_leak_is_found_by_pixels_where_ids_are_names():
+    train, test = make_table(40).assign(sha1="a"), make_table(40).assign(sha1="b")
+    tables = {"train": train, "test": test}
+    subsets = splits.make_subsets(tables, DataConfig(), 0)
+    splits.refuse_leak(tables, subsets, allow=False)  # the same ids, other pixels
+    test.loc[3, "sha1"] = "a"
+    with pytest.raises(UserError, match="training patches are also test patches"):
+        splits.refuse_leak(tables, subsets, allow=False)
+    assert splits.disjoint((train, np.arange(9)), (test, np.arange(9))) is False

@@ -15,8 +15,8 @@ SAME = {
     "plain": PLAIN,
     "windows": PLAIN.replace("\n", "\r\n"),
     "old-mac": PLAIN.replace("\n", "\r"),
-    "marked": "\ufeff" + PLAIN,
-    "marked-twice": "\ufeff\ufeff" + PLAIN,
+    "byte-order-mark": "\ufeff" + PLAIN,
+    "two-byte-order-marks": "\ufeff\ufeff" + PLAIN,
     "utf-16": PLAIN.encode("utf-16"),
     "utf-16-big": codecs.BOM_UTF16_BE + PLAIN.encode("utf-16-be"),
     "semicolons": PLAIN.replace(",", ";"),
@@ -51,14 +51,14 @@ def test_rows_are_indexed_by_their_line(tmp_path):
 
 BAD = {
     "latin-1": ("é,s".encode("latin-1"), "utf-8.*0xe9.*save it as UTF-8"),
-    "utf-16-without-mark": (PLAIN.encode("utf-16-le"), "save it as UTF-8"),
+    "utf-16-without-byte-order-mark": (PLAIN.encode("utf-16-le"), "save it as UTF-8"),
     "utf-16-cut": (PLAIN.encode("utf-16")[:-1], "utf-16.*save it as UTF-8"),
     "empty": (b" \n\n", "it is empty"),
-    "other-columns": (b"name,slide\n", "header must be id,wsi, .*'name,slide'; mend the header"),
-    "column-twice": (b"id,wsi,id\n", "header must be id,wsi"),
+    "other-columns": (b"name,slide\n", "columns id,wsi .*'name,slide'; correct the header"),
+    "column-twice": (b"id,wsi,id\n", "header must name the columns id,wsi"),
     "long-row": (b"id,wsi\na,s,t\n", "line 2 is longer than the header"),
     "tab-after-quote": (b'"id"x\twsi\n', "line 1: .* expected after"),
-    "open-quote": (b'id,wsi\na,"s\n', "no readable CSV"),
+    "open-quote": (b'id,wsi\na,"s\n', "not a readable CSV"),
 }
 
 
@@ -72,7 +72,7 @@ def test_bad_table(tmp_path, name):
     assert str(error.value).isprintable()
 
 
-def test_what_the_system_refuses_is_said_in_its_words(tmp_path):
+def test_errors_of_the_system_keep_their_words(tmp_path):
     for path, number in ((tmp_path, errno.EISDIR), (tmp_path / "none.csv", errno.ENOENT)):
         with pytest.raises(UserError, match="cannot be read") as error:
             read_csv(path, ("id",))

@@ -1,8 +1,8 @@
-"""Feeds the readers files that chance has damaged: `python tests/fuzz/fuzz_readers.py`.
+"""Fuzzes the readers with randomly corrupted files: `python tests/fuzz/fuzz_readers.py`.
 
-Each must be read, or refused by an `UserError` of one line; nothing else may escape, and no
-input may take more than `--seconds` or `MEMORY`. The C libraries below can crash and hang, so every
-reader runs in a child that can be killed. A finding is saved, and `--replay FILE` repeats it.
+Each file must be read, or refused by a `UserError` of one line; no other exception may escape, and
+no input may take more than `--seconds` or `MEMORY`. The C libraries can crash and hang, so every
+reader runs in a child process that can be killed. A finding is saved; `--replay FILE` repeats it.
 """
 
 import argparse
@@ -31,59 +31,59 @@ import pandas as pd
 from PIL import Image
 
 from histo_jax.config import DataConfig
-from histo_jax.data import names, slide_map
+from histo_jax.data import gzips, names, slide_map
 from histo_jax.data.example import Example
 from histo_jax.data.sources import kaggle, pcam
 from histo_jax.errors import UserError
 
 MIB = 2**20
-MEMORY = 512 * MIB  # an input's growth of the child
+MEMORY = 512 * MIB  # growth of the child process by one input
 DISK = 256 * MIB  # one file
-ADDRESSES = 16 * 1024 * MIB  # protects the machine; far above MEMORY, which is what is judged
+ADDRESSES = 16 * 1024 * MIB  # protects the machine; far above MEMORY, the limit that counts
 
 X, Y, META = (f"camelyonpatch_level_2_split_train_{end}" for end in ("x.h5", "y.h5", "meta.csv"))
 PATCHES = np.random.default_rng(0).integers(150, 230, (3, 96, 96, 3), np.uint8)
-# One is flat, so that compressed files are small and most damage hits what describes the pixels.
+# One is flat, so that compressed files are small and most changes hit the metadata.
 PATCHES[0] = 200
 IDS = [hashlib.sha1(patch).hexdigest() for patch in PATCHES]
 
 
 class Kind(NamedTuple):
-    """One sort of input: sound and hand-made bad files to start from, and who reads them."""
+    """A kind of input: valid and hand-made bad files to start from, and their reader."""
 
     starts: list[bytes]
     feed: Callable[[Path, bytes], Iterator[Example]]
     tokens: list[bytes]
 
 
-# --- what the readers are given ----------------------------------------------------------------
+# --- readers ------------------------------------------------------------------------------------
 
 
 def feed_labels(folder: Path, content: bytes) -> Iterator[Example]:
-    """As both CSVs of a Kaggle folder."""
+    """Reads `content` as both CSVs of a Kaggle folder."""
     for name, csv_name in kaggle._FOLDERS.values():
         (folder / name).mkdir(exist_ok=True)
         (folder / csv_name).write_bytes(content)
         for patch, id_ in zip(PATCHES, IDS, strict=True):
             (folder / name / f"{id_}.tif").write_bytes(tiff(patch))
-    named = [kaggle.list_files(folder, split) for split in kaggle._FOLDERS]
+    listed = [kaggle.list_files(folder, split) for split in kaggle._FOLDERS]
     assert kaggle.fingerprint(folder)
-    for files in named:
-        yield from kaggle.read(files, skip=False, damaged={})
+    for files in listed:
+        yield from kaggle.read(files, skip=False, corrupt={})
 
 
 def feed_tiff(folder: Path, content: bytes) -> Iterator[Example]:
-    """As the flat patch; what is left out must be refused where nothing may be left out."""
-    path, sound = (folder / f"{name}.tif" for name in IDS[:2])
+    """Reads `content` as a patch; it is left out if and only if it is refused without `skip`."""
+    path, valid = (folder / f"{name}.tif" for name in IDS[:2])
     path.write_bytes(content)
-    sound.write_bytes(tiff(PATCHES[1]))
-    damaged: dict[str, str] = {}
-    kept = list(kaggle.read([(path, 1), (sound, 1)], skip=True, damaged=damaged))
-    assert len(kept) + len(damaged) == 2
+    valid.write_bytes(tiff(PATCHES[1]))
+    corrupt: dict[str, str] = {}
+    kept = list(kaggle.read([(path, 1), (valid, 1)], skip=True, corrupt=corrupt))
+    assert len(kept) + len(corrupt) == 2
     assert kept[-1].id == IDS[1]
-    assert kaggle.restored(damaged) == []
-    again = list(kaggle.read([(path, 1)], skip=False, damaged={}))
-    assert len(again) + 1 == len(kept)
+    assert kaggle.intact(corrupt) == []
+    alone = list(kaggle.read([(path, 1)], skip=False, corrupt={}))
+    assert len(alone) + 1 == len(kept)
     yield from kept
 
 
@@ -92,12 +92,12 @@ def feed_pcam(name: str, folder: Path, content: bytes) -> Iterator[Example]:
         path.unlink()
     for empty in (X, Y):
         (folder / empty.replace("train", "valid")).touch()
-    sound = KINDS["pcam.h5"].starts[0]
+    valid = KINDS["pcam.h5"].starts[0]
     (folder / name).write_bytes(content)
     for other in (X, Y):
         if not (folder / f"{other}.gz").exists():
-            # Both datasets in one file, so that one damage can reach both.
-            (folder / other).write_bytes(content if name == X else sound)
+            # Both datasets in one file, so that one change can affect both.
+            (folder / other).write_bytes(content if name == X else valid)
     files = pcam.find(folder)["train"]
     with pcam.unpacked(files, folder) as plain:
         count = pcam.check(plain)
@@ -119,7 +119,7 @@ def feed_map(folder: Path, content: bytes) -> Iterator[Example]:
         yield from map(Example, filled["id"], PATCHES, [0] * 3, filled["slide"])
 
 
-# --- what they start from ----------------------------------------------------------------------
+# --- files to start from -------------------------------------------------------------------------
 
 
 def tiff(image: np.ndarray, **options) -> bytes:
@@ -130,7 +130,7 @@ def tiff(image: np.ndarray, **options) -> bytes:
 def h5(
     count: int = 3, libver: str = "earliest", chunk: bytes = b"", labels: str = "u1", **options
 ) -> bytes:
-    """Both datasets; unwritten, which costs no byte, where there are more than three patches."""
+    """Returns a file with both datasets; of more than three patches they are not written."""
     with h5py.File(buffer := io.BytesIO(), "w", libver=libver) as file:
         x = file.create_dataset("x", (count, 96, 96, 3), np.uint8, **options)
         options.pop("chunks", None)
@@ -144,7 +144,7 @@ def h5(
 
 
 def bomb(mib: int) -> bytes:
-    """A deflate stream that grows a thousandfold; one block repeated, since that is quick."""
+    """Returns a deflate stream that grows a thousandfold, made quickly of one repeated block."""
     packer = zlib.compressobj()
     head = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
     block = packer.compress(bytes(MIB)) + packer.flush(zlib.Z_FULL_FLUSH)
@@ -162,7 +162,7 @@ def tables(header: str, rows: list[str]) -> list[bytes]:
 
 
 def numbers(*sizes: int) -> list[bytes]:
-    """Integers on which lengths and offsets break, in both orders of bytes."""
+    """Returns integers that break lengths and offsets, in both byte orders."""
     values = [0, 1, 2, 7, 8, 96, 255, 2**15, 2**16 - 1, 2**31, 2**32 - 1, 2**40, 2**64 - 1]
     return [
         (value % 256**size).to_bytes(size, order)
@@ -193,7 +193,7 @@ KINDS = {
         functools.partial(feed_pcam, X), numbers(1, 2, 4, 8)),
     "pcam.h5.gz": Kind(
         [gzip.compress(h5(**PACKED), mtime=0), gzip.compress(h5(), 0, mtime=0),
-         gzip.compress(bytes(MIB), mtime=0) * 400],  # the end announces one MiB
+         gzip.compress(bytes(MIB), mtime=0) * 400],  # the trailer states one MiB
         functools.partial(feed_pcam, f"{X}.gz"), numbers(1, 2, 4)),
     "pcam.csv": Kind(
         tables("coord_x,wsi", [f"{i},slide_{i}" for i in range(3)]),
@@ -203,7 +203,7 @@ KINDS = {
 
 
 def make(kind: str, seed: int, index: int) -> bytes:
-    """The starts as they are, then damaged ones; depends on nothing but the arguments."""
+    """Returns input `index`: the starts unchanged, then mutations; a function of its arguments."""
     starts, _, tokens = KINDS[kind]
     if index < len(starts):
         return starts[index]
@@ -211,7 +211,7 @@ def make(kind: str, seed: int, index: int) -> bytes:
     content = bytearray(rng.choice((starts[0], rng.choice(starts))))
     for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
         size = len(content)
-        # Heads and ends describe the rest, which is mostly pixels.
+        # Headers and trailers describe the rest, which is mostly pixels.
         near = min(size, rng.choice((16, 256, 2500)))
         at = rng.choice(
             (rng.randrange(near + 1), size - rng.randrange(near + 1), rng.randint(0, size))
@@ -238,11 +238,11 @@ def make(kind: str, seed: int, index: int) -> bytes:
     return bytes(content)
 
 
-# --- the child, and who watches it -------------------------------------------------------------
+# --- child processes -----------------------------------------------------------------------------
 
 
 def judge(kind: str, folder: Path, content: bytes) -> tuple[str, str]:
-    """Returns 'ok', 'refused' or 'finding', and what there is to say."""
+    """Returns 'ok', 'refused' or 'finding', and the message."""
     try:
         for id_, image, label, slide in KINDS[kind].feed(folder, content):
             assert re.fullmatch("[0-9a-f]{40}", id_)
@@ -250,7 +250,7 @@ def judge(kind: str, folder: Path, content: bytes) -> tuple[str, str]:
             assert label in (-1, 0, 1)
             assert slide == names.clean(slide)
     except UserError as error:
-        # What only the limit of the child refused would have been allocated elsewhere.
+        # Memory that only the limit of the child refused would have been allocated without it.
         bad = not str(error).isprintable() or re.search("memory|allocate ", str(error), re.I)
         return "finding" if bad else "refused", str(error)
     except BaseException as error:
@@ -260,13 +260,13 @@ def judge(kind: str, folder: Path, content: bytes) -> tuple[str, str]:
 
 def child(pipe) -> None:
     logging.disable()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff talks
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff prints
     resource.setrlimit(resource.RLIMIT_FSIZE, (DISK, DISK))
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
-    # What announces more is refused by the reader, and what writes more by the limit above.
+    # A larger stated size is refused by the reader, a larger file by the limit above.
     os.cpu_count = lambda: 1  # one image in memory at a time
-    free = pcam.shutil.disk_usage("/")._replace(free=DISK)
-    pcam.shutil.disk_usage = lambda _: free
+    free = gzips.shutil.disk_usage("/")._replace(free=DISK)
+    gzips.shutil.disk_usage = lambda _: free
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(EOFError):
         before = peak()
         while True:
@@ -281,12 +281,12 @@ def peak() -> int:
 
 
 class Child:
-    """A process that judges; a new one after each that had to be killed."""
+    """A process that reads inputs; replaced after one that had to be killed."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.pipe, end = multiprocessing.Pipe()
-        # Forked, it starts at once and knows the kinds; there are no threads yet.
+        # Forked, it starts at once and has `KINDS`; there are no threads yet.
         self.process = multiprocessing.get_context("fork").Process(target=child, args=(end,))
         self.process.start()
         end.close()
@@ -313,7 +313,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--inputs", type=int, default=10_000, help="all kinds together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=10, help="the most for one input")
+    parser.add_argument("--seconds", type=float, default=10, help="limit for one input")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--findings", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--replay", type=Path, help="a saved finding")
@@ -341,7 +341,7 @@ def main() -> int:
                 saved = args.findings / f"{kind}-{args.seed}-{index}"
                 saved.write_bytes(content)
                 print(f"FINDING, seed {args.seed}: {line!r:.300}; --replay {saved}", flush=True)
-                runner.end()  # it may hang, and what it took would count for the next
+                runner.end()  # it may hang, and its memory would count for the next input
                 runner = Child(args.seconds)
         runner.end()
         findings += tally["finding"]

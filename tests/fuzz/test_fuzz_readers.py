@@ -1,5 +1,6 @@
-"""A small share of the fuzzing, and that it finds what is planted."""
+"""A short fuzzing run, and proof that planted bugs are found."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,51 +8,85 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("fuzz_readers.py")
+# One process for all runs, since the libraries take seconds to load. It has no threads, so each
+# run can be a fork of it.
+DRIVER = """
+import importlib.util, json, os, sys, time
+from histo_jax.data.sources import kaggle
+
+spec = importlib.util.spec_from_file_location("fuzz_readers", sys.argv[1])
+fuzz_readers = sys.modules["fuzz_readers"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fuzz_readers)
+results = {}
+for name, (plant, args) in json.loads(sys.argv[2]).items():
+    output = name + ".txt"
+    child = os.fork()
+    if not child:
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+        if plant:
+            exec("def read(path):\\n    " + plant + "\\n    return 'is corrupt'")
+            kaggle._read_image = read
+        sys.argv = ["fuzz_readers.py", *args]
+        status = fuzz_readers.main()
+        sys.stdout.flush()
+        os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    results[name] = status, open(output).read()
+print(json.dumps(results))
+"""
+BUGS = {
+    "exception": ("raise KeyError(7)", "KeyError: 7"),
+    "two-lines": ("return 'two\\nlines'", "two"),
+    "crash": ("os.abort()", "crash, status -6"),
+    "hang": ("time.sleep(99)", "hangs: more than 0.5 s"),
+    "memory": ("bytearray(600 << 20)", "takes 6"),
+}
+INPUT = "kaggle.tif-0-0"  # kind, seed, index
 
 
-def fuzz(folder: Path, *args: str, plant: str = "pass") -> tuple[int, str]:
-    """Runs the script after `plant`; in a process of its own, which has no threads and may fork."""
-    code = (
-        "import os, runpy, sys, time\nfrom histo_jax.data.sources import kaggle\n"
-        f"def plant(path):\n    {plant}\n    return 'is damaged'\n"
-        + ("" if plant == "pass" else "kaggle._read_image = plant\n")
-        + "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, tuple[int, str]]:
+    """Returns status and output of each run, by name."""
+    runs: dict[str, tuple[str, list[str]]] = {}
+    runs["short"] = ("", ["--inputs", "300", "--findings", str(folder / "short")])
+    for name, (plant, _) in BUGS.items():
+        seconds = "0.5" if name == "hang" else "60"
+        args = ["--kinds", "kaggle.tif", "--seconds", seconds, "--inputs", "1"]
+        runs[name] = (plant, [*args, "--findings", str(folder / name)])
+    replay = ["--replay", str(folder / "exception" / INPUT)]
+    runs["replay"] = (BUGS["exception"][0], replay)
+    runs["replay-fixed"] = ("", replay)
+    for name in runs:
+        (folder / name).mkdir()
+    command = [sys.executable, "-c", DRIVER, str(SCRIPT), json.dumps(runs)]
+    run = subprocess.run(
+        command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True, timeout=120
     )
-    command = [sys.executable, "-c", code, str(SCRIPT), "--findings", str(folder), *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout + done.stderr
+    return json.loads(run.stdout)
 
 
-def test_a_share(tmp_path: Path) -> None:
-    status, output = fuzz(tmp_path, "--inputs", "300")
+def test_a_short_run_finds_nothing(folder: Path, results: dict) -> None:
+    status, output = results["short"]
     assert status == 0, output
-    assert not list(tmp_path.iterdir())
+    assert not list((folder / "short").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("plant", "words"),
-    [
-        ("raise KeyError(7)", "KeyError: 7"),
-        ("return 'two\\nlines'", "two"),
-        ("os.abort()", "crash, status -6"),
-        ("time.sleep(99)", "hangs: more than 2.0 s"),
-        ("bytearray(600 << 20)", "takes 6"),
-    ],
-)
-def test_planted_bugs_are_found(tmp_path: Path, plant: str, words: str) -> None:
-    seconds = "2" if "sleep" in plant else "60"
-    args = ("--kinds", "kaggle.tif", "--seconds", seconds, "--inputs", "1")
-    status, output = fuzz(tmp_path, *args, plant=plant)
-    (saved,) = tmp_path.iterdir()
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bugs_are_found(folder: Path, results: dict, name: str) -> None:
+    status, output = results[name]
+    (saved,) = (folder / name).iterdir()
     assert status == 1, output
-    assert words in output
+    assert BUGS[name][1] in output
     assert f"--replay {saved}" in output
 
 
-def test_replay(tmp_path: Path) -> None:
-    fuzz(tmp_path, "--kinds", "kaggle.tif", "--inputs", "1", plant="raise KeyError(7)")
-    (saved,) = tmp_path.iterdir()
-    status, output = fuzz(tmp_path, "--replay", str(saved), plant="raise KeyError(7)")
+def test_replay(results: dict) -> None:
+    status, output = results["replay"]
     assert status == 1
     assert "KeyError: 7" in output
-    assert fuzz(tmp_path, "--replay", str(saved))[0] == 0
+    assert results["replay-fixed"][0] == 0

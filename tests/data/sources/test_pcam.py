@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +20,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core.download import checksums
 
-from histo_jax.data.records import Histopathology
+from histo_jax.data import downloads, gzips
 from histo_jax.data.sources import pcam
 from histo_jax.errors import UserError
 from histo_jax.run import signals
@@ -86,11 +84,11 @@ def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
     assert not [word for word in words if word not in line], line
 
 
-# --- what is read ------------------------------------------------------------------------------
+# --- examples ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packed", ["", "xy", "x", "y"])
-def test_reads_what_was_written(raw: Path, scratch: Path, packed: str) -> None:
+def test_examples_equal_what_was_written(raw: Path, scratch: Path, packed: str) -> None:
     for kind in packed:
         for name in pcam.SPLITS.values():
             pack(raw / f"{STEM}{name}_{kind}.h5")
@@ -116,8 +114,8 @@ def test_slides_and_test_may_be_missing(raw: Path) -> None:
     assert {example.slide for example in pcam.read(found["validation"])} == {""}
 
 
-def test_plain_goes_before_packed(raw: Path) -> None:
-    (raw / f"{X}.gz").write_bytes(b"never looked at")
+def test_a_plain_file_is_preferred_to_a_packed_one(raw: Path) -> None:
+    (raw / f"{X}.gz").write_bytes(b"never read")
     assert pcam.find(raw)["train"] == pcam.Files(raw / X, raw / Y, raw / META)
 
 
@@ -153,7 +151,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, options: dict) -> No
     assert abs(peaks[1] - peaks[0]) < 2
 
 
-# --- bad files: what to spoil, left; what the line holds, right --------------------------------
+# --- bad files: how to spoil them, and words of the error ---------------------------------------
 
 
 def cut(name: str, share: float) -> Callable[[Path], None]:
@@ -172,7 +170,7 @@ def hdf5(name: str, key: str, *shape: int, dtype: type = np.uint8, fill: int = 0
     return lambda raw: write(raw / name, key, np.full(shape, fill, dtype), **options)
 
 
-def damaged_chunk(raw: Path) -> None:
+def corrupt_chunk(raw: Path) -> None:
     """Spoils the checksum of the last chunk; everything before reads well."""
     write(raw / X, "x", pixels("train"), chunks=(50, 96, 96, 3), fletcher32=True)
     with h5py.File(raw / X) as file:
@@ -192,8 +190,8 @@ def null(raw: Path) -> None:
         file.create_dataset("x", dtype=np.uint8)
 
 
-HDF5, AGAIN = "no readable HDF5", "download it again"
-# What no download would mend.
+HDF5, AGAIN = "not a readable HDF5", "download it again"
+# Errors that no download would fix.
 FORM, FILL = "must be uint8[n, 96, 96, 3]: write", "complete it"
 BAD = {
     "x-other-key": (hdf5(X, "images", 9, 96, 96, 3), X, "no dataset 'x'", "holds images"),
@@ -213,14 +211,14 @@ BAD = {
     "y-longer": (hdf5(Y, "y", 701, 1, 1, 1), Y, X, "701", "700", "each patch needs one"),
     "y-shorter": (hdf5(Y, "y", 699, 1, 1, 1), Y, X, "699", "700", "each patch needs one"),
     "label-2": (hdf5(Y, "y", 700, 1, fill=2), Y, "label 2 of patch 0", "0 or 1", "699 more of 700"),
-    "meta-no-wsi": (text(META, lambda old: old.replace("wsi", "w")), META, "center_", "mend"),
+    "meta-no-wsi": (text(META, lambda old: old.replace("wsi", "w")), META, "center_", "correct"),
     "meta-longer": (text(META, lambda old: old + "1,1,False,True,s\n"), META, "701", X, FILL),
     "meta-shorter": (text(META, lambda old: old[: old[:-1].rindex("\n")]), META, "699", FILL),
     "meta-cut": (cut(META, 0.5), META, X, FILL),
-    "meta-cut-in-row": (text(META, lambda old: old[: old.rindex(",")]), META, "699 in 700"),
+    "meta-cut-in-row": (text(META, lambda old: old[: old.rindex(",")]), META, "699 of 700"),
     "meta-no-slide": (text(META, lambda old: old.replace("train_7\n", "\n")), META, "690", FILL),
-    "meta-empty": (cut(META, 0), META, "no readable CSV", AGAIN),
-    "meta-ragged": (text(META, lambda old: old + "1," * 9 + "\n"), META, "no readable CSV", AGAIN),
+    "meta-empty": (cut(META, 0), META, "not a readable CSV", AGAIN),
+    "meta-ragged": (text(META, lambda old: old + "1," * 9 + "\n"), META, "not a readable", AGAIN),
     "meta-binary": (lambda raw: (raw / META).write_bytes(bytes(range(256))), META, "UTF-8"),
 }  # fmt: skip
 
@@ -239,8 +237,8 @@ def test_bad_file(raw: Path, name: str, act: Callable) -> None:
     one_line(error, str(raw), *words)
 
 
-def test_damaged_images(raw: Path) -> None:
-    damaged_chunk(raw)
+def test_corrupt_images(raw: Path) -> None:
+    corrupt_chunk(raw)
     files = pcam.find(raw)["train"]
     assert pcam.check(files) == 700
     reader = pcam.read(files)
@@ -273,14 +271,16 @@ def test_missing_folder(tmp_path: Path) -> None:
     one_line(error, str(tmp_path / "raw"), "no such folder", "--config.data.raw_dir")
 
 
-def test_all_missing_files_are_named_and_looked_for(raw: Path) -> None:
+def test_all_missing_files_are_named_and_searched_for(raw: Path) -> None:
     names = [f"{STEM}{n}_{k}.h5" for n in ("train", "valid") for k in "xy"]
     (raw / "deep" / "er").mkdir(parents=True)
     for path in raw.glob("*.h5"):
         path.rename(raw / "deep" / "er" / path.name)
     with pytest.raises(UserError) as error:
         pcam.find(raw)
-    one_line(error, *names, "are missing", f"{raw}/deep/er has all", "give this folder instead")
+    one_line(
+        error, *names, "are missing", f"{raw}/deep/er has all files", "give this folder instead"
+    )
 
 
 def test_a_missing_file_under_another_name_is_found(raw: Path) -> None:
@@ -293,7 +293,7 @@ def test_a_missing_file_under_another_name_is_found(raw: Path) -> None:
         pcam.find(raw)
 
 
-# --- patches of one's own ------------------------------------------------------------------------
+# --- files that users made -----------------------------------------------------------------------
 
 LABELS = np.arange(700) % 2
 IMAGES = np.random.default_rng(700).integers(0, 256, (700, 96, 96, 3), np.uint8)  # as `pixels`
@@ -325,7 +325,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_files_of_ones_own(raw: Path, name: str) -> None:
+def test_files_that_users_made(raw: Path, name: str) -> None:
     OWN[name](raw)
     files = pcam.find(raw)["train"]
     assert pcam.check(files) == 700
@@ -352,13 +352,18 @@ def unknown_filter(raw: Path) -> None:
 
 OTHER_FORMS = {
     "one-hot": (put(Y, "y", np.eye(2)[LABELS]), Y, "1400 labels", "float64[700, 2]", "needs one"),
-    "soft": (put(Y, "y", LABELS * 0.9), Y, "label 0.9 of patch 1", "349 more of 700", "mend"),
+    "soft": (put(Y, "y", LABELS * 0.9), Y, "label 0.9 of patch 1", "349 more of 700", "correct"),
     "not-known": (put(Y, "y", np.where(LABELS, 1, np.nan)), Y, "label nan of patch 0", "349 more"),
-    "words": (put(Y, "y", np.where(LABELS, b"yes", b"no")), Y, "S3[700]", "numbers 0 and 1"),
+    "words": (
+        put(Y, "y", np.where(LABELS, b"yes", b"no")),
+        Y,
+        "S3[700]",
+        "numbers that are 0 or 1",
+    ),
     "channels-first": (hdf5(X, "x", 7, 3, 96, 96), X, "uint8[7, 3, 96, 96]", "channels last"),
     "transparency": (hdf5(X, "x", 7, 96, 96, 4), X, "uint8[7, 96, 96, 4]", "fourth channel"),
     "group": (group_for_dataset, X, "no dataset 'x'", "x is a group"),
-    "virtual": (virtual, X, "x lies in other files"),
+    "virtual": (virtual, X, "x is stored in other files"),
     "blosc": (unknown_filter, X, "filter 32001", "not installed", "gzip"),
 }
 
@@ -376,11 +381,11 @@ def test_other_forms_are_not_to_be_downloaded_again(raw: Path, name: str) -> Non
 @pytest.mark.parametrize("word", ["nan", "Unknown", "-", " "])
 def test_slides_that_are_not_known_are_none(raw: Path, word: str) -> None:
     text(META, lambda old: old.replace("train_7\n", f"{word}\n"))(raw)
-    with pytest.raises(UserError, match="names the slides of 690 in 700 patches"):
+    with pytest.raises(UserError, match="names the slides of 690 of 700 patches"):
         pcam.check(pcam.find(raw)["train"])
 
 
-# --- what is no damage ---------------------------------------------------------------------------
+# --- files that are not corrupt ------------------------------------------------------------------
 
 
 def test_a_file_that_another_program_writes(raw: Path) -> None:
@@ -420,26 +425,25 @@ def test_a_mount_without_locks(raw: Path, monkeypatch: pytest.MonkeyPatch) -> No
             raise OSError(errno.ENOLCK, "Unable to open file (unable to lock file, errno = 37)")
         return real(path, mode, locking=locking)
 
-    monkeypatch.setattr(pcam.h5py, "File", open_file)
+    monkeypatch.setattr(h5py, "File", open_file)
     assert pcam.check(pcam.find(raw)["train"]) == 700
     assert refused
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
-def test_what_the_system_refuses(raw: Path, monkeypatch, number: int) -> None:
+def test_a_file_that_the_system_cannot_read(raw: Path, monkeypatch, number: int) -> None:
     pack(raw / Y)
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(number, "Can't read data")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pcam.h5py, "File", fail)
+        patch.setattr(h5py, "File", fail)
         with pytest.raises(UserError) as error:
             pcam.check(pcam.find(raw)["validation"])
-        said = f"split_valid_x.h5 cannot be read ({os.strerror(number)}): "
-        one_line(error, said)
-    monkeypatch.setattr(pcam.gzip, "open", fail)
-    for read in (lambda: pcam.fingerprint(raw), lambda: next(pcam._gunzip(raw / f"{Y}.gz"))):
+        one_line(error, f"split_valid_x.h5 cannot be read ({os.strerror(number)}): ")
+    monkeypatch.setattr(gzip, "open", fail)
+    for read in (lambda: pcam.fingerprint(raw), lambda: next(gzips._blocks(raw / f"{Y}.gz"))):
         with pytest.raises(UserError) as error:
             read()
         one_line(error, f"{raw / Y}.gz cannot be read ({os.strerror(number)}): ")
@@ -452,7 +456,7 @@ def test_a_full_scratch_disk_is_not_blamed_on_another_folder(raw, scratch, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
 
-    monkeypatch.setattr(pcam, "_gunzip", full)
+    monkeypatch.setattr(gzips, "_blocks", full)
     with (
         pytest.raises(OSError, match="No space") as error,
         pcam.unpacked(pcam.find(raw)["train"], scratch),
@@ -472,7 +476,7 @@ def repacked(raw: Path) -> None:
 SAME = {
     "copied": lambda raw: [os.utime(path, (1, 1)) for path in raw.iterdir()],
     "packed": repacked,
-    "packed-beside": lambda raw: (raw / f"{X}.gz").write_bytes(b"never looked at"),
+    "packed-beside": lambda raw: (raw / f"{X}.gz").write_bytes(b"never read"),
     "windows": text(META, lambda old: old.replace("\n", "\r\n")),
     "columns": text(META, lambda old: "".join(f"1;{r}\n" for r in old.replace(",", ";").split())),
     "junk": lambda raw: (raw / f"._{X}").symlink_to("/nowhere/at/all"),
@@ -480,7 +484,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_the_fingerprint_is_of_what_is_read(raw: Path, name: str) -> None:
+def test_equivalent_files_have_the_same_fingerprint(raw: Path, name: str) -> None:
     before = pcam.fingerprint(raw)
     SAME[name](raw)
     content, times = pcam.fingerprint(raw)
@@ -498,13 +502,13 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_the_fingerprint_tells_changes(raw: Path, name: str) -> None:
+def test_other_content_has_another_fingerprint(raw: Path, name: str) -> None:
     before = pcam.fingerprint(raw)[0]
     CHANGED[name](raw)
     assert pcam.fingerprint(raw)[0] != before
 
 
-def test_a_change_far_behind_shows_in_the_time(raw: Path) -> None:
+def test_a_change_after_16_mib_changes_the_times(raw: Path) -> None:
     before = pcam.fingerprint(raw)
     with (raw / X).open("r+b") as file:  # 19 MB
         file.seek(-1, io.SEEK_END)
@@ -518,7 +522,7 @@ def test_a_change_far_behind_shows_in_the_time(raw: Path) -> None:
 
 
 def flip(content: bytes) -> bytes:
-    """Changes the checksum that stands at a gzip's end."""
+    """Changes the checksum at the end of a gzip file."""
     return content[:-8] + bytes([content[-8] ^ 1]) + content[-7:]
 
 
@@ -534,18 +538,18 @@ PACKED = {
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_damaged_gzip(raw: Path, scratch: Path, name: str) -> None:
+def test_corrupt_gzip(raw: Path, scratch: Path, name: str) -> None:
     packed = pack(raw / f"{STEM}valid_x.h5")
     packed.write_bytes(PACKED[name](packed.read_bytes()))
     # An empty file is a gzip of nothing.
-    form = HDF5 if name == "empty" else "no readable gzip"
+    form = HDF5 if name == "empty" else "not a readable gzip"
     files = pcam.find(raw)["validation"]
     with pytest.raises(UserError) as error, pcam.unpacked(files, scratch) as plain:
         pcam.check(plain)
     one_line(error, str(packed), form, AGAIN)
 
 
-def test_mistake_inside_a_gzip_names_the_gzip(raw: Path, scratch: Path) -> None:
+def test_an_error_inside_a_gzip_names_the_gzip(raw: Path, scratch: Path) -> None:
     hdf5(Y, "y", 700, 1, 1, 1, fill=3)(raw)
     packed = pack(raw / Y)
     with (
@@ -558,7 +562,7 @@ def test_mistake_inside_a_gzip_names_the_gzip(raw: Path, scratch: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
-def test_unpacked_files_go_after_a_break(raw: Path, scratch: Path, kind: type) -> None:
+def test_unpacked_files_are_removed_after_an_error(raw: Path, scratch: Path, kind: type) -> None:
     pack(raw / f"{STEM}valid_x.h5")
     files = pcam.find(raw)["validation"]
 
@@ -576,10 +580,10 @@ def test_unpacked_files_go_after_a_break(raw: Path, scratch: Path, kind: type) -
     ("packed", "trailer", "needs"),
     [(100_000, 99_990, "0.0"), (100_000, 5_000, "4.3"), (6 * 2**30, 2**31, "6.4"), (10, 7, "0.0")],
 )
-def test_space_is_asked_for(
+def test_too_little_space_is_an_error(
     raw: Path, scratch: Path, monkeypatch, packed: int, trailer: int, needs: str
 ) -> None:
-    """The size at the end is modulo 4 GiB; noise grows a little when it is packed."""
+    """The size in the trailer is modulo 4 GiB; noise grows a little when it is packed."""
     path = raw / f"{X}.gz"
     (raw / X).unlink()
     with path.open("wb") as file:
@@ -587,7 +591,7 @@ def test_space_is_asked_for(
         file.seek(0, io.SEEK_END)
         file.write(trailer.to_bytes(4, "little"))
     free = shutil.disk_usage(scratch)._replace(free=1)
-    monkeypatch.setattr(pcam.shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     files = pcam.find(raw)["train"]
     with pytest.raises(UserError) as error, pcam.unpacked(files, scratch):
         pass
@@ -598,18 +602,18 @@ def test_space_is_asked_for(
 
 
 class Server:
-    """Serves `files`, and notes who was asked for; `spoil` answers in its own way."""
+    """Serves `files` and lists the requests; `spoil` answers instead."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.spoil: Callable[[http.server.BaseHTTPRequestHandler, bytes], None] | None = None
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 name = self.path.rpartition("/")[2]
-                outer.asked.append(name)
+                outer.requests.append(name)
                 content = outer.files[name]
                 if outer.spoil and "train_x" in name:
                     outer.spoil(self, content)
@@ -639,41 +643,30 @@ def packed_files(made: Path) -> dict[str, bytes]:
 def server(packed_files, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server = Server()
     server.files = packed_files
-    monkeypatch.setattr(pcam, "BASE_URL", server.url)
-    monkeypatch.setattr(pcam, "_RETRIES", 1)
+    published = {
+        name: downloads.RemoteFile(
+            server.url + name, len(content), hashlib.sha256(content).hexdigest()
+        )
+        for name, content in packed_files.items()
+    }
+    monkeypatch.setattr(downloads, "read_checksums", lambda path: published)
+    monkeypatch.setattr(downloads, "RETRIES", 1)
     yield server
     server.http.shutdown()
     server.http.server_close()
 
 
-@pytest.fixture
-def manage(server: Server, tmp_path: Path) -> Callable[[], tfds.download.DownloadManager]:
-    """Makes managers as the builder does, each as in a process of its own."""
-    lines = [
-        f"{server.url}{name}\t{len(content)}\t{hashlib.sha256(content).hexdigest()}\t{name}\n"
-        for name, content in server.files.items()
-    ]
-    (tmp_path / "checksums.tsv").write_text("".join(lines))
-    return lambda: tfds.download.DownloadManager(
-        download_dir=tmp_path / "downloads",
-        url_infos=checksums.load_url_infos(tmp_path / "checksums.tsv"),
-        dataset_name="histopathology",
-        force_checksums_validation=True,
-    )
-
-
-def refused(manager: tfds.download.DownloadManager, *words: str) -> None:
-    """Asserts one line, and that nothing of the bad file stays."""
+def refused(server: Server, folder: Path, *words: str) -> None:
+    """Asserts one line, and that nothing of the bad file is left."""
     with pytest.raises(UserError) as error:
-        pcam.download(manager)
-    one_line(error, f"{pcam.BASE_URL}{X}.gz", "--config.data.raw_dir", *words)
-    left = [path.name for path in Path(manager.download_dir).rglob("*") if path.is_file()]
-    assert len([name for name in left if name.endswith(".gz")]) == 3  # the labels, which came first
-    assert not list(Path(manager.download_dir).rglob("*.tmp.*"))
+        pcam.download(folder)
+    one_line(error, f"{server.url}{X}.gz", "--config.data.raw_dir", *words)
+    names = [path.name for path in folder.rglob("*") if path.is_file()]
+    assert sorted(names) == sorted(name for name in server.files if "_y.h5" in name)  # come first
 
 
-def test_download(server: Server, manage: Callable, scratch: Path) -> None:
-    found = pcam.download(manage())
+def test_download(server: Server, tmp_path: Path, scratch: Path) -> None:
+    found = pcam.download(tmp_path / "downloads")
     assert list(found) == ["train", "validation", "test"]
     for split, files in found.items():
         assert files.meta is None
@@ -681,20 +674,31 @@ def test_download(server: Server, manage: Callable, scratch: Path) -> None:
             assert pcam.check(plain) == COUNTS[split]
             first = next(pcam.read(plain))
         assert first.id == hashlib.sha1(pixels(split)[0].tobytes()).hexdigest()
-    assert sorted(server.asked) == sorted(server.files)
-    assert pcam.download(manage()) == found
-    assert len(server.asked) == 6
+    assert sorted(server.requests) == sorted(server.files)
+    assert pcam.download(tmp_path / "downloads") == found
+    assert len(server.requests) == 6
     assert "tensorflow" not in sys.modules
 
 
-def test_broken_download_starts_again(server: Server, manage: Callable) -> None:
+def test_a_broken_download_starts_again(server: Server, tmp_path: Path) -> None:
     server.spoil = lambda handler, content: handler.answer(len(content), content[:9999])
-    refused(manage(), "try again")
+    refused(server, tmp_path, "try again")
     server.spoil = None
-    found = pcam.download(manage())
+    found = pcam.download(tmp_path)
     assert found["train"].x.read_bytes() == server.files[f"{X}.gz"]
-    assert server.asked.count(f"{X}.gz") == 2
-    assert server.asked.count(f"{Y}.gz") == 1
+    assert server.requests.count(f"{X}.gz") == 2
+    assert server.requests.count(f"{Y}.gz") == 1
+
+
+def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path, monkeypatch) -> None:
+    def busy_once(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
+        server.spoil = None
+        handler.send_error(503)
+
+    monkeypatch.setattr(downloads, "RETRIES", 2)
+    server.spoil = busy_once
+    pcam.download(tmp_path)
+    assert server.requests.count(f"{X}.gz") == 2
 
 
 def reset(handler: http.server.BaseHTTPRequestHandler, _: bytes) -> None:
@@ -704,52 +708,48 @@ def reset(handler: http.server.BaseHTTPRequestHandler, _: bytes) -> None:
 ANSWERS = {
     "other-content": (lambda h, c: h.answer(len(c), c[:-1] + b"?"), "SHA-256"),
     "shorter": (lambda h, c: h.answer(999, c[:999]), "SHA-256"),
+    "longer": (lambda h, c: h.answer(len(c) + 9, c + b"123456789"), "SHA-256"),
     "page": (lambda h, c: h.answer(6, b"<html>"), "SHA-256"),
-    "404": (lambda h, c: h.send_error(404), "HTTP code: 404"),
-    "503": (lambda h, c: h.send_error(503), "too many 503"),
+    "404": (lambda h, c: h.send_error(404), "404"),
+    "503": (lambda h, c: h.send_error(503), "503"),
     "cut": (lambda h, c: h.answer(len(c), c[:9999]), "IncompleteRead(9999"),
     "reset": (reset, "Remote end closed connection"),
 }
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_bad_answer(server: Server, manage: Callable, name: str) -> None:
+def test_bad_answer(server: Server, tmp_path: Path, name: str) -> None:
     server.spoil, word = ANSWERS[name]
-    refused(manage(), word, "by hand")
+    refused(server, tmp_path, word, "by hand")
 
 
-def test_a_signal_ends_a_download_at_once(server: Server, manage: Callable) -> None:
+def test_a_signal_ends_a_download_at_once(server: Server, tmp_path: Path) -> None:
     stalled = threading.Event()
 
     def stall(handler: http.server.BaseHTTPRequestHandler, content: bytes) -> None:
-        if server.asked.count(f"{X}.gz") == 1:
+        if server.requests.count(f"{X}.gz") == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        stalled.wait(20)
+        stalled.wait(60)
 
     server.spoil = stall
-    start = time.monotonic()
     with signals.watch(), pytest.raises(signals.Preempted):
-        pcam.download(manage())
-    assert time.monotonic() - start < 15
+        pcam.download(tmp_path)
     stalled.set()
     assert not signals.requested()
+    assert not list(tmp_path.glob("*.part"))
 
 
-def test_nobody_answers(server: Server, manage: Callable) -> None:
-    manager = manage()
+def test_a_server_that_is_down(server: Server, tmp_path: Path) -> None:
     server.http.shutdown()
     server.http.server_close()
-    start = time.monotonic()
     with pytest.raises(UserError) as error:
-        pcam.download(manager)
+        pcam.download(tmp_path)
     one_line(error, server.url, "Connection refused", "--config.data.raw_dir")
-    assert time.monotonic() - start < 5
 
 
 def test_published_checksums() -> None:
-    own = checksums.load_url_infos(Path(pcam.__file__).with_name("checksums.tsv"))
+    own = downloads.read_checksums(Path(pcam.__file__).with_name("checksums.tsv"))
     folder = Path(tfds.__file__).parent / "datasets" / "patch_camelyon"
-    assert own == checksums.load_url_infos(folder / "checksums.tsv")
+    assert own == downloads.read_checksums(folder / "checksums.tsv")
     names = {f"{STEM}{name}_{kind}.h5.gz" for name in pcam.SPLITS.values() for kind in "xy"}
-    assert set(own) == {f"{pcam.BASE_URL}{name}" for name in names}
-    assert Histopathology.url_infos == own
+    assert {file.url for file in own.values()} == {f"{pcam.BASE_URL}{name}" for name in names}
