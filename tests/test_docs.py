@@ -298,7 +298,8 @@ log_to("sqlite:///mlflow.db", replay)
 def test_each_extension_is_short():
     for block in blocks(ROOT / "docs" / "extending.md"):
         if block.file:
-            assert len(block.text.splitlines()) < 20, block.file
+            code = [line for line in block.text.splitlines()[1:] if line.strip()]
+            assert len(code) < 20, block.file
 
 
 def test_the_readme_fits_on_a_page():
