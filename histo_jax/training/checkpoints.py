@@ -1,4 +1,4 @@
-"""Checkpoints; the only module that uses Orbax."""
+"""Checkpoints; the only module that uses Orbax, which is why it is longer than others."""
 
 import dataclasses
 import errno
