@@ -35,9 +35,11 @@ if typing.TYPE_CHECKING:
     from histo_jax.preparation import prepare
     from histo_jax.recipes import recipe
     from histo_jax.report import explain, report
+    from histo_jax.training.callbacks import Callback
 
 __version__ = VERSION
 __all__ = [
+    "Callback",
     "CheckpointError",
     "Config",
     "ConfigError",
@@ -65,6 +67,7 @@ __all__ = [
 logging.getLogger("histo_jax").addHandler(logging.NullHandler())
 
 _HOMES = {
+    "Callback": "histo_jax.training.callbacks",
     "Example": "histo_jax.data.example",
     "Predictor": "histo_jax.predictor",
     "audit": "histo_jax.auditing",

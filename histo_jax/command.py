@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from histo_jax import environment, settings
 from histo_jax.config import Config
 from histo_jax.config_checks import validate
-from histo_jax.distributed import processes, runtime
+from histo_jax.distributed import processes, restarts, runtime
 from histo_jax.run import files, progress
 from histo_jax.run.workdir import Workdir
 
@@ -43,7 +43,7 @@ def start(
         run.is_primary = processes.is_primary()
         if check:
             check(run)
-        with run.session(mode):
+        with run.session(mode), restarts.track(run):
             yield run
 
 

@@ -245,7 +245,7 @@ def main() -> int:
                 options.coordinator,
                 options.process_count,
                 options.process_index,
-                alone=("FAIL ", 1),
+                on_timeout=("FAIL ", 1),
             )
         except UserError as error:
             print(f"FAIL  {error}")

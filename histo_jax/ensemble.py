@@ -28,12 +28,10 @@ def load_predictor(config: Config, folder: Path, prior: float | None = None) -> 
         UserError: a folder is not that of a run, or has no usable checkpoint.
     """
     predict = config.predict
-    runs = run_folders(predict.checkpoints)
-    trained = (
-        read_runs(runs, "config.predict.checkpoints")
-        if runs
-        else [read_best(folder, config, read_only=False)]
-    )
+    if runs := run_folders(predict.checkpoints):
+        trained = read_runs(runs, "config.predict.checkpoints")
+    else:
+        trained = [read_best(folder, config, read_only=False)]
     return Predictor(trained, tta=predict.tta, prior=prior, batch_size=predict.batch_size)
 
 

@@ -177,16 +177,10 @@ def _exit_where_expected(error: Exception, options: command_line.Options) -> Non
         )
     if not options.multihost:
         return
-    from histo_jax.distributed import processes
+    from histo_jax.distributed import processes, restarts
 
     if processes.is_process_loss(error):
-        print(
-            "histo_jax: another process of the run has ended, see its log; restart all of them to "
-            f"resume from the latest checkpoint ({summary})",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        # At once: whatever waits for the lost process would wait for ever.
-        os._exit(signals.EXIT_STATUS)
+        restarts.exit_after_loss(error, files.expand(options.workdir or Path(), "--workdir"))
 
 
 def _ignore_closed_loops(unraisable: Any) -> None:

@@ -129,6 +129,7 @@ class Predictor:
     Attributes:
         trained: the networks.
         tta: as given.
+        prior: as given.
         batch_size: as given.
 
     Raises:
@@ -147,10 +148,10 @@ class Predictor:
             raise ValueError(f"prior = {prior} must be above 0 and below 1, or None")
         if batch_size < 1:
             raise ValueError(f"batch_size = {batch_size} must be at least 1")
-        self.trained, self.tta, self.batch_size = tuple(trained), tta, batch_size
-        self._prior = prior
+        self.trained, self.batch_size = tuple(trained), batch_size
+        self.tta, self.prior = tta, prior
         self._devices = jax.local_devices()
-        self._programs: dict[tuple[MakeFunction, nn.Module], Any] = {}
+        self._programs: dict[Any, Any] = {}
 
     def __repr__(self) -> str:
         return f"Predictor({', '.join(trained.run for trained in self.trained)})"
@@ -187,12 +188,12 @@ class Predictor:
     ) -> Float[np.ndarray, "networks n"]:
         """Returns each network's calibrated logits, float64, shifted to the predictor's prior."""
         pairs = zip(self.trained, logits, strict=True)
-        return np.stack([trained.calibration.apply(own, self._prior) for trained, own in pairs])
+        return np.stack([trained.calibration.apply(own, self.prior) for trained, own in pairs])
 
     def select(self, number: int) -> "Predictor":
         """Returns the predictor of one of the networks; the compiled programs are shared."""
         selected = Predictor(
-            [self.trained[number]], tta=self.tta, prior=self._prior, batch_size=self.batch_size
+            [self.trained[number]], tta=self.tta, prior=self.prior, batch_size=self.batch_size
         )
         selected._programs = self._programs
         return selected
@@ -211,29 +212,35 @@ class Predictor:
         Returns:
             For each network array[n, ...].
         """
-        each = -(-(batch_size or self.batch_size) // len(self._devices))
+        devices = len(self._devices)
+        per_device = -(-(batch_size or self.batch_size) // devices)
         counts: list[int] = []
 
-        def start() -> Iterator[list[jax.Array]]:
-            for batch, count in _padded_batches(images, each * len(self._devices)):
+        def dispatch() -> Iterator[list[jax.Array]]:
+            for batch, count in _padded_batches(images, devices * per_device):
                 counts.append(count)
-                parts = batch.reshape(len(self._devices), each, *IMAGE_SHAPE)
+                parts = batch.reshape(devices, per_device, *IMAGE_SHAPE)
                 # The weights are passed as they are: replicated ones would be copied each time.
                 yield [self._program(make, t.model)(t.weights, parts) for t in self.trained]
 
         with runtime.jax_defaults():
-            outputs = list(read_behind(start()))
+            outputs = list(read_behind(dispatch()))
             if not outputs:
                 return [_empty(make(t.model), t.weights) for t in self.trained]
         flat = (
-            [output.reshape(-1, *output.shape[2:]) for output in of_one]
-            for of_one in zip(*outputs, strict=True)
+            # pmap returns [devices, per_device, ...].
+            [output.reshape(-1, *output.shape[2:]) for output in by_batch]
+            for by_batch in zip(*outputs, strict=True)
         )
-        return [np.concatenate(parts)[: sum(counts)] for parts in flat]
+        return [np.concatenate(by_batch)[: sum(counts)] for by_batch in flat]
 
     def _program(self, make: MakeFunction, model: nn.Module) -> Any:
         """Returns the compiled function; networks of one architecture share it."""
-        key = (make, model)
+        key: Any = make, model
+        try:
+            hash(key)
+        except TypeError:  # the network has a field without a hash
+            key = make, id(model)
         if key not in self._programs:
             self._programs[key] = jax.pmap(make(model), in_axes=(None, 0), devices=self._devices)
         return self._programs[key]
@@ -329,8 +336,8 @@ def _parts(images: Any) -> Iterator[Batch]:
         return
     if not isinstance(images, Iterable):
         raise ValueError(
-            f"images are a {type(images).__name__}, expected {_EXPECTED}, or an iterable of such "
-            "batches"
+            f"images are of type {type(images).__name__}, expected {_EXPECTED}, or an iterable of "
+            "such batches"
         )
     yield from map(_check_images, images)
 

@@ -105,7 +105,7 @@ if [ "$state" -ne 3 ]; then
   fi
 fi
 echo "installing histo_jax${extra:+[$extra]} into .venv"
-# Marks an incomplete installation, which is created anew if it is killed.
+# Marks an incomplete installation; if it is killed, the next one starts from scratch.
 touch .venv/unfinished
 status=0
 if [ "$extra" = bench ] && [ ! -e /dev/nvidia0 ]; then

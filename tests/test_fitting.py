@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,12 +16,16 @@ from tqdm import tqdm
 
 import histo_jax
 from histo_jax import fitting
+from histo_jax.data import loader, splits
 from histo_jax.distributed.mesh import batch_sharding, replicated
 from histo_jax.errors import UserError
 from histo_jax.run import progress
 from histo_jax.training import step as steps
 from histo_jax.training.augmentation import make_augment, mixup
+from histo_jax.training.callbacks import HISTORY_COLUMNS, check_callbacks
 from histo_jax.training.checkpoints import Checkpoints
+from histo_jax.training.epoch_log import follow_up_passes
+from histo_jax.training.patch_sheet import draw_patch_sheet
 
 
 @pytest.fixture
@@ -31,29 +36,68 @@ def log(caplog):
     logger.removeHandler(caplog.handler)
 
 
-def test_fit_evaluate_and_predict_from_python(tiny_config, tmp_path, log):
-    history = histo_jax.fit(tiny_config, tmp_path)
-    assert history.columns.tolist() == list(fitting.HISTORY_COLUMNS)
-    assert history["epoch"].tolist() == [1, 2]
-    assert history["step"].tolist() == [3, 6]  # 30 training patches in batches of 8
-    on_disk = pd.read_csv(tmp_path / "history.csv")
+class Recorder:
+    """Any object is a callback; this one records what it is given, and fails when told to."""
+
+    def __init__(self, fail_at=None):
+        self.logs, self.images, self.fail_at = [], [], fail_at
+
+    def on_epoch_end(self, epoch, logs):
+        assert epoch == logs["epoch"]
+        if epoch == self.fail_at:
+            raise ValueError("broken\nconnection")
+        self.logs.append(logs.copy())
+        logs.clear()  # it may do with its copy what it likes
+
+
+class ImageRecorder(Recorder):
+    def on_images(self, name, step, image):
+        self.images.append((name, step, image))
+
+
+@pytest.fixture(scope="module")
+def trained(make_tiny_config, tmp_path_factory):
+    """A run of three epochs."""
+    config, folder = make_tiny_config(), tmp_path_factory.mktemp("trained")
+    config.fit.epochs = 3
+    plain, images = Recorder(), ImageRecorder()
+    logger, records = logging.getLogger("histo_jax"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    history = histo_jax.fit(config, folder, callbacks=[plain, images])
+    logger.setLevel(level)
+    logger.removeHandler(handler)
+    return SimpleNamespace(
+        config=config, folder=folder, history=history, log=records, plain=plain, images=images
+    )
+
+
+def test_fit_evaluate_and_predict_from_python(trained):
+    history, folder = trained.history, trained.folder
+    assert history.columns.tolist() == list(HISTORY_COLUMNS)
+    assert history["epoch"].tolist() == [1, 2, 3]
+    assert history["step"].tolist() == [3, 6, 9]  # 30 training patches in batches of 8
+    on_disk = pd.read_csv(folder / "history.csv")
     pd.testing.assert_frame_equal(on_disk, history, check_exact=True)
-    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"images": 0}).Reload()
+    events = EventAccumulator(str(folder / "events"), size_guidance={"images": 0}).Reload()
     assert events.Tags()["images"] == ["training_patches"]
     assert events.Images("training_patches")[0].width == 5 * 96  # 30 patches: 5 by 5
     scalars = {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     for tag in ("train_loss", "validation_auc", "gradient_norm", "weight_norm"):
-        assert len(scalars[tag]) == 2, tag
+        assert len(scalars[tag]) == 3, tag
         assert min(scalars[tag]) > 0, tag
-    status = json.loads((tmp_path / "status.json").read_text())
-    assert (status["state"], status["step"]) == ("complete", 6)
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("complete", 9)
     assert status["images_per_second"] > 0
     for word in ("loss", "validation loss", "validation AUC", "img/s", "left"):
-        assert word in log.text
+        assert word in "\n".join(trained.log)
 
-    scores = histo_jax.evaluate(tiny_config, str(tmp_path))
-    assert scores == json.loads((tmp_path / "evaluation.json").read_text())
-    assert scores == json.loads((tmp_path / "evaluation_validation.json").read_text())
+    scores = histo_jax.evaluate(trained.config, str(folder))
+    assert scores == json.loads((folder / "evaluation.json").read_text())
+    assert scores == json.loads((folder / "evaluation_validation.json").read_text())
     best = history["validation_loss"].idxmin()
     assert scores["checkpoint_step"] == history["step"][best]
     assert scores["nll"] == pytest.approx(history["validation_loss"][best], rel=1e-6)
@@ -61,13 +105,99 @@ def test_fit_evaluate_and_predict_from_python(tiny_config, tmp_path, log):
     assert scores["auc"] == pytest.approx(history["validation_auc"][best])
     assert (scores["split"], scores["count"], scores["split_by"]) == ("validation", 10, "image")
 
-    table = histo_jax.predict(tiny_config, tmp_path)
-    ids = pd.read_csv(f"{tiny_config.data.raw_dir}/sample_submission.csv")["id"]
+    table = histo_jax.predict(trained.config, folder)
+    ids = pd.read_csv(f"{trained.config.data.raw_dir}/sample_submission.csv")["id"]
     assert table["id"].tolist() == ids.tolist()
     assert table["label"].between(0, 1).all()
-    written = pd.read_csv(tmp_path / "submission.csv")
+    written = pd.read_csv(folder / "submission.csv")
     assert written.columns.tolist() == ["id", "label"]
     np.testing.assert_allclose(written["label"], table["label"], rtol=1e-7)
+
+
+def test_callbacks_get_each_epoch_and_the_training_patches(trained):
+    for callback in (trained.plain, trained.images):
+        assert len(callback.logs) == 3
+        for logs, (_, row) in zip(callback.logs, trained.history.iterrows(), strict=True):
+            assert {name: logs[name] for name in HISTORY_COLUMNS} == row.to_dict()
+            assert min(logs["gradient_norm"], logs["weight_norm"]) > 0
+    [(name, step, image)] = trained.images.images
+    assert (name, step, image.dtype, image.shape) == (
+        "training_patches",
+        0,
+        np.uint8,
+        (480, 480, 3),
+    )
+    events = EventAccumulator(str(trained.folder / "events"), size_guidance={"images": 0}).Reload()
+    encoded = events.Images("training_patches")[0].encoded_image_string
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encoded))), image)
+
+
+def test_a_resumed_run_equals_an_undisturbed_one_and_compiles_each_step_once(
+    trained, make_tiny_config, tmp_path, log, monkeypatch
+):
+    """It ends after an epoch, then by a callback that fails, then goes to the end."""
+    compiled = []
+    make = steps.make_train_step
+
+    def remember(*arguments):
+        compiled.append(make(*arguments))
+        return compiled[-1]
+
+    monkeypatch.setattr(steps, "make_train_step", remember)
+    config = make_tiny_config()
+    config.fit.epochs = 1
+    histo_jax.fit(config, tmp_path)
+    config.fit.epochs = 3
+    failing = ImageRecorder(fail_at=2)
+    message = (
+        r"^callback ImageRecorder\.on_epoch_end failed: ValueError: broken connection; the run is "
+        "saved: fix the callback and rerun to resume$"
+    )
+    with pytest.raises(UserError, match=message) as error:
+        histo_jax.fit(config, tmp_path, callbacks=[failing])
+    assert isinstance(error.value.__cause__, ValueError)
+    assert (failing.logs, failing.images) == ([], [])
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 6)
+    assert (tmp_path / "checkpoints" / "6").exists()
+    resumed = histo_jax.fit(config, tmp_path)
+    assert "resumed from step 3" in log.text
+    assert "resumed from step 6" in log.text
+    assert [step._cache_size() for step in compiled] == [1, 1, 1]
+    pd.testing.assert_frame_equal(resumed, trained.history, check_exact=True)
+    states = []
+    for folder in (tmp_path, trained.folder):
+        with Checkpoints(folder) as checkpoints:
+            states.append(checkpoints.restore_best(config, replicated(batch_sharding())).state)
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    one, other = ((path / "history.csv").read_bytes() for path in (tmp_path, trained.folder))
+    assert one == other
+
+
+def test_a_callback_that_fails_before_the_first_step_stops_the_run_after_a_save(
+    tiny_config, tmp_path
+):
+    class Broken:
+        def on_images(self, *_):
+            raise RuntimeError
+
+    with pytest.raises(UserError, match=r"^callback Broken\.on_images failed: RuntimeError"):
+        histo_jax.fit(tiny_config, tmp_path, callbacks=[Broken()])
+    assert (tmp_path / "checkpoints" / "0").exists()
+    assert not (tmp_path / "history.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (Recorder(), r"callbacks is a Recorder; it must be a list of callbacks, \[Recorder\(\)\]"),
+        ([Recorder], r"callbacks\[0\] is the class Recorder: pass an object, Recorder\(\)"),
+        ([Recorder(), 3], r"callbacks\[1\] \(int\) has none of the methods on_epoch_end, on_im"),
+    ],
+)
+def test_what_is_not_a_callback_is_refused(callbacks, message):
+    with pytest.raises(UserError, match=message):
+        check_callbacks(callbacks)
 
 
 class Terminal(io.StringIO):
@@ -108,65 +238,25 @@ def test_one_live_line_on_a_terminal_and_none_in_ci(tiny_config, tmp_path, monke
     assert not screen.getvalue().rpartition("\r")[0].rpartition("\r")[2].strip()
 
 
-def test_the_sheet_shows_patches_of_the_first_batches_as_they_are_trained_on(tiny_config, tmp_path):
-    tiny_config.augment.mixup, tiny_config.fit.epochs = 0.5, 1
-    histo_jax.fit(tiny_config, tmp_path)
-    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"images": 0}).Reload()
-    (sheet,) = events.Images("training_patches")
-    shown = np.asarray(Image.open(io.BytesIO(sheet.encoded_image_string)))
+def test_the_sheet_shows_patches_of_the_first_batches_as_they_are_trained_on(tiny_config):
     prepared = histo_jax.prepare(tiny_config)
-    train = fitting.splits.make_subsets(
-        prepared.tables, tiny_config.data, tiny_config.data_seed
-    ).train
-    order = fitting.loader.training_order(len(train.rows), 8, tiny_config.seed)
+    train = splits.make_subsets(prepared.tables, tiny_config.data, tiny_config.data_seed).train
+    augment = make_augment(tiny_config.augment)
+    sheet = draw_patch_sheet(prepared.records(*train), 8, augment, 0.5, seed=3)
+    order = loader.training_order(len(train.rows), 8, 3)
     rows = train.rows[np.concatenate([order[step] for step in range(4)])[:30]]
     images = jax.numpy.asarray(prepared.records(train.records, rows).images(np.arange(30)))
-    key, mix_key = jax.random.split(jax.random.key(tiny_config.seed))
-    turned = make_augment(tiny_config.augment)(key, images)
-    wanted, _ = mixup(mix_key, turned, jax.numpy.zeros(30), tiny_config.augment.mixup)
-    tiles = shown.reshape(5, 96, 5, 96, 3).swapaxes(1, 2).reshape(25, 96, 96, 3)
-    np.testing.assert_array_equal(tiles, np.asarray(wanted[:25]).astype(np.uint8))
+    key, mixup_key = jax.random.split(jax.random.key(3))
+    expected, _ = mixup(mixup_key, augment(key, images), jax.numpy.zeros(30), 0.5)
+    tiles = sheet.reshape(5, 96, 5, 96, 3).swapaxes(1, 2).reshape(25, 96, 96, 3)
+    np.testing.assert_array_equal(tiles, np.asarray(expected[:25]).astype(np.uint8))
 
 
-def test_fit_twice_in_one_process_and_nothing_compiles_again(tiny_config, tmp_path, monkeypatch):
-    compiled = []
-    make = steps.make_train_step
-
-    def remember(*arguments):
-        compiled.append(make(*arguments))
-        return compiled[-1]
-
-    monkeypatch.setattr(steps, "make_train_step", remember)
-    tiny_config.fit.epochs = 3
-    first = histo_jax.fit(tiny_config, tmp_path / "one")
-    second = histo_jax.fit(tiny_config, tmp_path / "two")
-    pd.testing.assert_frame_equal(first, second, check_exact=True)
-    assert [step._cache_size() for step in compiled] == [1, 1]
-
-
-def test_a_continued_run_equals_an_undisturbed_one(tiny_config, tmp_path, log):
-    tiny_config.fit.epochs = 1
-    histo_jax.fit(tiny_config, tmp_path / "continued")
-    tiny_config.fit.epochs = 3
-    continued = histo_jax.fit(tiny_config, tmp_path / "continued")
-    assert "resumed from step 3" in log.text
-    whole = histo_jax.fit(tiny_config, tmp_path / "whole")
-    pd.testing.assert_frame_equal(continued, whole, check_exact=True)
-    states = []
-    for name in ("continued", "whole"):
-        with Checkpoints(tmp_path / name) as checkpoints:
-            states.append(checkpoints.restore_best(tiny_config, replicated(batch_sharding())).state)
-    jax.tree.map(np.testing.assert_array_equal, *states)
-    one, other = ((tmp_path / n / "history.csv").read_bytes() for n in ("continued", "whole"))
-    assert one == other
-
-
-def test_a_finished_run_does_nothing(tiny_config, tmp_path, log, monkeypatch):
-    first = histo_jax.fit(tiny_config, tmp_path)
-    monkeypatch.setattr(fitting, "_train", lambda *_: pytest.fail("trained again"))
-    again = histo_jax.fit(tiny_config, tmp_path)
-    pd.testing.assert_frame_equal(first, again, check_exact=True)
-    assert "already complete at step 6" in log.text
+def test_a_finished_run_does_nothing(trained, log, monkeypatch):
+    monkeypatch.setattr(fitting, "Trainer", lambda *_: pytest.fail("trained again"))
+    history = histo_jax.fit(trained.config, trained.folder)
+    pd.testing.assert_frame_equal(history, trained.history, check_exact=True)
+    assert "already complete at step 9" in log.text
 
 
 def test_training_stops_early(tiny_config, tmp_path, log):
@@ -175,7 +265,7 @@ def test_training_stops_early(tiny_config, tmp_path, log):
     tiny_config.early_stopping.min_delta = 10.0  # nothing after the first epoch improves
     history = histo_jax.fit(tiny_config, tmp_path)
     assert len(history) == 2
-    assert "stopped early" in log.text
+    assert "early stopping: no better" in log.text
     assert len(histo_jax.fit(tiny_config, tmp_path)) == 2
 
 
@@ -187,17 +277,15 @@ def test_a_learnable_difference_is_learnt(tiny_config, tmp_path):
     assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
 
 
-def test_normalisation_is_the_runs_own_and_saved(tiny_config, tmp_path):
-    tiny_config.fit.epochs = 1
-    histo_jax.fit(tiny_config, tmp_path)
-    prepared = histo_jax.prepare(tiny_config)
-    split = fitting.splits.make_subsets(prepared.tables, tiny_config.data, tiny_config.data_seed)
+def test_normalisation_is_the_runs_own_and_saved(trained):
+    prepared = histo_jax.prepare(trained.config)
+    split = splits.make_subsets(prepared.tables, trained.config.data, trained.config.data_seed)
     records = prepared.source("train").__getitems__(split.train.rows.tolist())
     pixels = np.stack([record["image"] for record in records]) / 255
-    with Checkpoints(tmp_path) as checkpoints:
-        weights = checkpoints.restore_best(tiny_config, replicated(batch_sharding())).state.weights
-    np.testing.assert_allclose(weights.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(weights.std, pixels.std((0, 1, 2)), rtol=1e-5)
+    with Checkpoints(trained.folder) as checkpoints:
+        best = checkpoints.restore_best(trained.config, replicated(batch_sharding()))
+    np.testing.assert_allclose(best.state.weights.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(best.state.weights.std, pixels.std((0, 1, 2)), rtol=1e-5)
 
 
 def test_changed_examples_under_a_run_are_refused(tiny_config, tmp_path, make_kaggle):
@@ -212,13 +300,8 @@ def test_changed_examples_under_a_run_are_refused(tiny_config, tmp_path, make_ka
         histo_jax.fit(tiny_config, tmp_path / "run")
 
 
-def test_the_time_left_includes_the_commands_that_follow(tiny_config):
-    rows = {"train": 80, "validation": 20, "test": 30}
-    named = [fitting.splits.Subset(name, np.arange(count)) for name, count in rows.items()]
-    subsets = fitting.splits.Subsets(*named, "image", False)
-    assert fitting._patches_after(tiny_config, subsets, ()) == 0
-    assert fitting._patches_after(tiny_config, subsets, ("evaluate", "predict")) == 20 + 30
-    tiny_config.predict.tta, tiny_config.evaluate.split = True, "test"
-    assert fitting._patches_after(tiny_config, subsets, ("evaluate", "predict")) == 7 * (30 + 30)
-    report = fitting._patches_after(tiny_config, subsets, ("report",))
-    assert report == 36 * 24 * 3
+def test_the_time_left_includes_the_commands_that_follow():
+    assert follow_up_passes((), 20, 30, False) == 0
+    assert follow_up_passes(("evaluate", "predict"), 20, 30, False) == 20 + 30
+    assert follow_up_passes(("evaluate", "predict"), 30, 30, True) == 7 * (30 + 30)
+    assert follow_up_passes(("report",), 20, 30, False) == 36 * 24 * 3

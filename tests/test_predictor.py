@@ -175,7 +175,7 @@ WRONG = {
     "int64[2, 96, 96, 3]": [IMAGES[:1], IMAGES[:2].astype(np.int64)],
     "uint8[3]": [np.zeros(3, np.uint8)],
     "<U1[]": "abc",
-    "a int": 7,
+    "of type int": 7,
 }
 
 
@@ -185,6 +185,22 @@ def test_images_of_another_shape_or_type_are_one_line_that_names_both(trained, r
         Predictor(trained, batch_size=SIZE)(WRONG[received])
     assert str(error.value).startswith(f"images are {received}, expected uint8[n, 96, 96, 3]")
     assert "\n" not in str(error.value)
+
+
+class Unhashable(Tiny):
+    """A network with a field that has no hash."""
+
+    scale: np.ndarray = None
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return super().__call__(x, train) * self.scale
+
+
+def test_networks_without_a_hash_predict_too():
+    one, two = (make_trained(0, Unhashable(scale=np.float32([scale]))) for scale in (1, 2))
+    one, two = (Predictor([each], batch_size=SIZE).raw_logits(IMAGES) for each in (one, two))
+    np.testing.assert_allclose(two, 2 * one, rtol=1e-5)
 
 
 def test_options_out_of_range_are_named(trained):

@@ -1,8 +1,13 @@
-"""Signals, locks, values that are not finite, full disks, damage: mostly in real processes."""
+"""Signals, locks, values that are not finite, full disks, corruption.
+
+Where the behaviour of a process matters it is a real one; everything else runs in this process.
+"""
 
 import json
+import logging
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -10,25 +15,30 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import histo_jax
-from histo_jax import fitting
+from histo_jax.config import Config
+from histo_jax.data import loader, splits
 from histo_jax.errors import UserError
-from histo_jax.run import signals, workdir
+from histo_jax.run import signals
+from histo_jax.run.workdir import Workdir
+from histo_jax.training import step as steps
 from histo_jax.training.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[1]
+NETWORK = (Path(__file__).parent / "tiny_network.py").read_text()
 CONFIG = """
 from histo_jax.config import Config
 def get_config():
     config = Config()
     config.data.source, config.data.validation_fraction = "kaggle", 0.25
     config.data.raw_dir, config.data.tfds_dir = {raw!r}, {records!r}
-    config.model.features, config.model.dense = (2, 2, 2, 2, 2), 4
+    config.model.name, config.optimizer.learning_rate = "tiny", 0.01
     config.fit.batch_size, config.fit.steps_per_epoch, config.fit.epochs = 8, 100_000, 2
     return config
 """
@@ -38,17 +48,21 @@ class Command:
     """The real command on a run that would take hours."""
 
     def __init__(self, folder: Path, make_kaggle) -> None:
-        self.workdir, config = folder / "run", folder / "config.py"
+        self.workdir, self.config = folder / "run", folder / "config.py"
         raw = make_kaggle(folder / "raw")
-        config.write_text(CONFIG.format(raw=str(raw), records=str(folder / "records")))
-        self.argv = [sys.executable, "-m", "histo_jax.main", f"--config={config}"]
+        text = CONFIG.format(raw=str(raw), records=str(folder / "records"))
+        self.config.write_text(NETWORK + text)
+        self.argv = [sys.executable, "-m", "histo_jax.main", f"--config={self.config}"]
 
     def start(self, *options: str) -> subprocess.Popen:
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        # With as many devices as this process has, whose compiled programs it then finds.
         return subprocess.Popen(
             [*self.argv, f"--workdir={self.workdir}", *options],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def wait_for(self, process: subprocess.Popen, ready) -> None:
         deadline = time.monotonic() + 120
@@ -57,85 +71,78 @@ class Command:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
+    def get_config(self, epochs: int = 2, steps: int = 3) -> Config:
+        config = runpy.run_path(str(self.config))["get_config"]()
+        config.fit.epochs, config.fit.steps_per_epoch = epochs, steps
+        return config
+
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, make_kaggle):
     return Command(tmp_path_factory.mktemp("reliability"), make_kaggle)
 
 
-def test_sigterm_saves_and_leaves_and_the_lock_keeps_others_out(command):
-    """One long run: a second process is refused, SIGTERM saves, a dead process is told apart."""
-    often = "--config.checkpoint.every_minutes=0.01"
-    first = command.start("--mode=fit", often)
-    saved = command.workdir / "checkpoints"
-    command.wait_for(first, lambda: any(p.name.isdigit() for p in saved.glob("*")))
-    # The first save is read back before the status speaks of it.
-    command.wait_for(first, lambda: workdir.status(command.workdir)["step"] > 0)
-    assert workdir.status(command.workdir)["state"] == "running"
+@pytest.fixture
+def log(caplog):
+    logger = logging.getLogger("histo_jax")
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, "histo_jax")
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
-    second = command.start("--mode=fit")
-    said = second.communicate()[1]
-    assert second.returncode == 2
-    assert f"{command.workdir} is in use by process {first.pid}" in said
-    assert len(said.splitlines()) == 1
 
+def test_signals_save_and_leave_and_the_lock_keeps_others_out(command, log):
+    """One run in three processes: SIGTERM, Ctrl-C, and a second signal before the first is seen."""
+    run, saved = Workdir(command.workdir), command.workdir / "checkpoints"
+    options = ("--mode=fit", "--config.checkpoint.every_minutes=0.01")
+
+    def newest():
+        return max((int(path.name) for path in saved.glob("*") if path.name.isdigit()), default=0)
+
+    first = command.start(*options)
+    # The first save is read back before the status has its step.
+    command.wait_for(first, lambda: newest() and run.status()["step"] > 0)
+    assert run.status()["state"] == "running"
+    with pytest.raises(UserError, match=f"{command.workdir} is in use by process {first.pid} on"):
+        histo_jax.fit(command.get_config(steps=100_000), command.workdir)
     first.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    said = first.communicate(timeout=60)[1]
+    stderr = first.communicate(timeout=60)[1]
     assert first.returncode == signals.EXIT_STATUS == 75
     assert time.monotonic() - began < 15
-    assert "Traceback" not in said
-    status = workdir.status(command.workdir)
+    assert "Traceback" not in stderr
+    status = run.status()
     assert status["state"] == "preempted"
-    assert f"preempted, saved at step {status['step']}" in said
-    steps = [int(p.name) for p in saved.glob("*")]
-    assert max(steps) == status["step"]
+    assert f"preempted, saved at step {status['step']}" in stderr
+    assert newest() == status["step"]
 
-    third = command.start("--mode=fit", often)
-    command.wait_for(
-        third, lambda: any(p.name.isdigit() and int(p.name) > max(steps) for p in saved.glob("*"))
-    )
-    third.kill()
-    assert f"resumed from step {status['step']}" in third.communicate()[1]
-    assert workdir.status(command.workdir)["state"] == "running"  # nobody could say otherwise
-    fourth = command.start("--mode=evaluate")
-    said = fourth.communicate(timeout=60)[1]
-    # The dead process holds nobody up, and is told from a live one.
-    assert f"the last process in {command.workdir} ended without a word" in said
-    assert fourth.returncode == 2
-    assert "no finished epoch" in said
-    assert workdir.status(command.workdir)["state"] == "failed"
+    second = command.start(*options)
+    before = newest()
+    command.wait_for(second, lambda: newest() > before)
+    second.send_signal(signal.SIGINT)
+    stderr = second.communicate(timeout=60)[1]
+    assert second.returncode == 130, stderr
+    assert f"resumed from step {status['step']}" in stderr
+    assert "Ctrl-C again leaves at once" in stderr
+    assert re.search(r"histo_jax: interrupted, saved at step \d+;", stderr.splitlines()[-1])
+    assert "Traceback" not in stderr
+    assert run.status()["state"] == "failed"
 
-
-def test_a_second_signal_leaves_at_once(command):
-    process = command.start("--mode=fit")
-    command.wait_for(process, lambda: workdir.status(command.workdir).get("state") == "running")
-    # Stopped, it cannot answer the first one before the second is there.
-    process.send_signal(signal.SIGSTOP)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGUSR1)
-    process.send_signal(signal.SIGCONT)
-    process.communicate(timeout=20)
-    assert process.returncode in (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
-
-
-def test_ctrl_c_is_one_line_and_goes_on(command, tmp_path):
-    settings = ["--mode=fit", f"--workdir={tmp_path / 'run'}"]
-    first = command.start(*settings, "--config.checkpoint.every_minutes=0.01")
-    saved = tmp_path / "run" / "checkpoints"
-    command.wait_for(first, lambda: any(p.name.isdigit() for p in saved.glob("*")))
-    first.send_signal(signal.SIGINT)
-    said = first.communicate(timeout=60)[1]
-    assert first.returncode == 130, said
-    assert "Ctrl-C again leaves at once" in said
-    assert re.search(r"histo_jax: interrupted, saved at step \d+;", said.splitlines()[-1])
-    assert "Traceback" not in said
-    assert workdir.status(tmp_path / "run")["state"] == "failed"
-    again = command.start(*settings, "--config.fit.epochs=1", "--config.checkpoint.every_minutes=9")
-    command.wait_for(again, lambda: workdir.status(tmp_path / "run")["state"] == "running")
-    again.send_signal(signal.SIGTERM)
-    assert "resumed from step" in again.communicate(timeout=60)[1]
-    assert again.returncode == 75
+    third = command.start(*options)
+    command.wait_for(third, lambda: run.status()["state"] == "running")
+    # Stopped, it cannot handle the first one before the second is there.
+    third.send_signal(signal.SIGSTOP)
+    third.send_signal(signal.SIGTERM)
+    third.send_signal(signal.SIGUSR1)
+    third.send_signal(signal.SIGCONT)
+    third.communicate(timeout=20)
+    assert third.returncode in (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
+    assert run.status()["state"] == "running"  # nothing could be written any more
+    # The dead process blocks nobody, and is told from a live one.
+    with pytest.raises(UserError, match="no finished epoch"):
+        histo_jax.evaluate(command.get_config(steps=100_000), command.workdir)
+    assert f"the last process in {command.workdir} was killed or crashed" in log.text
+    assert run.status()["state"] == "failed"
 
 
 def test_sigterm_while_preparing_is_75_too(command, tmp_path):
@@ -143,19 +150,42 @@ def test_sigterm_while_preparing_is_75_too(command, tmp_path):
     process = command.start("--mode=prepare", f"--config.data.tfds_dir={records}")
     command.wait_for(process, lambda: any(records.glob("histopathology/kaggle-*/lock")))
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=20)[1]
+    stderr = process.communicate(timeout=20)[1]
     # It may have been quicker.
-    assert process.returncode in (75, 0), said
-    assert "Traceback" not in said
+    assert process.returncode in (75, 0), stderr
+    assert "Traceback" not in stderr
 
 
-def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(
-    tiny_config, tmp_path, monkeypatch
-):
-    tiny_config.fit.epochs, tiny_config.fit.steps_per_epoch = 1, 6
-    histo_jax.fit(tiny_config, tmp_path)
-    before = {p.name for p in (tmp_path / "checkpoints").iterdir()}
-    make = fitting.steps.make_train_step
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run / "events")).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """An undisturbed run of three epochs of three steps."""
+    config, folder = command.get_config(epochs=3), tmp_path_factory.mktemp("whole")
+    histo_jax.fit(config, folder)
+    history = (folder / "history.csv").read_bytes()
+    return SimpleNamespace(config=config, folder=folder, history=history, curves=curves(folder))
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return Path(shutil.copytree(whole.folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def three_epochs(command):
+    return command.get_config(epochs=3)
+
+
+def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(three_epochs, copy, monkeypatch):
+    before = {p.name for p in (copy / "checkpoints").iterdir()}
+    make = steps.make_train_step
 
     def poisoned(*arguments):
         train_step = make(*arguments)
@@ -169,99 +199,89 @@ def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(
 
         return step
 
-    monkeypatch.setattr(fitting.steps, "make_train_step", poisoned)
-    tiny_config.fit.epochs = 4
-    tiny_config.checkpoint.every_minutes = 1e-9  # a save is due at every step
-    with pytest.raises(UserError, match=r"step 10 is not finite.*learning_rate") as error:
-        histo_jax.fit(tiny_config, tmp_path)
-    # Step 9, before it, was good and was saved.
-    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == before | {"9"}
-    prepared = histo_jax.prepare(tiny_config)
-    subsets = fitting.splits.make_subsets(prepared.tables, tiny_config.data, tiny_config.data_seed)
-    chosen = fitting.loader.training_order(len(subsets.train.rows), 8, tiny_config.seed)[9]
-    for name in prepared.tables["train"]["id"].iloc[subsets.train.rows[chosen]]:
+    monkeypatch.setattr(steps, "make_train_step", poisoned)
+    three_epochs.fit.epochs = 5
+    three_epochs.checkpoint.every_minutes = 1e-9  # a save is due at every step
+    with pytest.raises(UserError, match=r"step 13 is not finite.*learning_rate") as error:
+        histo_jax.fit(three_epochs, copy)
+    # Step 12, before it, was finite and was saved.
+    after = {p.name for p in (copy / "checkpoints").iterdir()}
+    assert max(map(int, after)) == 12
+    assert after - before <= {"10", "11", "12"}
+    prepared = histo_jax.prepare(three_epochs)
+    subsets = splits.make_subsets(prepared.tables, three_epochs.data, three_epochs.data_seed)
+    positions = loader.training_order(len(subsets.train.rows), 8, three_epochs.seed)[12]
+    for name in prepared.tables["train"]["id"].iloc[subsets.train.rows[positions]]:
         assert name in str(error.value)
-    assert workdir.status(tmp_path)["state"] == "failed"
+    assert Workdir(copy).status()["state"] == "failed"
 
 
-def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bytes(tiny_config, tmp_path, monkeypatch):
-    tiny_config.fit.epochs = 3
-    histo_jax.fit(tiny_config, tmp_path / "whole")
+def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bytes(
+    whole, three_epochs, tmp_path, monkeypatch
+):
     real = signals.requested
-    asked = []
+    calls = []
 
     def after(steps):
-        asked.append(1)
-        return len(asked) > steps or real()
+        calls.append(1)
+        return len(calls) > steps or real()
 
-    # 3 steps an epoch: stops after step 2 of 9, then after 5 more, then runs to its end. Where the
-    # pixels lie is no part of a run.
-    for steps, placement in ((1, "device"), (4, "disk")):
-        tiny_config.data.placement = placement
-        asked.clear()
-        monkeypatch.setattr(fitting.signals, "requested", lambda steps=steps: after(steps))
+    # 3 steps an epoch: stops after step 2 of 9, then after 5 more, then runs to its end. The
+    # placement of the pixels is not part of a run.
+    for steps_before, placement in ((1, "device"), (4, "disk")):
+        three_epochs.data.placement = placement
+        calls.clear()
+        monkeypatch.setattr(signals, "requested", lambda count=steps_before: after(count))
         with pytest.raises(signals.Preempted):
-            histo_jax.fit(tiny_config, tmp_path / "stopped")
+            histo_jax.fit(three_epochs, tmp_path)
     monkeypatch.undo()
-    tiny_config.data.placement = "host"
-    histo_jax.fit(tiny_config, tmp_path / "stopped")
-    one, other = ((tmp_path / n / "history.csv").read_bytes() for n in ("whole", "stopped"))
-    assert one == other
+    three_epochs.data.placement = "host"
+    histo_jax.fit(three_epochs, tmp_path)
+    assert (tmp_path / "history.csv").read_bytes() == whole.history
 
 
-def test_preempted_in_validation_is_saved_and_validated_later(tiny_config, tmp_path, monkeypatch):
-    tiny_config.fit.epochs = 2
-    tiny_config.data.placement = "disk"  # the others also ask while they load
-    histo_jax.fit(tiny_config, tmp_path / "whole")
+def test_preempted_in_validation_is_saved_and_validated_later(
+    whole, three_epochs, tmp_path, monkeypatch
+):
+    three_epochs.data.placement = "disk"  # the others also check while they load
 
-    def stopped(batches):
+    def stopping(batches):
         next(batches)
         raise signals.Preempted("now")
 
-    monkeypatch.setattr(fitting.signals, "stopping", stopped)
+    monkeypatch.setattr(signals, "stopping", stopping)
     with pytest.raises(signals.Preempted, match="saved at step 3"):
-        histo_jax.fit(tiny_config, tmp_path / "stopped")
+        histo_jax.fit(three_epochs, tmp_path)
     monkeypatch.undo()
-    histo_jax.fit(tiny_config, tmp_path / "stopped")
-    one, other = ((tmp_path / n / "history.csv").read_bytes() for n in ("whole", "stopped"))
-    assert one == other
-    assert curves(tmp_path / "whole") == curves(tmp_path / "stopped")
+    histo_jax.fit(three_epochs, tmp_path)
+    assert (tmp_path / "history.csv").read_bytes() == whole.history
+    assert curves(tmp_path) == whole.curves
 
 
-def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(run / "events")).Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
+def test_derived_files_agree_with_the_checkpoints_after_any_kill(whole, three_epochs, copy):
+    assert [step for step, _ in whole.curves["gradient_norm"]] == [3, 6, 9]
+    # As if each had been written before, or after, the newest checkpoint was complete.
+    shutil.rmtree(copy / "events")
+    (copy / "history.csv").write_bytes(whole.history + b"4,12,0.1,0.1,0.1,0.1\n")
+    Workdir(copy).update_status(step=3)
+    histo_jax.fit(three_epochs, copy)
+    assert (copy / "history.csv").read_bytes() == whole.history
+    assert curves(copy) == whole.curves
+    assert Workdir(copy).status()["step"] == 9
+    # The save of the last epoch was not complete: the epoch is repeated, and nothing is duplicated.
+    shutil.rmtree(copy / "checkpoints" / "9")
+    (copy / "status.json").write_text("")
+    histo_jax.fit(three_epochs, copy)
+    assert (copy / "history.csv").read_bytes() == whole.history
+    assert curves(copy) == whole.curves
+    assert Workdir(copy).status()["step"] == 9
 
 
-def test_what_a_kill_left_beside_the_checkpoints_is_made_to_agree_with_them(tiny_config, tmp_path):
-    histo_jax.fit(tiny_config, tmp_path)
-    whole, wanted = (tmp_path / "history.csv").read_bytes(), curves(tmp_path)
-    assert [step for step, _ in wanted["gradient_norm"]] == [3, 6]
-    # As if each had been written before, or after, the newest checkpoint was whole.
-    shutil.rmtree(tmp_path / "events")
-    (tmp_path / "history.csv").write_bytes(whole + b"3,9,0.1,0.1,0.1,0.1\n")
-    workdir.update_status(tmp_path, step=3)
-    histo_jax.fit(tiny_config, tmp_path)
-    assert (tmp_path / "history.csv").read_bytes() == whole
-    assert curves(tmp_path) == wanted
-    assert workdir.status(tmp_path)["step"] == 6
-    # The epoch's save was not whole: it is taken once more, and nothing is there twice.
-    shutil.rmtree(tmp_path / "checkpoints" / "6")
-    (tmp_path / "status.json").write_text("")
-    histo_jax.fit(tiny_config, tmp_path)
-    assert (tmp_path / "history.csv").read_bytes() == whole
-    assert curves(tmp_path) == wanted
-    assert workdir.status(tmp_path)["step"] == 6
-
-
-def test_a_notebooks_interrupt_saves_and_the_next_call_goes_on(tiny_config, tmp_path, monkeypatch):
+def test_a_notebooks_interrupt_saves_and_the_next_call_resumes(
+    whole, three_epochs, tmp_path, monkeypatch
+):
     """SIGINT with Python's own handler, in the middle of the first epoch."""
-    tiny_config.fit.epochs, tiny_config.fit.steps_per_epoch = 1, 8
-    histo_jax.fit(tiny_config, tmp_path / "whole")
-    make = fitting.steps.make_train_step
+    make = steps.make_train_step
 
     def interrupted(*arguments):
         train_step, calls = make(*arguments), []
@@ -274,17 +294,38 @@ def test_a_notebooks_interrupt_saves_and_the_next_call_goes_on(tiny_config, tmp_
 
         return step
 
-    monkeypatch.setattr(fitting.steps, "make_train_step", interrupted)
-    with pytest.raises(KeyboardInterrupt, match=r"interrupted, saved at step [2-5];"):
-        histo_jax.fit(tiny_config, tmp_path / "stopped")
+    monkeypatch.setattr(steps, "make_train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted, saved at step [23];"):
+        histo_jax.fit(three_epochs, tmp_path)
     monkeypatch.undo()
-    status = workdir.status(tmp_path / "stopped")
+    status = Workdir(tmp_path).status()
     assert status["state"] == "failed"
     assert status["reason"].startswith("interrupted, saved at step")
-    assert 0 < status["step"] < 8
-    histo_jax.fit(tiny_config, tmp_path / "stopped")
-    one, other = ((tmp_path / n / "history.csv").read_bytes() for n in ("whole", "stopped"))
-    assert one == other
+    assert 0 < status["step"] < 4
+    histo_jax.fit(three_epochs, tmp_path)
+    assert (tmp_path / "history.csv").read_bytes() == whole.history
+
+
+@pytest.mark.parametrize("harm", ["truncated", "missing part", "half a directory"])
+def test_a_corrupt_newest_checkpoint_is_quarantined_and_the_one_before_resumes(
+    whole, three_epochs, copy, log, harm
+):
+    newest = copy / "checkpoints" / "9"
+    if harm == "truncated":
+        victim = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
+        victim.write_bytes(victim.read_bytes()[:100])
+    elif harm == "missing part":
+        shutil.rmtree(newest / "state")
+    else:
+        for path in sorted(newest.iterdir())[::2]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    histo_jax.fit(three_epochs, copy)
+    assert "checkpoint 9 is corrupt and was moved to" in log.text
+    assert "resumed from step 6" in log.text
+    assert [path.name.partition("-")[0] for path in (copy / "quarantined").iterdir()] == ["9"]
+    assert (copy / "history.csv").read_bytes() == whole.history
+    with Checkpoints(copy) as checkpoints:
+        assert checkpoints.best_step() in (3, 6, 9)
 
 
 def test_a_second_interrupt_from_python_raises_at_once_and_none_is_lost():
@@ -359,55 +400,28 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(small_disk, command):
-    run = small_disk / "run"
-    settings = ["--mode=fit", "--config.fit.steps_per_epoch=5", f"--workdir={run}"]
-    done = command.start(*settings, "--config.fit.epochs=1")
-    assert done.wait(120) == 0, done.communicate()
+    run, config = small_disk / "run", command.get_config(epochs=1, steps=5)
+    histo_jax.fit(config, run)
     history = (run / "history.csv").read_bytes()
     (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 8 * 1024))
-    full = command.start(*settings, "--config.fit.epochs=3")
-    said = full.communicate(timeout=120)[1]
-    assert full.returncode == 2, said
-    assert "No space left on device" in said.splitlines()[-1]
-    assert "Traceback" not in said
+    options = ["--mode=fit", "--config.fit.steps_per_epoch=5", "--config.fit.epochs=3"]
+    process = command.start(*options, f"--workdir={run}")
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 2, stderr
+    assert "No space left on device" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
     (small_disk / "filler").unlink()
     assert (run / "history.csv").read_bytes().startswith(history[:60])
-    again = command.start(*settings, "--config.fit.epochs=3")
-    said = again.communicate(timeout=120)[1]
-    assert again.returncode == 0, said
-    assert "resumed from step" in said
+    config.fit.epochs = 3
+    assert len(histo_jax.fit(config, run)) == 3
     assert json.loads((run / "status.json").read_text())["state"] == "complete"
 
 
 def test_preparing_on_a_full_disk_is_one_line(small_disk, command):
     (small_disk / "filler").write_bytes(b"x" * 2_500_000)
     process = command.start("--mode=prepare", f"--config.data.tfds_dir={small_disk / 'records'}")
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 2, said
-    assert "No space left on device" in said.splitlines()[-1]
-    assert "Traceback" not in said
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 2, stderr
+    assert "No space left on device" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
     assert not list((small_disk / "records").rglob("prepared.json"))
-
-
-@pytest.mark.parametrize("harm", ["truncated", "missing part", "half a directory"])
-def test_a_damaged_newest_checkpoint_through_the_command_line(command, tmp_path, harm):
-    settings = ["--mode=fit", "--config.fit.steps_per_epoch=3", f"--workdir={tmp_path / 'run'}"]
-    first = command.start(*settings, "--config.fit.epochs=2")
-    assert first.wait(120) == 0
-    newest = tmp_path / "run" / "checkpoints" / "6"
-    if harm == "truncated":
-        victim = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
-        victim.write_bytes(victim.read_bytes()[:100])
-    elif harm == "missing part":
-        shutil.rmtree(newest / "state")
-    else:
-        for path in sorted(newest.iterdir())[::2]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    process = command.start(*settings, "--config.fit.epochs=2")
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, said
-    assert "checkpoint 6 is damaged and was put aside" in said
-    assert "resumed from step 3" in said
-    assert list((tmp_path / "run" / "damaged").iterdir())
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        assert checkpoints.best_step() in (3, 6)

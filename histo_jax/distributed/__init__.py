@@ -1,1 +1,1 @@
-"""Devices and processes: mesh, joining, consensus, memory, runtime."""
+"""Several devices and processes: mesh, joining, consensus, restarts, memory, runtime."""

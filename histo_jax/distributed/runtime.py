@@ -1,4 +1,4 @@
-"""How JAX is set up for a command: its defaults, a compilation cache, and freed memory is kept."""
+"""Sets up JAX for a command: default options, a compilation cache, and memory allocation."""
 
 import contextlib
 import ctypes
@@ -24,7 +24,7 @@ _CACHE_BYTES = 2**30
 _PACKAGES = ("jax", "flax", "optax", "numpy")
 # Names of glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-# JAX's defaults for what changes results, or stops a run; each is a context manager of `jax`.
+# Defaults of options that change results or stop a run; each is a context manager of `jax`.
 _PINNED = {
     "enable_x64": False,
     "numpy_dtype_promotion": "standard",
@@ -51,55 +51,54 @@ _REFUSED = {"jax_random_seed_offset": 0, "jax_disable_most_optimizations": False
 
 
 def versions() -> dict[str, str]:
-    """Returns what computes here: Python, the packages that results depend on, the devices."""
-    devices, found = jax.devices(), dict.fromkeys(_PACKAGES, "unknown")
+    """Returns the versions that results depend on: Python, packages, devices."""
+    devices, packages = jax.devices(), dict.fromkeys(_PACKAGES, "unknown")
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+            packages[name] = importlib.metadata.version(name)
     return {
         "python": platform.python_version(),
         "histo_jax": VERSION,
-        **found,
+        **packages,
         "devices": f"{len(devices)} {devices[0].device_kind}",
     }
 
 
 @contextlib.contextmanager
 def jax_defaults() -> Iterator[None]:
-    """JAX's configuration as it is by default, in this thread, until the end.
+    """Runs the body with JAX's default configuration, in this thread.
 
     Raises:
-        UserError: an option that cannot be set for a while differs; names its variable.
+        UserError: an option without a context manager is not at its default; names its variable.
     """
     for option, default in _REFUSED.items():
-        found = jax.config.values.get(option, default)
-        if found != default:
+        value = jax.config.values.get(option, default)
+        if value != default:
             raise UserError(
-                f"{option.upper()}={found} changes the results: unset it, or set it to {default}"
+                f"{option.upper()}={value} changes the results: unset it, or set it to {default}"
             )
     with contextlib.ExitStack() as stack:
         for name, value in _PINNED.items():
-            if hasattr(jax, name):  # not every version has all
+            if hasattr(jax, name):  # not every version of JAX has all of them
                 stack.enter_context(getattr(jax, name)(value))
         yield
 
 
 def set_up() -> None:
-    """Turns on the compilation cache in the user's cache folder; on CPU, keeps freed memory.
+    """Sets up devices, log, compilation cache and, on CPU, memory allocation.
 
-    Of several processes only the first writes files and talks.
-
-    A folder that `JAX_COMPILATION_CACHE_DIR` or `jax_compilation_cache_dir` names is used instead.
+    Compiled programs are cached in the folder that `JAX_COMPILATION_CACHE_DIR` or
+    `jax_compilation_cache_dir` names, by default in the user's cache folder.
 
     Raises:
-        UserError: JAX finds no device; names the variables that choose it.
+        UserError: JAX finds no device; names the variables that select it.
     """
     check_devices()
     processes.assign_roles()
     _set_up_cache()
     if jax.default_backend() == "cpu" and sys.platform == "linux":
-        # Every step allocates hundreds of megabytes. Given back to the system after it, they come
-        # back page by page: measured, that was a quarter of a step.
+        # Every step allocates hundreds of megabytes. If they are returned to the system after it,
+        # the next step gets them page by page: measured, that took a quarter of a step.
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt:
             for setting, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1)):
@@ -107,14 +106,14 @@ def set_up() -> None:
 
 
 def check_devices() -> None:
-    """Starts JAX's devices.
+    """Initialises JAX's devices.
 
     Raises:
-        UserError: there is none; names the variables that choose it.
+        UserError: there is none; names the variables that select it.
     """
     try:
         jax.devices()
-    except Exception as error:  # of whatever plug-in
+    except Exception as error:  # plug-ins may raise anything
         chosen = environment.variables("JAX_PLATFORM", "CUDA_VISIBLE", "XLA_PYTHON")
         raise UserError(
             f"JAX finds no device ({one_line(error)}): correct or unset {chosen}; "
@@ -128,11 +127,11 @@ def _set_up_cache() -> None:
     if chosen and "://" in chosen:
         return
     if folder is None:
-        log.warning("compiled programs are not kept: there is no home folder; set XDG_CACHE_HOME")
+        log.warning("compiled programs are not cached: there is no home folder; set XDG_CACHE_HOME")
     elif problem := _cache_problem(folder):
         jax.config.update("jax_compilation_cache_dir", None)
         log.warning(
-            "compiled programs are not kept: %s; set %s to another folder",
+            "compiled programs are not cached: %s; set %s to another folder",
             problem, "JAX_COMPILATION_CACHE_DIR" if chosen else "XDG_CACHE_HOME",
         )  # fmt: skip
     elif not chosen:
@@ -143,32 +142,32 @@ def _set_up_cache() -> None:
 
 @functools.cache
 def _cache_problem(folder: Path) -> str:
-    """Returns why programs cannot be kept in `folder`, '' if they can.
+    """Returns why `folder` cannot hold compiled programs, '' if it can.
 
-    Removes what a killed process left there: JAX writes a program, then its time, and where one of
-    them is missing it would never write again.
+    Removes what a killed process left there: JAX writes a program, then its access time, and would
+    never replace a program that lacks one of the two files.
     """
     if files.is_special(folder):
-        return f"JAX takes {folder} for a pattern"
+        return f"JAX would treat {folder} as a pattern"
     if not files.make_folder(folder):
         return f"{folder} cannot be written"
     try:
         with files.open_lock(folder / ".lockfile") as file:  # JAX's own
             if not files.lock(file):
-                return f"the file system of {folder} keeps no locks"
+                return f"the file system of {folder} has no locks"
             for path in folder.glob("*-*"):
                 stem, _, kind = path.name.rpartition("-")
                 other = {"cache": "atime", "atime": "cache"}.get(kind)
                 if other and not (path.stat().st_size and (folder / f"{stem}-{other}").exists()):
                     path.unlink()
     except BlockingIOError:
-        pass  # another process is at work there
+        pass  # another process uses it
     except OSError as error:
         return one_line(error)
     return ""
 
 
 def cache_folder() -> Path | None:
-    """Returns the folder of compiled programs in the user's caches; None without a home."""
+    """Returns the default folder of compiled programs; None if the user has no home folder."""
     caches = files.user_caches()
     return caches and caches / "histo_jax" / "compiled"

@@ -59,8 +59,8 @@ class Calibration:
 
         Args:
             logits: logits of the network.
-            prior: fraction of positives in the data at hand; its log-odds replace those of the
-                fitted prior, by Bayes' rule (Saerens et al., 2002). None: the fitted prior.
+            prior: fraction of positives in the new data; its log-odds replace those of the fitted
+                prior, by Bayes' rule (Saerens et al., 2002). None: the fitted prior.
         """
         adjustment = 0.0
         if prior is not None:

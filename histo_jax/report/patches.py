@@ -16,7 +16,7 @@ from histo_jax.predictor import Predictor
 from histo_jax.report.attribution import attribute
 
 _SHOWN = 12  # patches in each gallery
-# From Okabe & Ito's palette, which can be told apart in every kind of colour blindness.
+# From the palette of Okabe & Ito, which is safe for colour blindness.
 _FOR, _AGAINST = np.array([230, 159, 0]), np.array([0, 114, 178])
 _SQUARE = 4
 

@@ -1,7 +1,7 @@
-"""Random changes of training batches that keep the label, on the device.
+"""Random augmentation of training batches, on the device.
 
-The label speaks of the centre 32x32 alone: flips, rotations by 90 degrees and shifts of a few
-pixels keep it.
+The label refers to the centre 32x32 pixels alone: flips, rotations by 90 degrees and shifts of a
+few pixels do not change it.
 """
 
 from collections.abc import Callable
@@ -28,13 +28,13 @@ _UNMIX = np.linalg.inv(_STAINS)
 
 
 def random_d4(key: PRNGKeyArray, images: Images) -> Images:
-    """Returns each image in one of the eight symmetries of the square, each equally likely."""
+    """Returns each image transformed by one of the eight symmetries of the square, uniformly."""
     element = jax.random.bernoulli(key, 0.5, (3, len(images), 1, 1, 1))
     return symmetries.transform(images, *element)
 
 
 def random_shift(key: PRNGKeyArray, images: Images, pixels: int) -> Images:
-    """Returns each image moved by up to `pixels` along both axes; its border is mirrored in."""
+    """Returns each image shifted by up to `pixels` along both axes, with reflection padding."""
     edge = (pixels, pixels)
     padded = jnp.pad(images, ((0, 0), edge, edge, (0, 0)), "reflect")
     starts = jax.random.randint(key, (len(images), 2), 0, 2 * pixels + 1)
@@ -48,10 +48,10 @@ def random_shift(key: PRNGKeyArray, images: Images, pixels: int) -> Images:
 def stain_jitter(
     key: PRNGKeyArray, images: Images, strength: float, brightness: float
 ) -> FloatImages:
-    """Returns each image as if stained and lit otherwise; pixels from 0 to 255.
+    """Returns each image with jittered stain and brightness; pixels from 0 to 255.
 
-    The amounts of the three dyes, each on its own, are multiplied by 1 - `strength` to
-    1 + `strength`, and an optical density from -`brightness` to `brightness` is added.
+    The amount of each of the three dyes is multiplied by a factor between 1 - `strength` and
+    1 + `strength`, and an optical density between -`brightness` and `brightness` is added.
     """
     amount_key, light_key = jax.random.split(key)
     amounts = jax.random.uniform(amount_key, (len(images), 3), minval=-strength, maxval=strength)
@@ -65,10 +65,10 @@ def stain_jitter(
 
 
 def make_augment(config: AugmentConfig) -> Augment:
-    """Returns the function from a random key and a batch of square images to changed ones.
+    """Returns the function from a random key and a batch of square images to augmented images.
 
-    It always applies a random symmetry; `config` says what else. It returns pixels from 0 to 255:
-    uint8, or float32 where the stain was changed or a registered augmentation applied.
+    It always applies a random symmetry, then what `config` enables. Pixels are from 0 to 255:
+    uint8, or float32 after stain jitter or a registered augmentation.
     """
     extra = [(name, AUGMENTATIONS.get(name)) for name in config.extra]
 
@@ -80,7 +80,7 @@ def make_augment(config: AugmentConfig) -> Augment:
         if config.stain or config.brightness:
             images = stain_jitter(stain_key, images, config.stain, config.brightness)
         for index, (name, function) in enumerate(extra):
-            # `fold_in` of 0 to 2 gives the keys above.
+            # `fold_in` of 0 to 2 equals the keys above.
             extra_key = jax.random.fold_in(key, 3 + index)
             images = _apply(name, function, extra_key, images.astype(jnp.float32))
         return images
@@ -101,9 +101,9 @@ def _apply(name: str, function: Any, key: PRNGKeyArray, images: FloatImages) -> 
 def mixup(
     key: PRNGKeyArray, images: Images | FloatImages, labels: Float32[Array, " batch"], alpha: float
 ) -> tuple[FloatImages, Float32[Array, " batch"]]:
-    """Returns each image, and its label, mixed with the next one's (Zhang et al., "mixup", 2018).
+    """Returns each image and label mixed with the next of the batch (Zhang et al., "mixup", 2018).
 
-    One mixing coefficient for the batch, from Beta(`alpha`, `alpha`).
+    The mixing coefficient, one for the batch, is drawn from Beta(`alpha`, `alpha`).
     """
     lam = jax.random.beta(key, alpha, alpha)
     images, labels = (lam * v + (1 - lam) * jnp.roll(v, 1, 0) for v in (images, labels))

@@ -1,4 +1,4 @@
-"""Checkpoints, by Orbax; no other room knows it."""
+"""Checkpoints; the only module that uses Orbax."""
 
 import dataclasses
 import errno
@@ -6,9 +6,10 @@ import functools
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +20,47 @@ from jax.sharding import Sharding
 from orbax.checkpoint import checkpoint_managers
 
 from histo_jax.config import Config
-from histo_jax.errors import UserError, one_line
+from histo_jax.errors import CheckpointError, UserError, one_line
+from histo_jax.models import create_model
 from histo_jax.run import files
+from histo_jax.training.optimizer import create_optimizer
 from histo_jax.training.state import EarlyStopping, TrainState, abstract_state
 
 log = logging.getLogger("histo_jax")
 
 _METRIC = "validation_loss"
-# Errors that say nothing of a checkpoint: it may be whole.
-_NO_DAMAGE = (UserError, MemoryError, jax.errors.JaxRuntimeError)
-# What Orbax writes beside the arrays, bytes; about 200 kB were measured.
+# Errors that do not depend on the content of a checkpoint.
+_UNRELATED_ERRORS = (UserError, MemoryError, jax.errors.JaxRuntimeError)
+# Errors about a file: of JSON, of text, of the system.
+_FILE_ERRORS = (OSError, json.JSONDecodeError, UnicodeDecodeError)
+_UNTOUCHED = (
+    "nothing was moved: install the versions that status.json names in trained_with, restore the "
+    "folder from a copy, or choose another --workdir"
+)
+# What Orbax writes besides the arrays, in bytes; about 200 kB were measured.
 _OVERHEAD = 500_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """One save.
+    """The content of a checkpoint.
 
     Attributes:
         state: parameters, BatchNorm statistics, normalisation, optimizer state, step, random key.
         early_stopping: its state.
-        data: JSON-able; where the order of examples stands, the fingerprint of that order, the
-            gradient norm of the last step, and after a validation the calibration that was fitted
-            on it.
-        history: JSON-able; one entry a finished epoch.
+        data: JSON-able; `fingerprint` of the examples and their order, `gradient_norm` of the last
+            step, and after a validation the `calibration` that was fitted on it.
+        history: JSON-able; one entry per finished epoch.
     """
 
     state: TrainState
     early_stopping: EarlyStopping
     data: dict[str, Any]
     history: list[dict[str, Any]]
+
+
+class _CorruptError(Exception):
+    """A file of a checkpoint is missing or empty."""
 
 
 class Checkpoints:
@@ -58,31 +70,42 @@ class Checkpoints:
 
     Args:
         workdir: folder of the run.
-        read_only: leave the folder as it is: another process may be saving there.
+        read_only: do not change the folder: another process may be saving there.
 
     Raises:
-        UserError: `read_only`, and a checkpoint is damaged that would be put aside otherwise.
+        CheckpointError: the metrics of a checkpoint are corrupt, and it cannot be quarantined:
+            `read_only`, or no other checkpoint is left.
     """
 
     def __init__(self, workdir: Path, read_only: bool = False) -> None:
         self._directory = (workdir / "checkpoints").absolute()
         self._replaced = self._directory.with_name("replaced")
         if not read_only:
-            _once(lambda: self._directory.mkdir(parents=True, exist_ok=True))
+            _in_primary(lambda: self._directory.mkdir(parents=True, exist_ok=True))
         self._literal = files.LiteralFolder(self._directory)
         if not read_only:
-            _once(self._tidy_up)
+            _in_primary(self._restore_replaced)
+            corrupt = self._corrupt_metrics()
+            multihost_utils.sync_global_devices("histo_jax metrics")
+            _in_primary(functools.partial(self._quarantine, corrupt))
         try:
             self._manager = self._open(read_only)
         except ValueError as error:
             if not read_only:
                 raise
-            raise UserError(
-                f"{self._directory} holds a damaged checkpoint ({self._said(error)}): start that "
-                "run again, which puts it aside"
+            raise CheckpointError(
+                f"{self._directory} holds a corrupt checkpoint ({self._describe(error)}): rerun "
+                "the command of that run, which quarantines it"
             ) from None
 
     def _open(self, read_only: bool) -> ocp.CheckpointManager:
+        latest = checkpoint_managers.LatestN(2)
+        best = checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: metrics[_METRIC],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
         return ocp.CheckpointManager(
             self._literal.path,
             # Named here, or the metadata of a folder that this process did not write is empty.
@@ -95,17 +118,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 best_fn=lambda metrics: metrics[_METRIC],
                 best_mode="min",
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                    [
-                        checkpoint_managers.LatestN(2),
-                        checkpoint_managers.BestN(
-                            get_metric_fn=lambda metrics: metrics[_METRIC],
-                            reverse=True,
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy([latest, best]),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
                 create=False,
@@ -113,18 +126,26 @@ class Checkpoints:
             ),
         )
 
-    def _tidy_up(self) -> None:
+    def _restore_replaced(self) -> None:
+        """Moves back a checkpoint whose replacement was never completed."""
         for path in self._replaced.glob("*"):
             if not (self._directory / path.name).exists():
-                path.rename(self._directory / path.name)  # the one in its place was never whole
-        # Orbax reads all metrics when it opens the folder, and fails on one that is damaged.
+                path.rename(self._directory / path.name)
+
+    def _corrupt_metrics(self) -> dict[int, Exception]:
+        """Returns the error of each checkpoint whose metrics Orbax could not read when it opens."""
+        errors: dict[int, Exception] = {}
         for path in self._directory.glob("*/metrics/metrics"):
             try:
                 json.loads(path.read_bytes())
             except ValueError as error:
-                _put_aside(path.parents[1], self._said(error))
+                errors[int(path.parents[1].name)] = error
+        count = sum(path.name.isdigit() for path in self._directory.iterdir())
+        if errors and len(errors) == count:
+            raise self._all_failed(errors)
+        return errors
 
-    def _said(self, error: Exception) -> str:
+    def _describe(self, error: Exception) -> str:
         return one_line(error).replace(str(self._literal.path), str(self._directory))
 
     @classmethod
@@ -132,10 +153,10 @@ class Checkpoints:
         """Opens the checkpoints of a run that has some.
 
         Raises:
-            UserError: there are none.
+            CheckpointError: there are none.
         """
         if not any((workdir / "checkpoints").glob("*")):
-            raise UserError(f"{workdir} holds no checkpoint: run --mode=fit first")
+            raise CheckpointError(f"{workdir} holds no checkpoint: run --mode=fit first")
         return cls(workdir, read_only)
 
     def __enter__(self) -> "Checkpoints":
@@ -146,29 +167,26 @@ class Checkpoints:
             self._manager.close()
 
     def save(self, checkpoint: Checkpoint, validation_loss: float | None) -> None:
-        """Starts to save under the state's step; waits only for the save before.
+        """Begins to save under the step of the state; waits only for the previous save.
 
         Args:
-            checkpoint: what is saved.
-            validation_loss: decides which is the best, nats; None in the middle of an epoch.
+            checkpoint: its content.
+            validation_loss: selects the best checkpoint, nats; None within an epoch.
 
         Raises:
-            OSError: the folder cannot be written or the disk is full, here or at the last save.
+            OSError: the folder cannot be written or the disk is full, now or at the previous save.
         """
         step = int(checkpoint.state.step)
         self.wait()
         is_first = not self._manager.all_steps()
-        _once(lambda: shutil.rmtree(self._replaced, ignore_errors=True))
-        # Orbax notices a full disk late and says so at length.
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(checkpoint.state)) + _OVERHEAD
-        if shutil.disk_usage(self._directory).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
+        _in_primary(lambda: shutil.rmtree(self._replaced, ignore_errors=True))
+        self._check_space(checkpoint.state)
         if step in self._manager.all_steps():
             if validation_loss is None:
-                return  # nothing is new
-            # Saved before this epoch's validation, which is now known. Kept until the new one is
-            # whole: until then it is the newest.
-            _once(lambda: self._replace(step))
+                return  # nothing has changed
+            # Saved before the validation of this epoch. The old one is kept until the new one is
+            # complete: until then it is the newest.
+            _in_primary(lambda: self._set_aside(step))
             self._manager.reload()
         with files.naming(self._directory), files.disk_errors(self._directory):
             self._manager.save(
@@ -183,26 +201,32 @@ class Checkpoints:
             )
         if is_first:
             self.wait()
-            self._read_back(checkpoint)
+            self._check_readable(checkpoint)
 
-    def _read_back(self, checkpoint: Checkpoint) -> None:
-        """Refuses a folder from which what was saved does not come back, before hours are spent."""
+    def _check_space(self, state: TrainState) -> None:
+        """Raises before Orbax does, whose message on a full disk is late and long."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
+        if shutil.disk_usage(self._directory).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._directory))
+
+    def _check_readable(self, checkpoint: Checkpoint) -> None:
+        """Refuses a folder whose first checkpoint cannot be restored, before hours are spent."""
         try:
             self.restore(int(checkpoint.state.step), checkpoint.state, checkpoint.early_stopping)
-        except Exception as error:  # whatever Orbax and TensorStore find wrong
-            if not _is_damage(error):
+        except Exception as error:  # Orbax and TensorStore may raise anything
+            if not _may_be_corrupt(error):
                 raise
-            raise UserError(
-                f"{self._directory} cannot hold checkpoints: the first one cannot be read back "
-                f"({self._said(error)}); choose another --workdir"
+            raise CheckpointError(
+                f"{self._directory} cannot hold checkpoints: the first one cannot be restored "
+                f"({self._describe(error)}); choose another --workdir"
             ) from None
 
-    def _replace(self, step: int) -> None:
+    def _set_aside(self, step: int) -> None:
         self._replaced.mkdir()
         (self._directory / str(step)).rename(self._replaced / str(step))
 
     def wait(self) -> None:
-        """Returns when all is on disk.
+        """Returns when the last save is on disk.
 
         Raises:
             OSError: it could not be written.
@@ -211,50 +235,93 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def best_step(self) -> int | None:
-        """Returns the step of the lowest validation loss, or None where there is none."""
+        """Returns the step with the lowest validation loss, or None if there is none."""
         return self._manager.best_step()
 
     def restore_latest(self, like: TrainState, early_stopping: EarlyStopping) -> Checkpoint | None:
-        """Reads the newest checkpoint that is whole; damaged ones are put aside into `damaged/`.
+        """Restores the newest valid checkpoint; moves newer, corrupt ones to `quarantined/`.
+
+        A checkpoint is corrupt only if it fails to restore and an older one does not: otherwise
+        the error may come from a library or from this program, and nothing is moved.
 
         Args:
             like: see `restore`.
             early_stopping: see `restore`.
 
         Returns:
-            None where no checkpoint is left.
+            None if there is no checkpoint.
 
         Raises:
-            UserError: the checkpoint holds the state of another model.
+            CheckpointError: all checkpoints fail, or two fail with the same error that is not about
+                their files; or one is of another network.
         """
+        errors: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 checkpoint = self.restore(step, like, early_stopping)
-                self._manager.reload()
-                return checkpoint
-            except Exception as error:  # whatever Orbax and TensorStore find wrong
-                if not _is_damage(error):
+            except Exception as error:  # Orbax and TensorStore may raise anything
+                if not _may_be_corrupt(error):
                     raise
-                damaged = self._directory / str(step)
-                _once(functools.partial(_put_aside, damaged, self._said(error)))
-        self._manager.reload()
+                self._refuse_repeated(error, errors.values())
+                errors[step] = error
+                continue
+            _in_primary(functools.partial(self._quarantine, errors))
+            self._manager.reload()
+            return checkpoint
+        if errors:
+            raise self._all_failed(errors)
         return None
 
+    def _refuse_repeated(self, error: Exception, earlier: Iterable[Exception]) -> None:
+        """Refuses an error that two checkpoints have in common and that names no file of theirs."""
+        message = self._describe(error)
+        names_files = any(str(p) in str(error) for p in (self._directory, self._literal.path))
+        if names_files or isinstance(error, (*_FILE_ERRORS, _CorruptError)):
+            return
+
+        def pattern(other: Exception) -> tuple[type, str]:
+            return type(other), re.sub(r"\d+", "0", self._describe(other))  # steps differ
+
+        if any(pattern(other) == pattern(error) for other in earlier):
+            raise CheckpointError(
+                f"two checkpoints in {self._directory} fail to restore with the same error, which "
+                f"is not about their files ({type(error).__name__}: {message}); {_UNTOUCHED}"
+            ) from error
+
+    def _all_failed(self, errors: Mapping[int, Exception]) -> CheckpointError:
+        step = max(errors)
+        return CheckpointError(
+            f"no checkpoint in {self._directory} can be restored (that of step {step}: "
+            f"{type(errors[step]).__name__}: {self._describe(errors[step])}); {_UNTOUCHED}"
+        )
+
+    def _quarantine(self, errors: Mapping[int, Exception]) -> None:
+        for step, error in errors.items():
+            target = self._directory.with_name("quarantined") / f"{step}-{uuid.uuid4().hex[:8]}"
+            target.parent.mkdir(exist_ok=True)
+            (self._directory / str(step)).rename(target)
+            log.warning(
+                "checkpoint %d is corrupt and was moved to %s (%s)",
+                step,
+                target,
+                self._describe(error),
+            )
+
     def restore(self, step: int, like: TrainState, early_stopping: EarlyStopping) -> Checkpoint:
-        """Reads one checkpoint.
+        """Restores one checkpoint.
 
         Args:
-            step: which one.
-            like: arrays or shapes with dtype and sharding that the state is to have.
-            early_stopping: gives the settings that are not saved.
+            step: of the checkpoint.
+            like: arrays, or shapes with dtype and sharding, as the state shall have them.
+            early_stopping: provides the settings that are not saved.
 
         Raises:
-            UserError: the checkpoint holds the state of another model.
+            CheckpointError: the checkpoint is of another network or version.
         """
         with files.disk_errors(self._directory / str(step)):
             saved = self._manager.item_metadata(step)["state"]
             if saved is None:
-                raise ValueError("the metadata of its state is missing")
+                raise _CorruptError("the metadata of its state is missing")
             self._check_shapes(step, saved.tree, like)
             parts = self._manager.restore(
                 step,
@@ -269,74 +336,75 @@ class Checkpoints:
             parts["state"], parts["early_stopping"], parts["data"], parts["history"]["epochs"]
         )
 
-    def restore_best(self, config: Config, place: Sharding) -> Checkpoint:
-        """Reads the checkpoint of the lowest validation loss.
+    def restore_best(self, config: Config, sharding: Sharding) -> Checkpoint:
+        """Restores the checkpoint with the lowest validation loss.
 
         Args:
-            config: `model` and `optimizer` must be those of the run.
-            place: where each array is to lie.
+            config: of the run; `model`, `optimizer` and `early_stopping` are used.
+            sharding: of each array.
 
         Raises:
-            UserError: there is no checkpoint, it is damaged, or it is one of another model.
+            CheckpointError: there is no checkpoint, it is corrupt, or it is of another network.
         """
         step = self.best_step()
         if step is None:
-            raise UserError(f"{self._directory} holds no finished epoch: run --mode=fit further")
-        early_stopping = EarlyStopping.create(config.early_stopping)
+            raise CheckpointError(
+                f"{self._directory} holds no finished epoch: rerun --mode=fit to finish one"
+            )
+        model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
+        like = abstract_state(model, optimizer, sharding, config.optimizer.ema_decay > 0)
         try:
-            return self.restore(step, abstract_state(config, place), early_stopping)
-        except Exception as error:  # whatever Orbax and TensorStore find wrong
-            if not _is_damage(error):
+            return self.restore(step, like, EarlyStopping.create(config.early_stopping))
+        except Exception as error:  # Orbax and TensorStore may raise anything
+            if not _may_be_corrupt(error):
                 raise
             path = self._directory / str(step)
             if not path.exists():
-                raise UserError(
-                    f"{path} was replaced by a better one while it was read: start again"
+                raise CheckpointError(
+                    f"{path} was replaced by a better checkpoint while it was read: rerun the "
+                    "command"
                 ) from None
-            raise UserError(
-                f"{path}, the best checkpoint, is damaged "
-                f"({self._said(error)}): restore it, or remove it to take the next best"
+            raise CheckpointError(
+                f"{path}, the best checkpoint, is corrupt ({self._describe(error)}): restore it "
+                "from a copy, or remove it to use the next best"
             ) from None
 
     def _check_shapes(self, step: int, saved: Any, like: TrainState) -> None:
-        def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-            leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-            return {
-                jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-                for path, leaf in leaves
-            }
-
-        there, here = shapes(saved), shapes(like)
-        if "weights.deviation" in there:  # which is `std` since
-            raise UserError(
+        old, new = _shapes(saved), _shapes(like)
+        if "weights.deviation" in old:  # renamed to `std` in 0.2.0
+            raise CheckpointError(
                 f"{self._directory.parent} was trained by histo_jax 0.1.0, whose checkpoints this "
                 "version cannot read: use that version, or choose another --workdir"
             )
-        for name in sorted(there.keys() | here.keys()):
-            if there.get(name) != here.get(name):
-                raise UserError(
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                raise CheckpointError(
                     f"{self._directory / str(step)} is a checkpoint of another model: {name} is "
-                    f"{there.get(name, 'missing')} there and {here.get(name, 'missing')} in "
-                    "config.model; give the config of that run or another --workdir"
+                    f"{old.get(name, 'missing')} there and {new.get(name, 'missing')} in "
+                    "config.model; use the config of that run or another --workdir"
                 )
 
 
-def _is_damage(error: Exception) -> bool:
-    """Whether it speaks of what is in a checkpoint: a missing part does, a forbidden one not."""
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
+
+
+def _may_be_corrupt(error: Exception) -> bool:
+    """Returns whether an error can come from the content of a checkpoint.
+
+    A missing file can; a full disk, denied access or a limit of the process cannot.
+    """
     if isinstance(error, OSError):
         return isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    return not isinstance(error, _NO_DAMAGE)
+    return not isinstance(error, _UNRELATED_ERRORS)
 
 
-def _once(change: Callable[[], None]) -> None:
-    """Changes the folder, which all processes see, in the first; the others wait."""
+def _in_primary(change: Callable[[], None]) -> None:
+    """Changes the shared folder in the primary process; the others wait."""
     if jax.process_index() == 0:
         change()
     multihost_utils.sync_global_devices("histo_jax checkpoints")
-
-
-def _put_aside(path: Path, reason: str) -> None:
-    place = path.parents[1] / "damaged" / f"{path.name}-{uuid.uuid4().hex[:8]}"
-    place.parent.mkdir(exist_ok=True)
-    path.rename(place)
-    log.warning("checkpoint %s is damaged and was put aside as %s (%s)", path.name, place, reason)

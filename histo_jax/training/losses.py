@@ -1,4 +1,4 @@
-"""The losses that `config.fit.loss` chooses from, each for every example of a batch."""
+"""The losses that `config.fit.loss` selects; each returns one value per example."""
 
 from collections.abc import Callable
 
@@ -15,12 +15,12 @@ Loss = Callable[[Values, Values], Values]
 
 @register_loss("binary_cross_entropy")
 def binary_cross_entropy(logits: Values, labels: Values) -> Values:
-    """Returns the negative log-likelihood of each label, nats; labels may lie between 0 and 1."""
+    """Returns the negative log-likelihood of each label, nats; labels may be fractions."""
     return optax.sigmoid_binary_cross_entropy(logits, labels)
 
 
 def get_loss(name: str) -> Loss:
-    """Returns the loss registered under `name`; its result is checked when a step is traced."""
+    """Returns the loss registered under `name`; tracing it checks the shape of its result."""
     function = LOSSES.get(name)
 
     def loss(logits: Values, labels: Values) -> Values:
@@ -28,7 +28,7 @@ def get_loss(name: str) -> Loss:
         if jnp.shape(values) != labels.shape:
             raise UserError(
                 f"loss {name!r} returns shape {list(jnp.shape(values))} for a batch of "
-                f"{len(labels)}; it must return the loss of each example, float32[{len(labels)}]"
+                f"{len(labels)}; it must return one loss per example, float32[{len(labels)}]"
             )
         return values.astype(jnp.float32)
 

@@ -1,4 +1,4 @@
-"""What turns gradients into updates."""
+"""Optimizer and learning-rate schedule."""
 
 from typing import Any
 
@@ -8,28 +8,33 @@ import optax
 from histo_jax.config import OptimizerConfig
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Returns the learning rate of each step of a training of `steps` steps.
+def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the step, for a training of `steps` steps.
 
-    `one_cycle` is Smith & Topin's ("Super-Convergence", 2018), with cosines: from 1/25 of the peak
-    up to it, and down to nothing.
+    `one_cycle` is Smith & Topin's ("Super-Convergence", 2018) with cosine annealing: from 1/25 of
+    the peak up to the peak, then down to zero.
     """
     if config.schedule == "constant":
         return optax.constant_schedule(config.learning_rate)
     return optax.cosine_onecycle_schedule(steps, config.learning_rate, config.warmup)
 
 
-def create_optimizer(config: OptimizerConfig, steps: int = 1) -> optax.GradientTransformation:
-    """Returns AdamW with optax's moments (0.9, 0.999, 1e-8: Kingma & Ba 2015, and PyTorch's).
+def create_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """Returns AdamW with the moments of optax (0.9, 0.999, 1e-8: Kingma & Ba 2015, and PyTorch).
 
-    Without weight decay it is Adam. Biases and the parameters of normalisations do not decay.
+    Without weight decay it is Adam. Biases and the parameters of normalisation layers are not
+    decayed.
 
     Args:
-        config: rate, schedule, decay.
-        steps: of the whole training, which a schedule depends on; the state's shape does not.
+        config: learning rate and weight decay.
+        schedule: learning rate of each step; None = constant. The shape of the optimizer state
+            does not depend on it.
     """
 
-    def decays(params: Any) -> Any:
+    def decay_mask(params: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
-    return optax.adamw(learning_rate(config, steps), weight_decay=config.weight_decay, mask=decays)
+    schedule = schedule or optax.constant_schedule(config.learning_rate)
+    return optax.adamw(schedule, weight_decay=config.weight_decay, mask=decay_mask)

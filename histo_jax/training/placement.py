@@ -1,8 +1,8 @@
-"""Where the pixels lie while a network trains, and the batches made from there.
+"""Placement of the pixels during training, and batches from each placement.
 
-`device`: in the memory of every device, a whole copy each, so that each gathers its own rows of a
-batch and none waits for another. `host`: in memory; batches are gathered and sent ahead of need.
-`disk`: in the records; batches are read and sent ahead of need. The batches are the same.
+`device`: a full copy in the memory of every device, so that each gathers its own rows of a batch
+without communication. `host`: in host memory; batches are gathered and copied to the devices ahead
+of time. `disk`: in the records; batches are read and copied ahead of time. The batches are equal.
 """
 
 import logging
@@ -20,101 +20,111 @@ from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.data.loader import Batch, Records
 from histo_jax.distributed import consensus, memory
 from histo_jax.distributed.mesh import local_slice, make_global_array, replicated
-from histo_jax.errors import UserError
+from histo_jax.errors import ConfigError
 from histo_jax.run import progress, signals
 
 log = logging.getLogger("histo_jax")
 
 _IMAGE_BYTES = int(np.prod(IMAGE_SHAPE))
-# What `auto` fills of the free memory; the rest is for the network, its activations and the
-# batches under way. An explicit placement may take all of it.
-_SHARE = 0.75
-_READ_AT_ONCE = 256  # patches: 7 MB
+# `auto` uses this fraction of the free memory; the rest is for the network, its activations and
+# prefetched batches. An explicit placement may use all of it.
+_AUTO_FRACTION = 0.75
+_READ_SIZE = 256  # patches: 7 MB
 
 Images = UInt8[Array, "batch 96 96 3"]
 Pixels = UInt8[Array, "examples pixels"]
 
 
 class TrainingBatch(TypedDict):
-    """What a training step takes, divided over the devices.
+    """The input of a training step, sharded over the devices.
 
     Attributes:
         image: uint8[batch, 96, 96, 3].
         label: float32[batch], 0 or 1.
-        request: int32[devices], what the processes ask for; may be missing.
+        control: int32[devices], control signals of the processes, see `step.Control`; optional.
     """
 
     image: jax.Array
     label: jax.Array
-    request: NotRequired[jax.Array]
+    control: NotRequired[jax.Array]
 
 
 class Dataset:
-    """The examples of one side, wherever their pixels lie."""
+    """The examples of one split in any placement.
+
+    A batch is made in two stages: `load` runs in threads ahead of time, `finish` when the batch is
+    due.
+
+    Args:
+        labels: float32[n].
+        batch_sharding: shards a batch over the devices.
+        load: returns what is copied to the devices, from the positions of this process's examples
+            of a batch, int64[k].
+        finish: returns uint8[batch, 96, 96, 3] from that, on the devices.
+    """
 
     def __init__(
         self,
         labels: np.ndarray,
         batch_sharding: NamedSharding,
-        prepare: Callable[[np.ndarray], np.ndarray],
+        load: Callable[[np.ndarray], np.ndarray],
         finish: Callable[[jax.Array], jax.Array] = lambda images: images,
     ) -> None:
-        """Batches are made in two parts.
+        self._labels, self._batch_sharding = labels, batch_sharding
+        self._load, self._finish = load, finish
 
-        Args:
-            labels: float32[n] of the side.
-            batch_sharding: divides a batch over the devices.
-            prepare: from int64[k] positions, those of a batch that are this process's, what is
-                sent to the devices; ahead, in threads.
-            finish: from that, on the devices, uint8[batch, 96, 96, 3]; when the batch is due.
-        """
-        self._labels, self._batched = labels, batch_sharding
-        self._prepare, self._finish = prepare, finish
+    def __len__(self) -> int:
+        return len(self._labels)
 
-    def training(self, batch_size: int, seed: int, first_step: int) -> Iterator[TrainingBatch]:
+    def training_batches(
+        self, batch_size: int, seed: int, first_step: int
+    ) -> Iterator[TrainingBatch]:
         """Yields the batches of `first_step` and all later steps, a function of seed and step."""
-        order = loader.training_order(len(self._labels), batch_size, seed)
-        for sent, label in loader.prefetch(order, self._send, first_step):
-            yield TrainingBatch(image=self._finish(sent), label=label)
+        order = loader.training_order(len(self), batch_size, seed)
+        for loaded, label in loader.prefetch(order, self._to_devices, first_step):
+            yield TrainingBatch(image=self._finish(loaded), label=label)
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Yields every example once, in order; the images lie on the devices, the rest does not."""
-        count = len(self._labels)
+        """Yields all examples once, in order; only the images are on the devices."""
+        count = len(self)
         order = loader.eval_order(count, batch_size)
         starts = range(0, count, batch_size)
-        for start, (sent, _) in zip(starts, loader.prefetch(order, self._send), strict=True):
+        for start, (loaded, _) in zip(
+            starts, loader.prefetch(order, self._to_devices), strict=True
+        ):
             positions = np.arange(start, start + batch_size)
             yield Batch(
-                image=self._finish(sent),
+                image=self._finish(loaded),
                 label=self._labels[np.minimum(positions, count - 1)],
                 mask=positions < count,
             )
 
-    def _send(self, positions: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        own = positions[local_slice(len(positions))]
-        # In a thread of Grain's, where the user's setting holds, not that of `runtime.session`.
+    def _to_devices(self, positions: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        local = positions[local_slice(len(positions))]
+        # In a thread of Grain, which has the configuration of the user, not of the command.
         with jax.transfer_guard("allow"):
             return (
-                make_global_array(self._prepare(own), self._batched),
-                make_global_array(self._labels[own], self._batched),
+                make_global_array(self._load(local), self._batch_sharding),
+                make_global_array(self._labels[local], self._batch_sharding),
             )
 
 
-def place(wanted: str, subsets: Sequence[Records], batch_sharding: NamedSharding) -> list[Dataset]:
-    """Puts the pixels of all sides where `data.placement` wants them, and logs where and why.
+def place(setting: str, subsets: Sequence[Records], batch_sharding: NamedSharding) -> list[Dataset]:
+    """Loads the pixels of all subsets as `data.placement` says, and logs where they are and why.
 
-    Loading them shows a progress bar, and stops where a signal asks for it.
+    Loading shows a progress bar, and stops at a signal.
 
     Args:
-        wanted: 'auto', 'device', 'host' or 'disk'.
+        setting: 'auto', 'device', 'host' or 'disk'.
         subsets: their records.
-        batch_sharding: divides a batch over the devices.
+        batch_sharding: shards a batch over the devices.
 
     Raises:
-        UserError: an explicit placement has too little memory; names the field and the sizes.
+        ConfigError: there is too little memory for an explicit placement; names field and sizes.
+        Preempted: a signal came.
     """
     count = sum(len(subset.rows) for subset in subsets)
-    placement = _choose(wanted, count * _IMAGE_BYTES, batch_sharding.mesh.local_devices)
+    placement = _select(setting, count * _IMAGE_BYTES, batch_sharding.mesh.local_devices)
     if placement == "disk":
         return [on_disk(subset, batch_sharding) for subset in subsets]
     load = _on_devices if placement == "device" else _in_memory
@@ -123,53 +133,58 @@ def place(wanted: str, subsets: Sequence[Records], batch_sharding: NamedSharding
 
 
 def on_disk(subset: Records, batch_sharding: NamedSharding) -> Dataset:
-    """Returns the examples of a side, each read when it is due."""
+    """Returns the examples of a subset, read from disk batch by batch."""
     return Dataset(subset.labels, batch_sharding, subset.images)
 
 
-def _choose(wanted: str, needed: int, devices: Sequence[jax.Device]) -> str:
-    where = {
+def _select(setting: str, needed: int, devices: Sequence[jax.Device]) -> str:
+    """Returns the placement of `needed` bytes, equal in all processes, and logs it."""
+    places = {
         "device": f"on each of {len(devices)} devices" if len(devices) > 1 else "on the device",
         "host": "in memory",
     }
-    # Of the machine that has least: all are to choose alike.
+    # The minimum over all machines: all must select the same.
     free = {
         "device": consensus.global_minimum(memory.free_on_devices(devices)),
         "host": consensus.global_minimum(memory.free_on_host()),
     }
-    said = {name: "unknown" if size is None else _gb(size) for name, size in free.items()}
-    if wanted == "auto":
-        fits = (name for name, size in free.items() if size and needed <= _SHARE * size)
-        chosen = next(fits, "disk")
-        passed = list(free)[: [*free, "disk"].index(chosen)]
-        reason = " and ".join(f"{where[name]} ({said[name]} free)" for name in passed)
-        reason = reason and f"; more than {_SHARE:.0%} of what is free {reason}"
+    sizes = {name: "unknown" if size is None else _gb(size) for name, size in free.items()}
+    if setting == "auto":
+        fitting = (n for n, size in free.items() if size and needed <= _AUTO_FRACTION * size)
+        selected = next(fitting, "disk")
+        skipped = list(free)[: [*free, "disk"].index(selected)]
+        reason = " and ".join(f"{places[name]} ({sizes[name]} free)" for name in skipped)
+        reason = reason and f"; more than {_AUTO_FRACTION:.0%} of the free memory {reason}"
     else:
-        chosen, reason = wanted, " as set"
-        size = free.get(wanted)
+        selected, reason = setting, " as set"
+        size = free.get(setting)
         if size is not None and needed > size:
-            raise UserError(
-                f"config.data.placement = {wanted!r} needs {_gb(needed)} {where[wanted]}, where "
-                f"{said[wanted]} are free: set 'auto' or 'disk', or take fewer patches by "
+            raise ConfigError(
+                f"config.data.placement = {setting!r} needs {_gb(needed)} {places[setting]}, but "
+                f"{sizes[setting]} are free: set 'auto' or 'disk', or use fewer patches by "
                 "--config.data.samples_per_class"
             )
-    if chosen == "disk":
-        log.info("data.placement: disk%s; %s are read in every pass", reason, _gb(needed))
+    if selected == "disk":
+        log.info("data.placement: disk%s; %s are read per epoch", reason, _gb(needed))
     else:
         log.info(
-            "data.placement: %s%s; pixels take %s %s, %s free",
-            chosen, reason, _gb(needed), where[chosen], said[chosen],
-        )  # fmt: skip
-    return chosen
+            "data.placement: %s%s; pixels need %s %s, %s free",
+            selected,
+            reason,
+            _gb(needed),
+            places[selected],
+            sizes[selected],
+        )
+    return selected
 
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _parts(subset: Records, bar: progress.Bar) -> Iterator[tuple[int, np.ndarray]]:
-    """Reads all pixels of a side, as `(first position, uint8[k, 96, 96, 3])`."""
-    batches = loader.ordered_batches(subset.source, subset.rows, _READ_AT_ONCE)
+def _read(subset: Records, bar: progress.Bar) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields all images of a subset, as `(first position, uint8[k, 96, 96, 3])`."""
+    batches = loader.ordered_batches(subset.source, subset.rows, _READ_SIZE)
     start = 0
     for batch in signals.stopping(batches):
         images = batch["image"][: batch["mask"].sum()]
@@ -180,24 +195,24 @@ def _parts(subset: Records, bar: progress.Bar) -> Iterator[tuple[int, np.ndarray
 
 def _in_memory(subset: Records, batch_sharding: NamedSharding, bar: progress.Bar) -> Dataset:
     pixels = np.empty((len(subset.rows), *IMAGE_SHAPE), np.uint8)
-    for start, images in _parts(subset, bar):
+    for start, images in _read(subset, bar):
         pixels[start : start + len(images)] = images
     return Dataset(subset.labels, batch_sharding, lambda positions: pixels.take(positions, axis=0))
 
 
 def _on_devices(subset: Records, batch_sharding: NamedSharding, bar: progress.Bar) -> Dataset:
-    everywhere, gather = replicated(batch_sharding), make_gather(batch_sharding)
-    # Flat, because a TPU would fill up a last axis of 3 to 128. Written part by part into one
-    # buffer, so that there is never a second copy beside it.
+    sharding, gather = replicated(batch_sharding), make_gather(batch_sharding)
+    # Flat, because a TPU would pad a last axis of 3 to 128. Written part by part into one buffer:
+    # there is never a second copy.
     shape = (len(subset.rows), _IMAGE_BYTES)
-    pixels = jax.jit(lambda: jnp.zeros(shape, jnp.uint8), out_shardings=everywhere)()
-    write = jax.jit(_write, donate_argnums=0, out_shardings=everywhere)
-    for start, images in _parts(subset, bar):
+    pixels = jax.jit(lambda: jnp.zeros(shape, jnp.uint8), out_shardings=sharding)()
+    write = jax.jit(_write, donate_argnums=0, out_shardings=sharding)
+    for start, images in _read(subset, bar):
         part = images.reshape(len(images), -1)
         pixels = write(
             pixels,
-            make_global_array(part, everywhere),
-            make_global_array(np.array(start, np.int32), everywhere),
+            make_global_array(part, sharding),
+            make_global_array(np.array(start, np.int32), sharding),
         )
     return Dataset(
         subset.labels,
@@ -214,16 +229,16 @@ def _write(pixels: Pixels, part: UInt8[Array, "part pixels"], start: Int32[Array
 def make_gather(batch_sharding: NamedSharding) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns the compiled `(pixels, positions) -> uint8[batch, 96, 96, 3]`.
 
-    The pixels, uint8[n, 27648], lie whole on each device, the positions, int32[batch] below n, and
-    the images are divided over them. Each device gathers its own; nothing goes between devices.
+    The pixels, uint8[n, 27648], are replicated; the positions, int32[batch] below n, and the images
+    are sharded. Each device gathers its own images, without communication.
     """
 
     def gather(pixels: Pixels, positions: Int32[Array, " batch"]) -> Images:
         rows = pixels.at[positions].get(mode="promise_in_bounds")
         return rows.reshape(-1, *IMAGE_SHAPE)
 
-    divided = batch_sharding.spec
-    by_device = jax.shard_map(
-        gather, mesh=batch_sharding.mesh, in_specs=(PartitionSpec(), divided), out_specs=divided
+    spec = batch_sharding.spec
+    per_device = jax.shard_map(
+        gather, mesh=batch_sharding.mesh, in_specs=(PartitionSpec(), spec), out_specs=spec
     )
-    return jax.jit(by_device, out_shardings=batch_sharding)
+    return jax.jit(per_device, out_shardings=batch_sharding)

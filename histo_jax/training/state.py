@@ -1,6 +1,6 @@
-"""The state of a training, as explicit pytrees.
+"""Training state and early stopping, as explicit pytrees.
 
-Shapes of the fields stand in the docstrings: as annotations they would be checked in tests, and
+Shapes of the fields are in the docstrings: as annotations they would be checked in tests, and
 JAX also fills pytrees with shapes, shardings and tracers.
 """
 
@@ -15,23 +15,21 @@ from flax import linen as nn
 from jax.sharding import Sharding
 from jaxtyping import Float, PRNGKeyArray
 
-from histo_jax.config import Config, EarlyStoppingConfig
+from histo_jax.config import EarlyStoppingConfig
 from histo_jax.data.example import IMAGE_SHAPE
-from histo_jax.models import create_model
 from histo_jax.models.forward import Weights
-from histo_jax.training.optimizer import create_optimizer
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that the next step depends on, besides its batch.
+    """Everything that the next training step depends on, besides its batch.
 
     Attributes:
-        step: int32[], how many steps have been made.
-        weights: what is trained, and the normalisation it was trained with.
-        ema: the exponential moving average of `weights`, or None where none is kept.
-        opt_state: the optimizer's moments.
+        step: int32[], number of completed steps.
+        weights: the trained variables and the normalisation constants.
+        ema: exponential moving average of `weights`, or None if none is kept.
+        opt_state: state of the optimizer.
         key: uint32[2], random key of the run; the key of a step is folded from it and `step`.
-        loss_sum: float32[], of the batch losses since the epoch began, nats.
+        loss_sum: float32[], sum of the batch losses since the start of the epoch, nats.
     """
 
     step: Any
@@ -43,24 +41,24 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def eval_weights(self) -> Weights:
-        """The weights to predict with."""
+        """The weights to predict with: the moving average if one is kept."""
         return self.weights if self.ema is None else self.ema
 
 
 def update_ema(ema: Weights | None, weights: Weights, step: Any, decay: float) -> Weights | None:
-    """Returns the moving average after one more step, BatchNorm's statistics included.
+    """Returns the moving average after one more step, including BatchNorm statistics.
 
-    Of the average, `decay` is kept, and less in the first steps, `(1 + step) / (10 + step)`, so
-    that the first weights are soon forgotten. Of integers, such as counters, the newest are taken.
+    The decay grows from `(1 + step) / (10 + step)` to `decay`, so that the initial weights are
+    soon forgotten. Integers, such as counters, are copied.
     """
     if ema is None:
         return None
-    kept = jnp.minimum(decay, (1 + step) / (10 + step))
+    effective = jnp.minimum(decay, (1 + step) / (10 + step))
 
     def update_leaf(old: Any, new: Any) -> Any:
         if not jnp.issubdtype(new.dtype, jnp.floating):
             return new
-        return (old + (1 - kept) * (new - old)).astype(new.dtype)
+        return (old + (1 - effective) * (new - old)).astype(new.dtype)
 
     return jax.tree.map(update_leaf, ema, weights)
 
@@ -74,7 +72,7 @@ def init_weights(
     """Returns random weights.
 
     Args:
-        model: maps float32 images to logits, see `histo_jax.models`.
+        model: maps normalised images to logits, see `histo_jax.models`.
         key: random key.
         mean: channel means of the training images, 1 = full range.
         std: their standard deviations.
@@ -102,30 +100,33 @@ def create_state(
 
     Args:
         model: maps float32 images to logits, see `histo_jax.models`.
-        optimizer: whose moments are made.
-        seed: decides the first weights, and by `key` augmentation and dropout.
+        optimizer: its state is initialised.
+        seed: of the initial weights, and of the key for augmentation and dropout.
         mean: channel means of the training images, 1 = full range.
         std: their standard deviations.
-        has_ema: whether a moving average is kept.
+        has_ema: whether to keep a moving average of the weights.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     weights = init_weights(model, init_key, mean, std)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         weights=weights,
-        # A copy: the step is given both to do with as it likes.
+        # A copy, because the training step donates the buffers of both.
         ema=jax.tree.map(jnp.copy, weights) if has_ema else None,
         opt_state=optimizer.init(weights.params),
-        # Raw words: a typed key is no plain array and could not be saved as one.
+        # Raw uint32: a typed key is not a plain array and cannot be checkpointed as one.
         key=jax.random.key_data(key),
         loss_sum=jnp.zeros((), jnp.float32),
     )
 
 
-def abstract_state(config: Config, sharding: Sharding) -> TrainState:
-    """Returns the state's shapes and dtypes, each with `sharding`, without computing anything."""
-    model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-    has_ema = config.optimizer.ema_decay > 0
+def abstract_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    sharding: Sharding,
+    has_ema: bool = False,
+) -> TrainState:
+    """Returns the shapes and dtypes of `create_state`, each with `sharding`; computes nothing."""
     shapes = jax.eval_shape(
         lambda: create_state(model, optimizer, 0, np.zeros(3), np.ones(3), has_ema),
     )
@@ -135,14 +136,14 @@ def abstract_state(config: Config, sharding: Sharding) -> TrainState:
 
 
 class EarlyStopping(flax.struct.PyTreeNode):
-    """Watches the validation loss of each epoch; `update` is pure.
+    """State of early stopping on the validation loss of each epoch; `update` is pure.
 
     Attributes:
-        best_loss: float64[], lowest loss so far, nats; infinite before the first.
-        best_step: int32[], the epoch that had it, counted from 1; 0 before the first.
-        step: int32[], epochs seen.
+        best_loss: float64[], lowest loss so far, nats; infinity before the first epoch.
+        best_step: int32[], its epoch, counted from 1; 0 before the first epoch.
+        step: int32[], number of finished epochs.
         patience: epochs without improvement after which training stops.
-        min_delta: a loss improves when it is lower than the best by more than this, nats.
+        min_delta: an improvement is a loss below the best by more than this, nats.
     """
 
     best_loss: Any
@@ -164,17 +165,17 @@ class EarlyStopping(flax.struct.PyTreeNode):
 
     @property
     def epochs_without_improvement(self) -> int:
-        """Epochs since the best one."""
+        """Number of epochs since the best one."""
         return int(self.step - self.best_step)
 
     @property
     def should_stop(self) -> bool:
-        """Whether the patience is used up."""
+        """Whether training must stop."""
         return self.epochs_without_improvement >= self.patience
 
 
 def update(state: EarlyStopping, loss: float) -> EarlyStopping:
-    """Returns the state after one more epoch; a loss that is not a number never improves."""
+    """Returns the state after one more epoch; NaN is never an improvement."""
     step = np.asarray(state.step + 1, np.int32)
     if loss < state.best_loss - state.min_delta:
         return state.replace(step=step, best_step=step, best_loss=np.array(loss, np.float64))

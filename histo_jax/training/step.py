@@ -1,5 +1,6 @@
-"""The jit-compiled steps: augmentation, forward, loss, gradient, update."""
+"""The compiled steps of training (augmentation to update) and of evaluation."""
 
+import enum
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -32,10 +33,10 @@ def train_logits(
     images: Float32[Array, "batch height width 3"],
     key: PRNGKeyArray,
 ) -> tuple[Float32[Array, " batch"], dict[str, Any]]:
-    """Returns the logits of normalised images in training, and the updated collections.
+    """Returns the logits of normalised images in training mode, and the updated collections.
 
     Raises:
-        UserError: the network returns something else than one logit an image.
+        UserError: the network does not return one logit per image.
     """
     # Flax takes `params` for random streams of other names, such as those of stochastic depth.
     rngs = {"dropout": key, "params": jax.random.fold_in(key, 1)}
@@ -45,25 +46,36 @@ def train_logits(
     return check_logits(model, logits, images), dict(collections)
 
 
-def make_eval_step(model: nn.Module, batch_sharding: NamedSharding, tta: bool = False) -> Forward:
-    """Returns `make_forward` compiled for batches sharded over the mesh; logits are replicated."""
-    return jax.jit(make_forward(model, tta), out_shardings=replicated(batch_sharding))
+class Control(enum.IntEnum):
+    """Control signal that a process sends with each step; the largest of all processes counts."""
+
+    CONTINUE = 0
+    SAVE = 1
+    STOP = 2
 
 
 class Metrics(NamedTuple):
-    """What is known of a step.
+    """Metrics of one training step.
 
     Attributes:
         loss: mean loss of the batch before the update; of binary cross-entropy in nats.
-        finite: whether loss and gradient were finite; if not, nothing was updated.
-        gradient_norm: length of the gradient of all parameters together.
-        request: the largest of the numbers that the processes gave the step.
+        finite: whether loss and gradient were finite; if not, no update was applied.
+        gradient_norm: global norm of the gradient.
+        control: the largest `Control` of all processes.
     """
 
     loss: Float32[Array, ""]
     finite: Bool[Array, ""]
     gradient_norm: Float32[Array, ""]
-    request: Int32[Array, ""]
+    control: Int32[Array, ""]
+
+
+TrainStep = Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]
+
+
+def make_eval_step(model: nn.Module, batch_sharding: NamedSharding) -> Forward:
+    """Returns `make_forward` compiled for batches sharded over the mesh; logits are replicated."""
+    return jax.jit(make_forward(model), out_shardings=replicated(batch_sharding))
 
 
 def make_train_step(
@@ -74,12 +86,12 @@ def make_train_step(
     loss: Loss,
     ema_decay: float = 0.0,
     mixup_alpha: float = 0.0,
-) -> Callable[[TrainState, Mapping[str, Any]], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """Returns the compiled step `(state, batch) -> (state, metrics)`.
 
     The batch holds `image`, uint8[batch, 96, 96, 3], and `label`, float32[batch] of 0 and 1, both
-    sharded over the mesh; BatchNorm and loss see the whole of it; it may hold `request`,
-    int32[devices], sharded too. The given state is donated: do not use it again.
+    sharded over the mesh; BatchNorm and loss are computed over the global batch. It may hold
+    `control`, int32[devices], sharded likewise. The given state is donated and must not be reused.
 
     Args:
         model: maps normalised images to logits.
@@ -87,7 +99,7 @@ def make_train_step(
         batch_sharding: shards a batch over the devices.
         augment: see `make_augment`.
         loss: of each example, see `get_loss`.
-        ema_decay: what the moving average keeps, if the state has one.
+        ema_decay: decay of the moving average, used if the state has one.
         mixup_alpha: of `mixup`; 0 = off.
     """
 
@@ -107,23 +119,36 @@ def make_train_step(
         (value, collections), gradient = jax.value_and_grad(mean_loss, has_aux=True)(
             state.weights.params
         )
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.weights.params)
-        weights = state.weights.replace(
-            params=optax.apply_updates(state.weights.params, updates), collections=collections
-        )
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updated = state.replace(
-            weights=weights,
-            ema=update_ema(state.ema, weights, state.step, ema_decay),
-            opt_state=opt_state,
-            loss_sum=state.loss_sum + value,
-        )
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
-        request = batch.get("request", jnp.zeros(1, jnp.int32)).max()
-        return state.replace(step=state.step + 1), Metrics(value, finite, norm, request)
+        state, metrics = _update(state, optimizer, value, collections, gradient, ema_decay)
+        control = batch.get("control", jnp.zeros(1, jnp.int32)).max()
+        return state, Metrics(*metrics, control)
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=replicated(batch_sharding))
+
+
+def _update(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    loss: Float32[Array, ""],
+    collections: Any,
+    gradient: Any,
+    ema_decay: float,
+) -> tuple[TrainState, tuple[Any, Any, Any]]:
+    """Returns the next state, and loss, whether all is finite, and the norm of the gradient."""
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.weights.params)
+    weights = state.weights.replace(
+        params=optax.apply_updates(state.weights.params, updates), collections=collections
+    )
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updated = state.replace(
+        weights=weights,
+        ema=update_ema(state.ema, weights, state.step, ema_decay),
+        opt_state=opt_state,
+        loss_sum=state.loss_sum + loss,
+    )
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    return state.replace(step=state.step + 1), (loss, finite, norm)
 
 
 def collect_logits(
@@ -131,15 +156,15 @@ def collect_logits(
     weights: Weights,
     batches: Iterable[Batch],
 ) -> tuple[Float[np.ndarray, " examples"], Float[np.ndarray, " examples"]]:
-    """Returns logits and labels of all examples in order, each once: filled-up rows are dropped."""
+    """Returns logits and labels of all examples in order, without padding rows."""
     labels, masks = [], []
 
-    def started() -> Iterator[jax.Array]:
+    def dispatch() -> Iterator[jax.Array]:
         for batch in batches:
             labels.append(batch["label"])
             masks.append(batch["mask"])
             yield eval_step(weights, batch["image"])
 
-    logits = np.concatenate(list(read_behind(started())))
+    logits = np.concatenate(list(read_behind(dispatch())))
     used = np.concatenate(masks)
     return logits[used], np.concatenate(labels)[used]

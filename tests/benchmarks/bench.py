@@ -6,7 +6,7 @@ All frameworks (peers) train the same network (its number of parameters is check
 patches of noise at the same batch size; no timing depends on the contents of a patch. Each peer
 has a process of its own; the others are idle while it is timed. The entries of a row are warmed up,
 then measured alternately, A B C A B C. The last column is the time relative to the first entry of
-the row in the same round: median and range over the rounds. Rows:
+the row in the same round: median and range over the rounds. `Bench` has one method per row:
 
     train      training steps on one batch on the device, including augmentation
     epoch      an epoch including all input; `step only` is the same number of steps on one batch;
@@ -24,7 +24,6 @@ the row in the same round: median and range over the rounds. Rows:
 """
 
 import argparse
-import dataclasses
 import datetime
 import os
 import platform
@@ -42,6 +41,7 @@ import roofline
 from options import parse
 from patches import write_kaggle, write_pcam
 from report import Entry, Report, ratios
+from sizes import CPU, GPU, SHORT
 from worker import PeerError, Task, Worker
 
 HERE = Path(__file__).parent
@@ -73,54 +73,6 @@ def make_and_exit(*args, **kwargs):
 step.make_train_step = make_and_exit
 runpy.run_module("histo_jax.main", run_name="__main__", alter_sys=True)
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Sizes of the measurements, in patches; `steps` and `calls` of one run of an entry."""
-
-    features: tuple[int, ...] = (32, 64, 128, 256, 512)
-    dense: int = 1024
-    batches: tuple[int, ...] = (64,)
-    steps: int = 8
-    epoch: int = 512
-    large: int = 0
-    large_batches: tuple[int, ...] = ()
-    predict_batches: tuple[int, ...] = (256,)
-    calls: int = 2
-    files: int = 2048
-    matrix: int = 2048
-    copy: int = 2**26
-    growth: tuple[int, ...] = (1_000, 3_000, 10_000, 30_000, 100_000)
-
-
-CPU = Sizes()
-GPU = Sizes(
-    batches=(64, 512),
-    steps=100,
-    epoch=8192,
-    large=160_000,
-    calls=20,
-    files=8192,
-    large_batches=(64, 256, 512, 1024, 2048),
-    predict_batches=(1024,),
-    matrix=8192,
-    copy=2**29,
-)
-SHORT = Sizes(
-    features=(4, 4, 4, 4, 4),
-    dense=8,
-    batches=(8,),
-    steps=2,
-    epoch=16,
-    large=32,
-    large_batches=(8,),
-    predict_batches=(8,),
-    files=24,
-    matrix=256,
-    copy=2**20,
-    growth=(50, 100),
-)
 
 
 class Bench:

@@ -54,9 +54,8 @@ def main(rounds: int) -> None:
             state, metrics = train_step(state, batch)
             metrics.loss.block_until_ready()
         if save:
-            number = int(state.step)
-            data = {"step": number, "fingerprint": ""}
-            checkpoints.save(Checkpoint(state, early_stopping, data, []), 1 / number)
+            data = {"fingerprint": ""}
+            checkpoints.save(Checkpoint(state, early_stopping, data, []), 1 / int(state.step))
         return state, time.perf_counter() - start
 
     with tempfile.TemporaryDirectory() as folder, Checkpoints(Path(folder)) as checkpoints:

@@ -125,7 +125,10 @@ class Run:
             start = Start(events, said.read(), process.returncode, signalled, time.monotonic())
         self.starts.append(start)
         check("Traceback" not in start.said, start.said)
-        check(not (self.workdir / "damaged").exists(), f"a whole checkpoint was lost: {start.said}")
+        check(
+            not (self.workdir / "quarantined").exists(),
+            f"a valid checkpoint was quarantined: {start.said}",
+        )
         check(start.signalled or start.status == 0, f"status {start.status}: {start.said}")
         return start
 
@@ -239,7 +242,9 @@ def contents(run, config):
     import numpy as np
     from absl import logging
 
+    from histo_jax.models import create_model
     from histo_jax.training.checkpoints import Checkpoints
+    from histo_jax.training.optimizer import create_optimizer
     from histo_jax.training.state import EarlyStopping, abstract_state
 
     logging.set_verbosity(logging.ERROR)
@@ -247,7 +252,8 @@ def contents(run, config):
     paths += run.folder.glob("records/*/*/*/*.csv")
     found = {path.name: path.read_bytes() for path in paths}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = abstract_state(config, place)
+    model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
+    like = abstract_state(model, optimizer, place)
     early_stopping = EarlyStopping.create(config.early_stopping)
     with Checkpoints(run.workdir) as checkpoints:
         newest = checkpoints.restore_latest(like, early_stopping)

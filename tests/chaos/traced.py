@@ -25,17 +25,18 @@ import numpy as np
 from histo_jax import evaluation, fitting, prediction
 from histo_jax.run import files
 from histo_jax.training import step as steps
+from histo_jax.training import validation
 from histo_jax.training.checkpoints import Checkpoints
 
 
 def noted(place, name, *events):
-    """Replaces `place.name` by one that notes what `events` say of its arguments: before, after."""
+    """Replaces `place.name` by one that notes an event of its arguments before, others after."""
     function = getattr(place, name)
 
     def wrapper(*arguments, **options):
         note(*events[0](*arguments))
         if events[0](*arguments) == ("write", "history.csv"):
-            time.sleep(0.8)  # a slow disk: the save that was begun just before is whole earlier
+            time.sleep(0.8)  # a slow disk: the save that began just before is complete earlier
         result = function(*arguments, **options)
         for event in events[1:]:
             note(*event(*arguments))
@@ -52,8 +53,8 @@ def make_train_step(*arguments, make=steps.make_train_step):
         began = time.monotonic()
         # Read once: at every step it would wait for the device and change what is tested.
         number = (int(state.step) if number is None else number) + 1
-        seen = b"".join(np.asarray(batch[name]).tobytes() for name in ("image", "label"))
-        note("step", number, hashlib.sha1(seen).hexdigest(), at=began)
+        content = b"".join(np.asarray(batch[name]).tobytes() for name in ("image", "label"))
+        note("step", number, hashlib.sha1(content).hexdigest(), at=began)
         return train_step(state, batch)
 
     return step
@@ -61,7 +62,7 @@ def make_train_step(*arguments, make=steps.make_train_step):
 
 steps.make_train_step = make_train_step
 noted(fitting, "prepare", lambda *_: ("prepare",))
-noted(steps, "collect_logits", lambda *_: ("validate",))
+noted(validation, "predict", lambda *_: ("validate",))
 noted(evaluation, "evaluate_in", lambda *_: ("evaluate",))
 noted(prediction, "predict_in", lambda *_: ("predict",))
 noted(files, "write_text", lambda path, _: ("write", path.name), lambda *_: ("written",))

@@ -1,4 +1,4 @@
-"""What a process that is not like the others is told; `test_processes.py` has real processes."""
+"""Processes that differ are refused; `test_processes.py` has real processes."""
 
 import copy
 
@@ -55,7 +55,9 @@ def test_other_records_are_refused(both, change):
         tables = {"test": tables["train"]}
     else:
         tables["train"][change] = tables["train"][change].to_numpy()[::-1]
-    with pytest.raises(UserError, match=r"^process 1 has other records in its .*: copy those"):
+    with pytest.raises(
+        UserError, match=r"^process 1 and process 0 have different records in .*: copy"
+    ):
         both(
             lambda: consensus.check_records(Config(), TABLES),
             lambda: consensus.check_records(Config(), tables),
@@ -64,7 +66,7 @@ def test_other_records_are_refused(both, change):
 
 @pytest.mark.parametrize(("seed", "mode"), [(1, "fit"), (0, "predict")])
 def test_other_options_are_refused(both, seed, mode):
-    with pytest.raises(UserError, match=r"^process 1 has other options than process 0: start"):
+    with pytest.raises(UserError, match=r"^process 1 and process 0 have different options: start"):
         both(
             lambda: consensus.check_options(Config(), "fit"),
             lambda: consensus.check_options(Config(seed=seed), mode),
@@ -83,9 +85,9 @@ def test_a_folder_that_another_process_does_not_see_is_refused_by_all(index, mon
 
     monkeypatch.setattr(consensus.jax, "process_count", lambda: 2)
     monkeypatch.setattr(consensus.jax, "process_index", lambda: index)
-    monkeypatch.setattr(consensus, "_SEEN_WITHIN_SECONDS", 0)
+    monkeypatch.setattr(consensus, "_VISIBLE_SECONDS", 0)
     monkeypatch.setattr(consensus, "_gather", gather)
-    with pytest.raises(UserError, match=r"^process 1 does not see the --workdir=.* share$"):
+    with pytest.raises(UserError, match=r"^--workdir=.* of process 1 is not .* share$"):
         consensus.check_shared_folder(tmp_path)
     # The first makes a mark there, which the other looks for in vain; nothing is left of it.
     assert seen == [index == 0]

@@ -24,6 +24,7 @@ from jax.flatten_util import ravel_pytree
 from histo_jax import fitting, predictor
 from histo_jax.distributed import consensus, processes
 from histo_jax.training import step as steps
+from histo_jax.training import validation
 
 TRACE, DIE_AT = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
 
@@ -67,7 +68,7 @@ def prepare(*args, prepare=fitting.prepare):
     return prepare(*args)
 
 
-def binary_scores(logits, labels, scores=fitting.binary_scores):
+def binary_scores(logits, labels, scores=validation.binary_scores):
     found = scores(logits, labels)
     if jax.process_index():
         global grown
@@ -78,7 +79,7 @@ def binary_scores(logits, labels, scores=fitting.binary_scores):
 
 if not os.environ.get("HISTO_JAX_LONG"):
     processes._HEARTBEAT_SECONDS = 10  # the tests wait for it
-consensus._SEEN_WITHIN_SECONDS = 2
+consensus._VISIBLE_SECONDS = 2
 steps.make_train_step, predictor.read_behind = make_train_step, read_behind
-fitting.prepare, fitting.binary_scores, grown = prepare, binary_scores, 0.0
+fitting.prepare, validation.binary_scores, grown = prepare, binary_scores, 0.0
 runpy.run_module("histo_jax.main", run_name="__main__", alter_sys=True)

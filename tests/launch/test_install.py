@@ -174,7 +174,7 @@ def replace(clone: Clone, how: str) -> None:
         pytest.param(lambda c: (c.path / ".venv/unfinished").touch(), id="pip killed"),
     ],
 )
-def test_an_unusable_environment_is_created_anew(clone, breakage):
+def test_an_unusable_environment_is_replaced(clone, breakage):
     assert clone.install()[0] == 0
     (clone.path / ".venv" / "old").touch()
     breakage(clone)

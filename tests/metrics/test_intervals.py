@@ -79,7 +79,7 @@ def test_resamples_consist_of_whole_slides(monkeypatch):
     weights = np.concatenate(list(intervals._resamples(groups, 6, 0)))
     assert weights.shape == (50, 6)
     np.testing.assert_array_equal(weights[:, 0], weights[:, 2])
-    assert (weights[:, [1, 2, 3]].sum(1) == 3).all()  # three slides are drawn
+    assert (weights[:, [1, 2, 3]].sum(1) == 3).all()  # three of three slides
     assert len(np.unique(weights, axis=0)) > 5
 
 

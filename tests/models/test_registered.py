@@ -26,10 +26,10 @@ from histo_jax.run.workdir import Workdir
 from histo_jax.settings import load_run_config
 from histo_jax.training import step
 from histo_jax.training.augmentation import make_augment
-from histo_jax.training.check import check_parts
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.losses import get_loss
 from histo_jax.training.optimizer import create_optimizer
+from histo_jax.training.parts import build_parts
 from histo_jax.training.state import EarlyStopping, create_state
 
 RNG = np.random.default_rng(0)
@@ -53,11 +53,11 @@ def unregister():
 
 def check(config):
     validate(config)
-    check_parts(config.model, config.augment, config.fit)
+    build_parts(config.model, config.augment, config.fit)
 
 
 def train(config, steps):
-    """A few steps as `fit` takes them, on one batch; returns the model, state and metrics."""
+    """Trains some steps on one batch, as `fit` does; returns the model, state and metrics."""
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
     batch_sharding = mesh.batch_sharding()
     train_step = step.make_train_step(
@@ -80,7 +80,7 @@ def train(config, steps):
 
 def test_a_network_of_a_config_file_trains_saves_predicts_and_explains(tmp_path):
     path = str(Path(__file__).with_name("groupnorm_resnet.py"))
-    for _ in range(2):  # as when a notebook executes it again
+    for _ in range(2):  # as when a notebook reruns it
         config = runpy.run_path(path)["get_config"]()
     config.model.kwargs = {"widths": [4], "groups": 2}
     config.optimizer.ema_decay = 0.5
@@ -120,39 +120,39 @@ def test_a_network_of_a_config_file_trains_saves_predicts_and_explains(tmp_path)
 
 
 class Pixel(nn.Module):
-    """The smallest network: one weight a channel."""
+    """The smallest network: one weight per channel."""
 
     def logits(self, images):
         return nn.Dense(1)(images.mean((1, 2)))[:, 0]
 
 
 class Counting(Pixel):
-    """Has statistics, a counter, dropout and a random stream of its own."""
+    """Has statistics, a counter, dropout and its own random stream."""
 
     @nn.compact
     def __call__(self, images, train):
         count = self.variable("counters", "steps", lambda: jnp.zeros((), jnp.int32))
-        seen = self.variable("seen", "mean", lambda: jnp.zeros(3))
+        mean = self.variable("statistics", "mean", lambda: jnp.zeros(3))
         if train:
             count.value += 1
-            seen.value = 0.5 * seen.value + 0.5 * images.mean((0, 1, 2))
+            mean.value = 0.5 * mean.value + 0.5 * images.mean((0, 1, 2))
             images = images + 0.01 * jax.random.normal(self.make_rng("noise"), images.shape)
         return self.logits(nn.Dropout(0.1, deterministic=not train)(images))
 
 
-def test_all_collections_of_variables_are_updated_averaged_and_kept():
+def test_all_collections_of_variables_are_updated_and_averaged():
     histo_jax.register_model("counting")(Counting)
     config = Config()
     config.model.name, config.optimizer.ema_decay = "counting", 0.5
     check(config)
     state = train(config, 3).state
-    assert state.weights.collections.keys() == {"counters", "seen"}
+    assert state.weights.collections.keys() == {"counters", "statistics"}
     assert state.weights.collections["counters"]["steps"] == 3
-    # Of a counter there is no average.
+    # Counters have no moving average.
     assert state.ema.collections["counters"]["steps"] == 3
     assert state.ema.collections["counters"]["steps"].dtype == jnp.int32
-    seen, averaged = (w.collections["seen"]["mean"] for w in (state.weights, state.ema))
-    assert jnp.abs(seen).max() > jnp.abs(averaged).max() > 0
+    mean, ema = (w.collections["statistics"]["mean"] for w in (state.weights, state.ema))
+    assert jnp.abs(mean).max() > jnp.abs(ema).max() > 0
 
 
 class Column(Pixel):
@@ -200,7 +200,7 @@ class WithoutTrain(Pixel):
 
 
 class Late(Pixel):
-    """Has variables in training alone."""
+    """Has a variable in training only."""
 
     @nn.compact
     def __call__(self, images, train):
@@ -223,7 +223,7 @@ class Late(Pixel):
         (lambda images, train: images, ["model 'mine'", "subclass of flax.linen.Module"]),
     ],
 )
-def test_a_network_that_breaks_its_contract_is_refused_in_one_line(network, words):
+def test_an_invalid_network_is_refused_in_one_line(network, words):
     histo_jax.register_model("mine")(network)
     config = Config()
     config.model.name = "mine"
@@ -302,7 +302,7 @@ def test_kwargs_are_checked_against_the_networks_fields(kwargs, words, tmp_path)
         ("augment.extra", "blur", ["config.augment.extra = 'blur' must be a tuple of text"]),
     ],
 )
-def test_what_no_one_has_registered_is_refused(setting, value, words):
+def test_unregistered_names_are_refused(setting, value, words):
     config = Config()
     section, _, field = setting.partition(".")
     setattr(getattr(config, section), field, value)
@@ -312,7 +312,7 @@ def test_what_no_one_has_registered_is_refused(setting, value, words):
 @pytest.mark.parametrize(
     ("field", "value"), [("features", (8, 8, 8, 8, 8)), ("dense", 8), ("dropout", 0.1)]
 )
-def test_fields_of_the_five_blocks_are_refused_for_other_networks(field, value):
+def test_fields_of_the_five_block_networks_are_refused_for_others(field, value):
     config = Config()
     config.model.name, config.model.kwargs = "resnet18", {"stem": "tiny"}
     refuses(config, ["['stem'] = 'tiny' is not of type Literal['small', 'imagenet']"])
@@ -322,14 +322,14 @@ def test_fields_of_the_five_blocks_are_refused_for_other_networks(field, value):
     refuses(config, [f"config.model.{field} is not used by resnet18", "config.model.kwargs"])
 
 
-def test_names_belong_to_one_network_each():
+def test_a_name_can_be_registered_for_one_network_only():
     histo_jax.register_model("mine")(Column)
     histo_jax.register_model("mine")(Column)
     with pytest.raises(UserError, match=r"registered, by Column of .*another"):
         histo_jax.register_model("mine")(Mean)
     with pytest.raises(UserError, match="model 'resnet18' is built in"):
         histo_jax.register_model("resnet18")(Mean)
-    # A cell of a notebook is another file each time that it is executed.
+    # Each execution of a notebook cell has a file name of its own.
     for _ in range(2):
         space = {"__name__": "__main__"}
         exec(compile("def loss(logits, labels): pass", f"cell{_}", "exec"), space)
@@ -337,7 +337,7 @@ def test_names_belong_to_one_network_each():
     assert registry.LOSSES.names() == ["binary_cross_entropy", "mine"]
 
 
-def test_a_registered_loss_is_what_training_minimises(tmp_path):
+def test_training_minimises_a_registered_loss(tmp_path):
     @histo_jax.register_loss("brier")
     def brier(logits, labels):
         return (jax.nn.sigmoid(logits) - labels) ** 2
@@ -362,7 +362,7 @@ def test_a_registered_loss_is_what_training_minimises(tmp_path):
     refuses(config, ["loss 'broken' fails: TypeError"])
 
 
-def test_registered_augmentations_follow_the_built_in_ones_in_their_order():
+def test_registered_augmentations_are_applied_in_order_after_the_built_in_ones():
     @histo_jax.register_augmentation("darken")
     def darken(key, images):
         assert images.dtype == jnp.float32
@@ -383,7 +383,7 @@ def test_registered_augmentations_follow_the_built_in_ones_in_their_order():
     refuses(config, ["augmentation 'crop' returns shape [2, 95, 96, 3]", "[2, 96, 96, 3]"])
 
 
-def test_the_line_of_a_networks_mistake_is_named():
+def test_an_error_names_the_line_of_the_network():
     histo_jax.register_model("mine")(Broken)
     config = Config()
     config.model.name = "mine"

@@ -17,6 +17,11 @@ from histo_jax.report.page import Audit, render
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 
+both_screens = pytest.mark.parametrize(
+    "page", [PHONE, DESKTOP], ids=["phone", "desktop"], indirect=True
+)
+
+
 @pytest.fixture(scope="module")
 def chromium():
     path = next(
@@ -32,10 +37,10 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(params=[PHONE, DESKTOP], ids=["phone", "desktop"])
+@pytest.fixture
 def page(request, chromium, run):
     """The opened page; records its console messages and requests."""
-    page = chromium.new_page(viewport=request.param)
+    page = chromium.new_page(viewport=getattr(request, "param", DESKTOP))
     page.messages, page.requests = [], []
     page.on("console", lambda message: page.messages.append(message.text))
     page.on("pageerror", lambda error: page.messages.append(str(error)))
@@ -45,6 +50,7 @@ def page(request, chromium, run):
     page.close()
 
 
+@both_screens
 def test_it_opens_without_messages_or_requests_and_fits_the_screen(page, run):
     assert page.messages == []
     assert page.requests == [(run / "report.html").as_uri()]
@@ -108,6 +114,7 @@ def test_hovering_and_focusing_show_the_attribution(page):
     assert images[0][1] != images[1][1]
 
 
+@both_screens
 def test_a_patch_is_enlarged_and_closed_by_the_keyboard(page, run):
     table = evaluation_files.read(run, "validation")
     patch = page.locator("button.patch").first

@@ -39,7 +39,7 @@ for number in range(1, 1000):
         folders.update(folder, {"b.png": b"2", "index": b"b"}, ["a.png"])
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    # Between the two renames there is no folder.
+    # The folder is missing between the two renames.
     assert not folder.exists() or content(folder) in (OLD, NEW), (number, content(folder))
     folders.recover(folder)
     assert content(folder) in (OLD, NEW), (number, content(folder))

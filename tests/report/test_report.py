@@ -342,7 +342,7 @@ def test_a_report_needs_an_evaluation_of_the_same_patches(config, run, tmp_path)
         (tmp_path / path.name).write_text(path.read_text())
     path = tmp_path / "predictions_validation.csv"
     pd.read_csv(path).iloc[1:].to_csv(path, index=False)
-    with pytest.raises(UserError, match="not the patches that were evaluated"):
+    with pytest.raises(UserError, match="patches are not those that were evaluated"):
         report(config, tmp_path)
     assert not (tmp_path / "report.html").exists()
 

@@ -1,5 +1,9 @@
+import functools
 import logging
+import re
+import runpy
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,34 +12,63 @@ import pytest
 
 from histo_jax.config import Config, ModelConfig
 from histo_jax.distributed import mesh
-from histo_jax.errors import UserError
+from histo_jax.errors import CheckpointError
 from histo_jax.models import create_model
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.optimizer import create_optimizer
 from histo_jax.training.state import EarlyStopping, abstract_state, create_state, update
 
+runpy.run_path(str(Path(__file__).parents[1] / "tiny_network.py"))
+
 
 @pytest.fixture
 def config():
     config = Config()
-    config.model = ModelConfig(features=(2, 2, 2, 2, 2), dense=4)
+    config.model.name = "tiny"
     return config
 
 
+@functools.cache
+def parts():
+    return create_model(ModelConfig(name="tiny")), create_optimizer(Config().optimizer)
+
+
+@functools.cache
+def state(step):
+    made = create_state(*parts(), step, np.full(3, 0.5), np.full(3, 0.25))
+    return made.replace(step=jnp.int32(step), loss_sum=jnp.float32(0.1))
+
+
+@functools.cache
+def shapes():
+    return abstract_state(*parts(), mesh.replicated(mesh.batch_sharding()))
+
+
 def make(config, step, losses):
-    model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-    state = create_state(model, optimizer, step, np.full(3, 0.5), np.full(3, 0.25))
     early_stopping = EarlyStopping.create(config.early_stopping)
     for loss in losses:
         early_stopping = update(early_stopping, loss)
     history = [{"epoch": k + 1, "validation_loss": loss} for k, loss in enumerate(losses)]
-    state = state.replace(step=jnp.int32(step), loss_sum=jnp.float32(0.1))
-    return Checkpoint(state, early_stopping, {"step": step, "fingerprint": "f"}, history)
+    return Checkpoint(state(step), early_stopping, {"fingerprint": "f"}, history)
 
 
 def restore_latest(checkpoints, config):
-    like = abstract_state(config, mesh.replicated(mesh.batch_sharding()))
-    return checkpoints.restore_latest(like, EarlyStopping.create(config.early_stopping))
+    return checkpoints.restore_latest(shapes(), EarlyStopping.create(config.early_stopping))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run with the checkpoints of two epochs; tests work on copies."""
+    folder = tmp_path_factory.mktemp("saved")
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(make(Config(), 1, [0.5]), 0.5)
+        checkpoints.save(make(Config(), 2, [0.5, 0.4]), 0.4)
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
 def assert_equal(found, wanted):
@@ -89,90 +122,138 @@ def test_a_save_that_is_killed_while_it_replaces_one_leaves_the_old(config, tmp_
         assert_equal(restore_latest(checkpoints, config), make(config, 4, [0.5]))
 
 
-def parts_of(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-
-
 @pytest.mark.parametrize("harm", ["truncated", "removed"])
-def test_any_damaged_file_is_noticed_or_does_no_harm(config, tmp_path, harm):
-    """Each file of the newest checkpoint in turn: it comes back whole, or the one before does."""
-    whole = tmp_path / "whole"
-    with Checkpoints(whole) as checkpoints:
-        checkpoints.save(make(config, 1, [0.5]), 0.5)
-        checkpoints.save(make(config, 2, [0.5, 0.4]), 0.4)
-    put_aside = 0
-    names = parts_of(whole / "checkpoints" / "2")
+def test_any_corrupt_file_is_noticed_or_does_no_harm(config, saved, tmp_path, harm):
+    """Each file of the newest checkpoint in turn: it is restored, or the one before is."""
+    quarantined = 0
+    newest = saved / "checkpoints" / "2"
+    names = sorted(str(p.relative_to(newest)) for p in newest.rglob("*") if p.is_file())
     assert len(names) > 10
     for number, name in enumerate(names):
         folder = tmp_path / str(number)
-        shutil.copytree(whole, folder)
+        shutil.copytree(saved, folder)
         victim = folder / "checkpoints" / "2" / name
         if harm == "removed":
             victim.unlink()
         else:
             victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
         with Checkpoints(folder) as checkpoints:
-            found = restore_latest(checkpoints, config)
-        if (folder / "damaged").exists():
-            put_aside += 1
-            assert_equal(found, make(config, 1, [0.5]))
+            restored = restore_latest(checkpoints, config)
+        if (folder / "quarantined").exists():
+            quarantined += 1
+            assert_equal(restored, make(config, 1, [0.5]))
         else:
-            assert_equal(found, make(config, 2, [0.5, 0.4]))
+            assert_equal(restored, make(config, 2, [0.5, 0.4]))
     # The rest is of no consequence, such as marks of success that repeat the folder's name.
-    assert put_aside >= 6
-
-
-def test_training_goes_on_over_the_step_of_a_damaged_checkpoint(config, tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(make(config, 1, [0.5]), 0.5)
-        checkpoints.save(make(config, 2, [0.5, 0.4]), 0.4)
-    shutil.rmtree(tmp_path / "checkpoints" / "2" / "state")
-    with Checkpoints(tmp_path) as checkpoints:
-        assert_equal(restore_latest(checkpoints, config), make(config, 1, [0.5]))
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(make(config, 2, [0.5, 0.3]), 0.3)
-    with Checkpoints(tmp_path) as checkpoints:
-        assert_equal(restore_latest(checkpoints, config), make(config, 2, [0.5, 0.3]))
+    assert quarantined >= 6
 
 
 @pytest.mark.parametrize("part", ["state", "early_stopping", "data", "history"])
-def test_a_missing_part_is_put_aside(config, tmp_path, part, caplog):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(make(config, 1, [0.5]), 0.5)
-        checkpoints.save(make(config, 2, [0.5, 0.4]), 0.4)
-    shutil.rmtree(tmp_path / "checkpoints" / "2" / part)
+def test_a_checkpoint_without_a_part_is_quarantined_and_its_step_saved_again(
+    config, run, part, caplog
+):
+    shutil.rmtree(run / "checkpoints" / "2" / part)
     logging.getLogger("histo_jax").addHandler(caplog.handler)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(run) as checkpoints:
         assert_equal(restore_latest(checkpoints, config), make(config, 1, [0.5]))
+        if part == "state":
+            checkpoints.save(make(config, 2, [0.5, 0.3]), 0.3)
     logging.getLogger("histo_jax").removeHandler(caplog.handler)
-    assert "checkpoint 2 is damaged and was put aside" in caplog.text
+    assert "checkpoint 2 is corrupt and was moved to" in caplog.text
+    [folder] = (run / "quarantined").iterdir()
+    assert folder.name.startswith("2-")
+    if part == "state":
+        with Checkpoints(run) as checkpoints:
+            assert_equal(restore_latest(checkpoints, config), make(config, 2, [0.5, 0.3]))
 
 
-def test_a_damaged_best_is_one_line_that_says_what_to_do(config, tmp_path):
-    losses = [0.3, 0.5, 0.4]
-    with Checkpoints(tmp_path) as checkpoints:
-        for step in range(1, 4):
-            checkpoints.save(make(config, step, losses[:step]), losses[step - 1])
-    for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
+def truncate(folder):
+    for path in (folder / "state").rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    place = mesh.replicated(mesh.batch_sharding())
+
+
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refuses(run, config, message):
+    """Restoring is refused in one line, and nothing is moved."""
+    before = files_in(run)
     with (
-        Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(UserError, match="checkpoints/1, the best checkpoint, is damaged") as said,
+        pytest.raises(CheckpointError, match=message) as error,
+        Checkpoints(run) as checkpoints,
+    ):
+        restore_latest(checkpoints, config)
+    assert "\n" not in str(error.value)
+    assert "nothing was moved" in str(error.value)
+    assert files_in(run) == before
+
+
+def test_if_all_checkpoints_are_corrupt_nothing_is_moved(config, run):
+    for step in "12":
+        truncate(run / "checkpoints" / step)
+    assert_refuses(run, config, r"no checkpoint in .* can be restored \(that of step 2: ")
+
+
+def test_if_the_metrics_of_all_checkpoints_are_corrupt_nothing_is_moved(config, run):
+    for step in "12":
+        (run / "checkpoints" / step / "metrics" / "metrics").write_text("{")
+    assert_refuses(run, config, r"no checkpoint in .* can be restored \(that of step 2: JSONDec")
+
+
+def test_an_error_of_the_program_moves_nothing(config, run, monkeypatch):
+    """As after the upgrade of a library: every checkpoint fails alike, the third is not tried."""
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(make(config, 3, [0.5, 0.4, 0.5]), 0.5)
+        checkpoints.save(make(config, 4, [0.5, 0.4, 0.5, 0.5]), 0.5)
+    steps = []
+
+    def restore(self, step, *_):
+        steps.append(step)
+        raise TypeError("unexpected keyword argument 'axes' for step " + str(step))
+
+    monkeypatch.setattr(Checkpoints, "restore", restore)
+    message = "two checkpoints in .* same error, which is not about their files .TypeError: unexp"
+    assert_refuses(run, config, message)
+    assert steps == [4, 3]
+    # With one checkpoint only there is nothing to compare it with.
+    for step in "23":
+        shutil.rmtree(run / "checkpoints" / step)
+    assert_refuses(run, config, r"no checkpoint in .* \(that of step 4: TypeError: unexpected")
+
+
+def test_several_corrupt_checkpoints_are_quarantined_if_an_older_one_restores(config, run):
+    with Checkpoints(run) as checkpoints:
+        checkpoints.save(make(config, 3, [0.5, 0.4, 0.5]), 0.5)
+        checkpoints.save(make(config, 4, [0.5, 0.4, 0.5, 0.5]), 0.5)
+    for step in "34":
+        truncate(run / "checkpoints" / step)
+    with Checkpoints(run) as checkpoints:
+        assert_equal(restore_latest(checkpoints, config), make(config, 2, [0.5, 0.4]))
+    assert sorted(path.name[0] for path in (run / "quarantined").iterdir()) == ["3", "4"]
+
+
+def test_a_corrupt_best_checkpoint_is_one_line_that_names_the_fix(config, run):
+    place = mesh.replicated(mesh.batch_sharding())
+    truncate(run / "checkpoints" / "2")
+    with (
+        Checkpoints(run) as checkpoints,
+        pytest.raises(
+            CheckpointError, match="checkpoints/2, the best checkpoint, is corr"
+        ) as error,
     ):
         checkpoints.restore_best(config, place)
-    assert "\n" not in str(said.value)
-    shutil.rmtree(tmp_path / "checkpoints" / "1")
-    with Checkpoints(tmp_path) as checkpoints:
-        assert_equal(checkpoints.restore_best(config, place), make(config, 3, losses))
+    assert "\n" not in str(error.value)
+    shutil.rmtree(run / "checkpoints" / "2")
+    with Checkpoints(run) as checkpoints:
+        assert_equal(checkpoints.restore_best(config, place), make(config, 1, [0.5]))
 
 
-def test_an_error_that_is_no_damage_moves_nothing(config, tmp_path, monkeypatch):
+def test_an_error_that_does_not_come_from_the_files_is_raised(config, run, monkeypatch):
     place = mesh.replicated(mesh.batch_sharding())
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(make(config, 1, [0.3]), 0.3)
-        checkpoints.wait()
+    before = files_in(run)
+    with Checkpoints(run) as checkpoints:
 
         def full(*_):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
@@ -184,16 +265,14 @@ def test_an_error_that_is_no_damage_moves_nothing(config, tmp_path, monkeypatch)
         ):
             with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"):
                 restore()
-    assert (tmp_path / "checkpoints" / "1").exists()
+    assert files_in(run) == before
 
 
-def test_a_damaged_metric_of_a_run_that_is_only_read_is_one_line(config, tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(make(config, 1, [0.3]), 0.3)
-    (tmp_path / "checkpoints" / "1" / "metrics" / "metrics").write_text("{")
-    with pytest.raises(UserError, match=r"damaged checkpoint .* start that run again"):
-        Checkpoints(tmp_path, read_only=True)
-    assert not (tmp_path / "damaged").exists()
+def test_corrupt_metrics_of_a_run_that_is_only_read_are_one_line(run):
+    (run / "checkpoints" / "1" / "metrics" / "metrics").write_text("{")
+    with pytest.raises(CheckpointError, match=r"corrupt checkpoint .* rerun the command of that"):
+        Checkpoints(run, read_only=True)
+    assert not (run / "quarantined").exists()
 
 
 @pytest.mark.parametrize("name", ["lr=[1,2]", "a\\b*", "caf\udce9/**"])
@@ -210,10 +289,10 @@ def test_a_folder_whose_name_is_a_pattern_for_orbax_keeps_checkpoints(config, tm
     assert [path.name for path in tmp_path.iterdir()] == [name.split("/")[0]]
     (folder / "checkpoints" / "2" / "state" / "_METADATA").unlink()
     place = mesh.replicated(mesh.batch_sharding())
-    with Checkpoints(folder) as checkpoints, pytest.raises(UserError) as said:
+    with Checkpoints(folder) as checkpoints, pytest.raises(CheckpointError) as error:
         checkpoints.restore_best(config, place)
-    assert str(folder / "checkpoints" / "2") in str(said.value)
-    assert "/proc/" not in str(said.value)
+    assert str(folder / "checkpoints" / "2") in str(error.value)
+    assert "/proc/" not in str(error.value)
 
 
 def test_a_first_save_that_does_not_come_back_stops_the_run(config, tmp_path, monkeypatch):
@@ -232,17 +311,17 @@ def test_a_first_save_that_does_not_come_back_stops_the_run(config, tmp_path, mo
     monkeypatch.setattr(Checkpoints, "restore", restore)
     with (
         Checkpoints(tmp_path / "lost") as checkpoints,
-        pytest.raises(UserError, match=r"cannot hold checkpoints.*no array.*--workdir") as said,
+        pytest.raises(
+            CheckpointError, match=r"cannot hold checkpoints.*no array.*--workdir"
+        ) as error,
     ):
         checkpoints.save(make(config, 1, [0.3]), 0.3)
     assert read == [1]
-    assert "\n" not in str(said.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_limit_of_the_process_is_no_damage(config, tmp_path, monkeypatch):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(make(config, 1, [0.3]), 0.3)
-        checkpoints.wait()
+def test_a_limit_of_the_process_is_not_corruption(config, run, monkeypatch):
+    with Checkpoints(run) as checkpoints:
 
         def limited(*_, **__):
             raise ValueError("RESOURCE_EXHAUSTED: Error opening file: Too many open files")
@@ -250,52 +329,48 @@ def test_a_limit_of_the_process_is_no_damage(config, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoints._manager, "restore", limited)
         with pytest.raises(OSError, match="Too many open files"):
             restore_latest(checkpoints, config)
-    assert (tmp_path / "checkpoints" / "1").exists()
+    assert not (run / "quarantined").exists()
 
 
-def test_half_a_directory_is_no_checkpoint(config, tmp_path):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(make(config, 1, [0.5]), 0.5)
-    (tmp_path / "checkpoints" / "2").mkdir()
-    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp-1").mkdir()
-    with Checkpoints(tmp_path) as checkpoints:
-        assert_equal(restore_latest(checkpoints, config), make(config, 1, [0.5]))
+def test_half_a_directory_is_no_checkpoint(config, run):
+    (run / "checkpoints" / "3").mkdir()
+    (run / "checkpoints" / "4.orbax-checkpoint-tmp-1").mkdir()
+    with Checkpoints(run) as checkpoints:
+        assert_equal(restore_latest(checkpoints, config), make(config, 2, [0.5, 0.4]))
 
 
-@pytest.mark.parametrize("change", ["dense", "features", "fewer"])
-def test_a_checkpoint_of_another_model_is_refused(config, tmp_path, change):
-    with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(make(config, 1, [0.5]), 0.5)
-    if change == "dense":
-        config.model.dense = 5
-    else:
-        config.model.features = (2, 2, 2, 2, 3) if change == "features" else (2, 2, 2, 2)
+@pytest.mark.parametrize("change", ["channels", "fewer"])
+def test_a_checkpoint_of_another_model_is_refused(config, run, change):
     place = mesh.replicated(mesh.batch_sharding())
-    remedy = pytest.raises(UserError, match="checkpoint of another model")
-    with Checkpoints(tmp_path) as checkpoints, remedy:
+    if change == "channels":
+        config.model.kwargs = {"channels": 5}
+    else:
+        config.optimizer.ema_decay = 0.5
+    with (
+        Checkpoints(run) as checkpoints,
+        pytest.raises(CheckpointError, match="checkpoint of another model"),
+    ):
         checkpoints.restore_best(config, place)
 
 
-def test_a_checkpoint_of_0_1_0_is_refused_as_such(config, tmp_path):
+def test_a_checkpoint_of_0_1_0_is_refused_as_such(run):
     old = {"weights": {"deviation": np.zeros(3, np.float32)}}
-    like = abstract_state(config, mesh.replicated(mesh.batch_sharding()))
-    remedy = pytest.raises(UserError, match=f"{tmp_path} was trained by histo_jax 0.1.0")
-    with Checkpoints(tmp_path) as checkpoints, remedy:
-        checkpoints._check_shapes(1, old, like)
+    refused = pytest.raises(CheckpointError, match=f"{re.escape(str(run))} was trained by .* 0.1.0")
+    with Checkpoints(run) as checkpoints, refused:
+        checkpoints._check_shapes(1, old, shapes())
 
 
-def test_no_checkpoint_names_the_remedy(tmp_path):
-    with pytest.raises(UserError, match="run --mode=fit first"):
+def test_a_run_without_checkpoints_names_the_fix(tmp_path):
+    with pytest.raises(CheckpointError, match="run --mode=fit first"):
         Checkpoints.of(tmp_path)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.9])
-def test_abstract_state_has_the_real_ones_shapes(config, decay):
-    config.optimizer.ema_decay = decay
-    model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-    place = mesh.replicated(mesh.batch_sharding())
-    real = create_state(model, optimizer, 0, np.zeros(3), np.ones(3), decay > 0)
+@pytest.mark.parametrize("has_ema", [False, True])
+def test_abstract_state_has_the_shapes_of_the_real_one(has_ema):
+    real = create_state(*parts(), 0, np.zeros(3), np.ones(3), has_ema)
+    sharding = mesh.replicated(mesh.batch_sharding())
     jax.tree.map(
         lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"),
-        abstract_state(config, place), real,
-    )  # fmt: skip
+        abstract_state(*parts(), sharding, has_ema),
+        real,
+    )

@@ -1,4 +1,4 @@
-"""TensorBoard's events agree with the history, whatever a kill has left."""
+"""TensorBoard's events agree with the history after any kill."""
 
 import multiprocessing
 
@@ -6,31 +6,33 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from histo_jax.training.events import Events, repair
+from histo_jax.training.events import CURVES, EventWriter, TensorBoard, repair
 
 NAMES = ("train_loss", "gradient_norm")
 ROWS = [{"step": 3 * k, "train_loss": 1 / k, "gradient_norm": float(k)} for k in (1, 2)]
 
 
 def points(folder):
-    """What each file holds, alone: TensorBoard itself hides some of what is there twice."""
-    found = []
+    """The events of each file alone: TensorBoard itself hides some duplicates."""
+    events_found = []
     for path in folder.glob("*"):
         events = EventAccumulator(str(path), size_guidance={"images": 0}).Reload()
         for tag in events.Tags()["scalars"]:
-            found += [(tag, e.step, round(e.value, 4)) for e in events.Scalars(tag)]
+            events_found += [(tag, e.step, round(e.value, 4)) for e in events.Scalars(tag)]
         for tag in events.Tags()["images"]:
-            found += [(tag, e.step, len(e.encoded_image_string) > 50) for e in events.Images(tag)]
-    return sorted(found)
+            events_found += [
+                (tag, e.step, len(e.encoded_image_string) > 50) for e in events.Images(tag)
+            ]
+    return sorted(events_found)
 
 
 def write(folder, rows):
-    with Events(folder) as events:
-        if not list(folder.glob("*")):
-            events.add_image("sheet", np.zeros((8, 8, 3), np.uint8), 0)
-        for row in rows:
-            events.add_scalars({name: row[name] for name in NAMES}, row["step"])
-        events.flush()
+    writer = EventWriter(folder)
+    if not list(folder.glob("*")):
+        writer.add_image("sheet", np.zeros((8, 8, 3), np.uint8), 0)
+    for row in rows:
+        writer.add_scalars({name: row[name] for name in NAMES}, row["step"])
+    writer.close()
 
 
 def all_points(rows=ROWS):
@@ -61,7 +63,7 @@ def fill_with_zeros(folder):
     ids=["whole", "cut", "zeros", "later", "twice", "empty"],
 )
 @pytest.mark.parametrize("epochs", [0, 1, 2])
-def test_files_agree_with_the_history_whatever_a_kill_has_left(tmp_path, harm, epochs):
+def test_files_agree_with_the_history_after_any_kill(tmp_path, harm, epochs):
     folder = tmp_path / "events"
     write(folder, ROWS[:epochs])
     harm(folder)
@@ -91,7 +93,13 @@ def test_neither_shared_memory_nor_the_second_of_the_start_matter(tmp_path, monk
     for row in ROWS:  # two starts within a second
         write(tmp_path, [row])
     assert points(tmp_path) == all_points()
-    with Events(tmp_path / "none", writes=False) as events:
-        events.add_scalars({"train_loss": 1.0}, 1)
-        events.flush()
-    assert not (tmp_path / "none").exists()
+
+
+def test_an_image_that_a_killed_process_wrote_is_not_written_again(tmp_path):
+    folder, image = tmp_path / "events", np.zeros((8, 8, 3), np.uint8)
+    for restored in ([], [dict.fromkeys(CURVES, 1.0) | {"step": 3}]):
+        with TensorBoard(folder) as tensorboard:
+            tensorboard.restore(restored, 3)
+            tensorboard.on_images("sheet", 0, image)
+    names = [name for name, _, _ in points(folder)]
+    assert sorted(names) == sorted(["sheet", *CURVES])

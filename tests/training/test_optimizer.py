@@ -5,22 +5,22 @@ import optax
 import pytest
 
 from histo_jax.config import OptimizerConfig
-from histo_jax.training.optimizer import create_optimizer, learning_rate
+from histo_jax.training.optimizer import create_optimizer, create_schedule
 
 
-def test_one_cycle_goes_up_for_the_share_of_warmup_and_down_to_nothing():
+def test_one_cycle_rises_for_the_fraction_of_warmup_and_falls_to_zero():
     config = OptimizerConfig(learning_rate=0.1, schedule="one_cycle", warmup=0.25)
-    rates = np.array([learning_rate(config, 100)(step) for step in range(101)])
+    rates = np.array([create_schedule(config, 100)(step) for step in range(101)])
     assert rates.argmax() == 25
     assert rates[[0, 25]] == pytest.approx([0.1 / 25, 0.1])
     assert rates[100] < 1e-5
     assert (np.diff(rates[:26]) > 0).all()
     assert (np.diff(rates[25:]) < 0).all()
-    constant = learning_rate(OptimizerConfig(learning_rate=0.1), 100)
+    constant = create_schedule(OptimizerConfig(learning_rate=0.1), 100)
     assert {constant(0), constant(99)} == {0.1}
 
 
-def test_without_decay_it_is_adam_and_with_it_only_kernels_shrink():
+def test_without_decay_it_is_adam_and_with_it_only_kernels_decay():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     gradient = jax.tree.map(lambda leaf: 0.3 * leaf, params)
 

@@ -4,7 +4,9 @@ import contextlib
 import io
 import logging
 import os
+import runpy
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,15 +16,17 @@ import pytest
 
 import histo_jax
 from histo_jax import fitting
+from histo_jax.config import ModelConfig
 from histo_jax.data import loader
 from histo_jax.data.loader import Records
 from histo_jax.distributed import memory, mesh
 from histo_jax.distributed.mesh import replicated
 from histo_jax.errors import UserError
 from histo_jax.run import signals
-from histo_jax.training import placement
+from histo_jax.training import loop, placement
 from histo_jax.training.checkpoints import Checkpoints
 
+runpy.run_path(str(Path(__file__).parents[1] / "tiny_network.py"))
 PLACEMENTS = ("device", "host", "disk")
 IMAGES = np.random.default_rng(0).integers(0, 256, (300, 96, 96, 3), np.uint8)
 ROWS = np.random.default_rng(1).permutation(300)[:270]  # more than are read at once
@@ -47,13 +51,13 @@ def log(caplog):
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-@pytest.mark.parametrize("wanted", PLACEMENTS)
-def test_batches_are_the_same_from_everywhere_on_any_number_of_devices(wanted, devices):
+@pytest.mark.parametrize("setting", PLACEMENTS)
+def test_batches_are_the_same_from_everywhere_on_any_number_of_devices(setting, devices):
     batch_sharding = mesh.batch_sharding(jax.devices()[:devices])
     few = Records(Source(), ROWS[:10], LABELS[:10])
-    examples, validation = placement.place(wanted, [RECORDS, few], batch_sharding)
+    examples, validation = placement.place(setting, [RECORDS, few], batch_sharding)
     order = loader.training_order(len(ROWS), 8, seed=3)
-    for step, batch in zip((40, 41, 42), examples.training(8, 3, 40), strict=False):
+    for step, batch in zip((40, 41, 42), examples.training_batches(8, 3, 40), strict=False):
         assert batch.keys() == {"image", "label"}
         assert all(array.sharding == batch_sharding for array in batch.values())
         np.testing.assert_array_equal(batch["image"], IMAGES[ROWS[order[step]]])
@@ -69,7 +73,7 @@ def test_batches_are_the_same_from_everywhere_on_any_number_of_devices(wanted, d
     np.testing.assert_array_equal(labels, LABELS[:10])
 
 
-def test_devices_gather_without_a_word_to_each_other():
+def test_devices_gather_without_communication():
     batch_sharding = mesh.batch_sharding()
     pixels = jax.ShapeDtypeStruct((30, 27648), np.uint8, sharding=replicated(batch_sharding))
     positions = jax.ShapeDtypeStruct((8,), np.int32, sharding=batch_sharding)
@@ -78,41 +82,41 @@ def test_devices_gather_without_a_word_to_each_other():
     assert not any(word in program for word in ("all-", "collective", "permute"))
 
 
-# --- where ------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 GB = 1_000_000_000
 
 
 @pytest.mark.parametrize(
-    ("on_device", "on_host", "chosen"),
+    ("on_device", "on_host", "selected"),
     [(4.1, 0, "device"), (3.9, 4.1, "host"), (3.9, 3.9, "disk"), (None, 4.1, "host")],
 )
-def test_auto_takes_the_first_that_fits_and_says_why(on_device, on_host, chosen, monkeypatch, log):
+def test_auto_selects_what_fits_first_and_logs_why(on_device, on_host, selected, monkeypatch, log):
     free = None if on_device is None else int(on_device * GB)
     monkeypatch.setattr(memory, "free_on_devices", lambda _: free)
     monkeypatch.setattr(memory, "free_on_host", lambda: int(on_host * GB))
-    assert placement._choose("auto", 3 * GB, jax.devices()) == chosen
-    [said] = log.messages
-    assert f"data.placement: {chosen}" in said
-    assert "3.00 GB" in said
-    if chosen == "device":
-        assert "pixels take 3.00 GB on each of 4 devices, 4.10 GB free" in said
+    assert placement._select("auto", 3 * GB, jax.devices()) == selected
+    [message] = log.messages
+    assert f"data.placement: {selected}" in message
+    assert "3.00 GB" in message
+    if selected == "device":
+        assert "pixels need 3.00 GB on each of 4 devices, 4.10 GB free" in message
     else:
         known = "unknown" if on_device is None else f"{on_device:.2f} GB"
-        assert f"more than 75% of what is free on each of 4 devices ({known} free)" in said
-    if chosen == "disk":
-        assert "and in memory (3.90 GB free)" in said
+        assert f"more than 75% of the free memory on each of 4 devices ({known} free)" in message
+    if selected == "disk":
+        assert "and in memory (3.90 GB free)" in message
 
 
-@pytest.mark.parametrize(("wanted", "where"), [("device", "on the device"), ("host", "in memory")])
-def test_an_explicit_placement_takes_all_that_is_free_and_no_more(wanted, where, monkeypatch):
+@pytest.mark.parametrize(("setting", "where"), [("device", "on the device"), ("host", "in memory")])
+def test_an_explicit_placement_may_fill_the_free_memory_and_no_more(setting, where, monkeypatch):
     monkeypatch.setattr(memory, "free_on_devices", lambda _: 3 * GB)
     monkeypatch.setattr(memory, "free_on_host", lambda: 3 * GB)
-    assert placement._choose(wanted, 3 * GB, jax.devices()[:1]) == wanted
+    assert placement._select(setting, 3 * GB, jax.devices()[:1]) == setting
     with pytest.raises(UserError) as error:
-        placement._choose(wanted, 4 * GB, jax.devices()[:1])
-    said = f"config.data.placement = '{wanted}' needs 4.00 GB {where}, where 3.00 GB are free"
-    assert said in str(error.value)
+        placement._select(setting, 4 * GB, jax.devices()[:1])
+    message = f"config.data.placement = '{setting}' needs 4.00 GB {where}, but 3.00 GB are free"
+    assert message in str(error.value)
     assert "'disk'" in str(error.value)
 
 
@@ -159,7 +163,7 @@ def test_free_memory_within_a_containers_limit(version, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_loading_shows_a_bar_only_where_somebody_watches(terminal, monkeypatch):
+def test_loading_shows_a_bar_only_on_a_terminal(terminal, monkeypatch):
     written = io.StringIO()
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(written, "isatty", lambda: terminal, raising=False)
@@ -169,9 +173,9 @@ def test_loading_shows_a_bar_only_where_somebody_watches(terminal, monkeypatch):
     assert bool(written.getvalue()) == terminal
 
 
-@pytest.mark.parametrize("wanted", ["device", "host"])
+@pytest.mark.parametrize("setting", ["device", "host"])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_stops_the_loading(wanted, number, status):
+def test_a_signal_stops_the_loading(setting, number, status):
     read = []
 
     class Interrupted(Source):
@@ -183,7 +187,7 @@ def test_a_signal_stops_the_loading(wanted, number, status):
 
     many = Records(Interrupted(), np.arange(6000) % 300, np.zeros(6000, np.float32))
     with signals.watch(ctrl_c=True), pytest.raises(signals.Preempted) as left:
-        placement.place(wanted, [many], mesh.batch_sharding(jax.devices()[:1]))
+        placement.place(setting, [many], mesh.batch_sharding(jax.devices()[:1]))
     assert left.value.code == status
     assert sum(read) < 4000
 
@@ -198,13 +202,13 @@ def runs(make_tiny_config, tmp_path_factory):
     From its first step on, nothing goes to the device unless it is put there.
     """
     return {
-        wanted: _watched_run(wanted, make_tiny_config(), tmp_path_factory.mktemp(wanted))
-        for wanted in PLACEMENTS
+        setting: _watched_run(setting, make_tiny_config(), tmp_path_factory.mktemp(setting))
+        for setting in PLACEMENTS
     }
 
 
-def _watched_run(wanted, config, folder):
-    config.data.placement = wanted
+def _watched_run(setting, config, folder):
+    config.data.placement, config.model = setting, ModelConfig(name="tiny")
     config.fit.steps_per_epoch = 5
     one_device = mesh.batch_sharding(jax.devices()[:1])
     events, compiled, metrics_of = [], {}, []
@@ -226,9 +230,9 @@ def _watched_run(wanted, config, folder):
 
         return make_train_step
 
-    def read(values, read=fitting._read):
-        seen = [number for number, metrics in enumerate(metrics_of, 1) if metrics is values]
-        events.append(f"read {seen[0]}" if seen else "read sum")
+    def read(values, read=loop._read):
+        numbers = [number for number, metrics in enumerate(metrics_of, 1) if metrics is values]
+        events.append(f"read {numbers[0]}" if numbers else "read sum")
         return read(values)
 
     def remembered(name, make):
@@ -244,7 +248,7 @@ def _watched_run(wanted, config, folder):
         make_eval_step = remembered("eval", fitting.steps.make_eval_step)
         patch.setattr(fitting.steps, "make_eval_step", make_eval_step)
         patch.setattr(placement, "make_gather", remembered("gather", placement.make_gather))
-        patch.setattr(fitting, "_read", read)
+        patch.setattr(loop, "_read", read)
         try:
             histo_jax.fit(config, folder)
         finally:
@@ -267,15 +271,15 @@ def test_the_guard_of_these_runs_bites():
         jax.device_put(np.zeros(3))
 
 
-@pytest.mark.parametrize("wanted", PLACEMENTS)
-def test_nothing_is_compiled_twice(runs, wanted):
-    subsets = {"gather0": 1, "gather1": 1} if wanted == "device" else {}
-    sizes = {name: made._cache_size() for name, made in runs[wanted].compiled.items()}
+@pytest.mark.parametrize("setting", PLACEMENTS)
+def test_nothing_is_compiled_twice(runs, setting):
+    subsets = {"gather0": 1, "gather1": 1} if setting == "device" else {}
+    sizes = {name: made._cache_size() for name, made in runs[setting].compiled.items()}
     assert sizes == {"train": 1, "eval0": 1, **subsets}
 
 
-@pytest.mark.parametrize("wanted", PLACEMENTS)
-def test_the_loop_reads_once_a_step_and_two_steps_behind(runs, wanted):
+@pytest.mark.parametrize("setting", PLACEMENTS)
+def test_the_loop_reads_once_a_step_and_two_steps_behind(runs, setting):
     epoch = (
         "step 1, step 2, step 3, read 1, step 4, read 2, step 5, read 3, read 4, read 5, read sum"
     )
@@ -283,4 +287,4 @@ def test_the_loop_reads_once_a_step_and_two_steps_behind(runs, wanted):
         f"{word} {int(number) + 5 if number != 'sum' else 'sum'}"
         for word, number in (event.split() for event in epoch.split(", "))
     ]
-    assert runs[wanted].events == epoch.split(", ") + later
+    assert runs[setting].events == epoch.split(", ") + later

@@ -96,7 +96,7 @@ class Peer:
 
     def _batches(self, placement: str, batch_size: int, epoch: int) -> Iterator[Any]:
         """Yields batches on the device."""
-        return self._placed(placement, epoch).training(batch_size, seed=0, first_step=0)
+        return self._placed(placement, epoch).training_batches(batch_size, seed=0, first_step=0)
 
     def train(self, variant: str, batch_size: int, steps: int) -> None:
         batch = self._resident(batch_size)
@@ -139,7 +139,7 @@ class Peer:
         return prepare(self._config)
 
     def prepare(self, source: str, raw_dir: str, tfds_dir: str) -> None:
-        """Prepares the records anew."""
+        """Prepares the records, also if they exist."""
         shutil.rmtree(self._folder / tfds_dir, ignore_errors=True)
         self._prepare(source, raw_dir, tfds_dir)
 
@@ -148,7 +148,9 @@ class Peer:
         prepared = self._prepare(source, raw_dir, tfds_dir)
         rows = np.arange(len(prepared.tables["train"]))
         subset = prepared.records("train", rows)
-        batches = place("disk", [subset], self._batch_sharding)[0].training(batch_size, 0, 0)
+        batches = place("disk", [subset], self._batch_sharding)[0].training_batches(
+            batch_size, 0, 0
+        )
         for _ in range(steps):
             next(batches)
 
