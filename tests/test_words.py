@@ -114,7 +114,7 @@ PHRASES = {
     r"(?:of|in) (?:a|the|one|this|each) side\b(?! of)": "split",
     r"sides? (?:lacks?|trains?|validates?|that|which)": "split",
     r"who (?:trains?|validates?|tests?|is waited|does not)": "training and validation split",
-    r"do(?:es)? not come\b": "did not join, is missing",
+    r"do(?:es)? not come\b(?! (?:back|from))": "did not join, is missing",
     r"waited for for": "waits for",
     r"honest(?:ly)?": "slide-disjoint",
     r"members?": "run, trained model",
