@@ -231,9 +231,9 @@ def test_one_live_line_on_a_terminal_and_none_in_ci(tiny_config, tmp_path, monke
         assert screen.getvalue() == ""
         return
     live = [line for line in screen.getvalue().split("\r") if "epoch" in line]
-    wanted = r"epoch 1/1: .* 32/64 \[\d\d:\d\d<\d\d:\d\d, .* img/s, loss=0\.\d{4}, step=4\]"
-    assert any(re.match(wanted, line) for line in live), live
-    # Wiped away, so that what is said of the failure has a line of its own.
+    expected = r"epoch 1/1: .* 32/64 \[\d\d:\d\d<\d\d:\d\d, .* img/s, loss=0\.\d{4}, step=4\]"
+    assert any(re.match(expected, line) for line in live), live
+    # The bar is cleared, so that the error message has a line of its own.
     assert screen.getvalue().endswith("\r")
     assert not screen.getvalue().rpartition("\r")[0].rpartition("\r")[2].strip()
 

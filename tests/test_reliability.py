@@ -140,7 +140,7 @@ def test_signals_save_and_leave_and_the_lock_keeps_others_out(command, log):
     third.communicate(timeout=20)
     assert third.returncode in (128 + signal.SIGUSR1, 128 + signal.SIGTERM)
     assert run.status()["state"] == "running"  # nothing could be written any more
-    # The dead process blocks nobody, and is told from a live one.
+    # The dead process holds no lock.
     with pytest.raises(UserError, match="no finished epoch"):
         histo_jax.evaluate(command.get_config(steps=100_000), command.workdir)
     assert f"the last process in {command.workdir} was killed or crashed" in log.text
@@ -371,16 +371,16 @@ def test_a_closed_terminal_counts_as_preemption_unless_nohup_ignores_it(is_ignor
 
 
 def test_a_thread_of_the_users_own_trains_and_hears_no_signal():
-    seen = []
+    handlers = []
 
     def work():
         with signals.watch():
-            seen.append(signal.getsignal(signal.SIGTERM))
+            handlers.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [signal.SIG_DFL]
+    assert handlers == [signal.SIG_DFL]
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ class Checkpoints:
                 return  # nothing has changed
             # Saved before the validation of this epoch. The old one is kept until the new one is
             # complete: until then it is the newest.
-            _in_primary(lambda: self._set_aside(step))
+            _in_primary(lambda: self._keep_replaced(step))
             self._manager.reload()
         with files.naming(self._directory), files.disk_errors(self._directory):
             self._manager.save(
@@ -221,7 +221,7 @@ class Checkpoints:
                 f"({self._describe(error)}); choose another --workdir"
             ) from None
 
-    def _set_aside(self, step: int) -> None:
+    def _keep_replaced(self, step: int) -> None:
         self._replaced.mkdir()
         (self._directory / str(step)).rename(self._replaced / str(step))
 

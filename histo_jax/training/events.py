@@ -89,7 +89,7 @@ class EventWriter:
 
     def close(self) -> None:
         """Closes the file; events that were not flushed may be lost."""
-        # On a full disk closing would raise the error of the last flush once more.
+        # On a full disk closing would raise the error of the last flush again.
         with contextlib.suppress(OSError):
             if self._writer:
                 self._writer.close()

@@ -1,9 +1,9 @@
-"""Kills a run at random moments, again and again, and compares its end with an undisturbed one.
+"""Kills a run repeatedly at random moments, and compares its result with an undisturbed one.
 
 `python tests/chaos/chaos.py [--kills=50] [--seed=0]`: the real command line trains, validates,
 scores and predicts a small run. SIGKILL and SIGTERM hit it while it starts, prepares, trains,
-saves, validates, writes and predicts; it is started again until it is done. The seed decides the
-moments as far as the machine keeps time. Status 1 and a reason at the first thing that is wrong.
+saves, validates, writes and predicts; it is rerun until it is complete. The seed decides the
+moments as far as the machine keeps time. Exits with status 1 and a reason at the first error.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def get_config():
     return config
 """
 STEPS, INTERVAL = 60, 0.3  # steps of an epoch; seconds between two saves
-AT_ONCE = 1.0  # seconds that a process may still work after its second signal
+EXIT_SECONDS = 1.0  # seconds that a process may still work after its second signal
 # A signal comes this long at most, seconds, after the event of `traced.py` that it waits for.
 DELAYS = {
     "import": 6.0, "prepare": 0.6, "step": 1.5, "save": 0.25, "validate": 0.3,
@@ -58,10 +58,10 @@ def check(holds, message):
 
 @dataclasses.dataclass
 class Start:
-    """One process: what `traced.py` noted, its stderr, and how and when it ended."""
+    """One process: the events that `traced.py` noted, its stderr, and how and when it ended."""
 
     events: list  # (seconds, words)
-    said: str
+    stderr: str
     status: int
     signalled: float  # 0: it ended by itself before
     ended: float
@@ -72,7 +72,7 @@ class Start:
 
 
 class Run:
-    """A workdir in which the same command is started again and again."""
+    """A workdir in which the same command is run repeatedly."""
 
     def __init__(self, folder, config):
         self.folder, self.workdir = folder, folder / "run"
@@ -92,10 +92,10 @@ class Run:
         trace.touch()
         events, signalled, due, begun = [], 0.0, None, {}
         script, launched = Path(__file__).with_name("traced.py"), time.monotonic()
-        with trace.open() as lines, (self.folder / "stderr.txt").open("w+") as said:
+        with trace.open() as lines, (self.folder / "stderr.txt").open("w+") as stderr:
             process = subprocess.Popen(
                 [sys.executable, script, trace, *self.command, f"--mode={mode}"],
-                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=said,
+                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr,
             )  # fmt: skip
             running = True
             while running:
@@ -121,20 +121,20 @@ class Run:
                     process.kill()
                     raise WrongError("a start took more than 5 minutes")
                 time.sleep(0.002 if due is None else 0)
-            said.seek(0)
-            start = Start(events, said.read(), process.returncode, signalled, time.monotonic())
+            stderr.seek(0)
+            start = Start(events, stderr.read(), process.returncode, signalled, time.monotonic())
         self.starts.append(start)
-        check("Traceback" not in start.said, start.said)
+        check("Traceback" not in start.stderr, start.stderr)
         check(
             not (self.workdir / "quarantined").exists(),
-            f"a valid checkpoint was quarantined: {start.said}",
+            f"a valid checkpoint was quarantined: {start.stderr}",
         )
-        check(start.signalled or start.status == 0, f"status {start.status}: {start.said}")
+        check(start.signalled or start.status == 0, f"status {start.status}: {start.stderr}")
         return start
 
 
-class Seen:
-    """What happened, for the summary."""
+class Summary:
+    """Counts of signals, resumes and losses."""
 
     def __init__(self):
         self.resumed, self.losses = [], []
@@ -142,12 +142,12 @@ class Seen:
 
 
 def resumed(before, highest, start):
-    """The step that a start went on from (None: it did not come so far); the newest save's only."""
-    found = re.search(r"(?:resumed from|already complete at) step (\d+)", start.said)
+    """Returns the step that a start resumed from, after a check; None where it ended before."""
+    found = re.search(r"(?:resumed from|already complete at) step (\d+)", start.stderr)
     if not found and not start.steps:
         return None
     step = int(found[1]) if found else 0
-    check(step == before == highest, f"went on from {step}; saved were {before}, once {highest}")
+    check(step == before == highest, f"resumed from {step}; saved were {before}, at most {highest}")
     check(not start.steps or start.steps[0][1] == step + 1, f"{step}, then {start.steps[:1]}")
     return step
 
@@ -159,8 +159,8 @@ def lost(run, start):
         if words[0] == "save":
             since = []
         elif words[0] == "step":
-            # A step looks at the clock before it begins, so the first late one need not ask for
-            # the save; the next does, and is looked at when two more are begun.
+            # A step reads the clock before it begins, so the first late one need not request
+            # the save; the next does, and its result is read when two more are begun.
             late = sum(begun - since[0] > INTERVAL for begun in since)
             check(late < 4, f"step {words[1]} was begun though a save was due")
             since.append(at)
@@ -180,8 +180,8 @@ def plan(rng, kills, terms):
     return [("prepare", False), *hits, *last][: kills + terms]
 
 
-def disturb(run, rng, hits, epochs, seen):
-    """Sends the signals of `hits` to one start each, then lets the run end; counts in `seen`."""
+def disturb(run, rng, hits, epochs, summary):
+    """Sends the signals of `hits` to one start each, then lets the run end; counts in `summary`."""
     for event, is_term in [*hits, ("none", False)]:
         before, highest, count, least = max(run.saved(), default=0), run.highest, 1, 0.0
         if event == "last write":  # when the last save may be whole, and history.csv not yet
@@ -194,50 +194,50 @@ def disturb(run, rng, hits, epochs, seen):
         start = run.start(event, count, rng.uniform(least, DELAYS.get(event, 0)), signals)
         step = resumed(before, highest, start)
         if step is not None and before < STEPS * epochs:
-            seen.resumed.append(step)
+            summary.resumed.append(step)
         if start.status == 0:
             return
-        seen.losses.append(lost(run, start))
+        summary.losses.append(lost(run, start))
         if not is_term:
-            check(start.status == -signal.SIGKILL, f"status {start.status}: {start.said}")
+            check(start.status == -signal.SIGKILL, f"status {start.status}: {start.stderr}")
             unfinished = list(run.workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"))
             last = start.events[-1][1][0] if start.events else "launch"
-            seen.kills["a save half done" if unfinished else last] += 1
+            summary.kills["a save half done" if unfinished else last] += 1
             continue
-        seen.terms[f"status {start.status}"] += 1
+        summary.terms[f"status {start.status}"] += 1
         # The handler is gone, and the signal ends it, when it is leaving already.
-        at_once = twice and start.status in (128 + signal.SIGTERM, -signal.SIGTERM)
-        took = (start.ended if at_once else start.events[-1][0]) - start.signalled
-        check(took < AT_ONCE or not twice, f"worked for {took:.1f} s after the second SIGTERM")
-        if not at_once:
-            check(start.status == 75, f"SIGTERM gave status {start.status}: {start.said}")
+        exited_at_once = twice and start.status in (128 + signal.SIGTERM, -signal.SIGTERM)
+        took = (start.ended if exited_at_once else start.events[-1][0]) - start.signalled
+        check(took < EXIT_SECONDS or not twice, f"worked for {took:.1f} s after the second SIGTERM")
+        if not exited_at_once:
+            check(start.status == 75, f"SIGTERM gave status {start.status}: {start.stderr}")
             status, saved = (run.workdir / "status.json").read_text(), max(run.saved())
-            wanted = f'"state": "preempted".*"step": {saved},?\n'
-            check(re.search(wanted, status, re.S), f"saved is {saved}, status.json says {status}")
-            check(seen.losses[-1][0] == 0, "SIGTERM lost steps")
+            expected = f'"state": "preempted".*"step": {saved},?\n'
+            check(re.search(expected, status, re.S), f"saved is {saved}, status.json says {status}")
+            check(summary.losses[-1][0] == 0, "SIGTERM lost steps")
 
 
-def disturb_prediction(run, rng, kills, seen):
+def disturb_prediction(run, rng, kills, summary):
     """Kills `--mode=predict`: its file is the old one or the new one."""
     path = run.workdir / "submission.csv"
     new = path.read_bytes()
     old = re.sub(rb",0.*", b",0.5", new)
-    while sum(seen.predictions.values()) < kills:
+    while sum(summary.predictions.values()) < kills:
         path.write_bytes(old)
         event = rng.choice(("import", "predict", "write submission.csv", "write submission.csv"))
         delay = rng.uniform(0, DELAYS[event])
         start = run.start(event, 1, delay, [(signal.SIGKILL, 0.0)], mode="predict")
         now = path.read_bytes()
-        # What was ever seen there is what a kill at that moment would have left.
+        # What was ever there is what a kill at that moment would have left.
         parts = {*run.submissions, now} - {old, new}
         check(not parts, f"a part of submission.csv: {parts}")
         check(now == new or start.status, "predict left the old submission.csv")
-        seen.predictions["old" if now == old else "new"] += start.status != 0
+        summary.predictions["old" if now == old else "new"] += start.status != 0
     run.start(mode="predict")
 
 
 def contents(run, config):
-    """All that must be equal at the end: name -> bytes."""
+    """Returns all that must be equal at the end: name -> bytes."""
     import jax
     import numpy as np
     from absl import logging
@@ -267,14 +267,14 @@ def contents(run, config):
     return found
 
 
-def compare(run, wanted, batches, config):
-    """Checks every batch that was ever trained on, and all that the run left."""
+def compare(run, expected, batches, config):
+    """Checks every batch that was ever trained on, and all files that the run left."""
     trained = [(step, batch) for start in run.starts for _, step, batch in start.steps]
     for step, batch in trained:
         check(batches[step] == batch, f"step {step} was made with another batch")
     check(dict(trained).keys() == batches.keys(), "not every step was made")
     found = contents(run, config)
-    different = [name for name in found.keys() | wanted if found.get(name) != wanted.get(name)]
+    different = [name for name in found.keys() | expected if found.get(name) != expected.get(name)]
     check(not different, f"{run.workdir} differs in {different}")
     return sum(map(len, found.values()))
 
@@ -283,29 +283,32 @@ def chaos(folder, kills, terms, predictions, epochs, rng):
     began, file = time.monotonic(), folder / "config.py"
     file.write_text(CONFIG.format(steps=STEPS, epochs=epochs, interval=INTERVAL))
     config = runpy.run_path(str(file))["get_config"]()
-    calm = Run(folder / "undisturbed", file)
-    batches = {step: batch for _, step, batch in calm.start().steps}
-    check(sorted(batches) == list(range(1, epochs * STEPS + 1)), calm.starts[0].said)
-    check(len(calm.saved()) <= 3, f"the latest two and the best are kept, not {calm.saved()}")
-    wanted, seen, runs, size = contents(calm, config), Seen(), [], 0
-    while (left := kills - sum(seen.kills.values())) > 0:
+    undisturbed = Run(folder / "undisturbed", file)
+    batches = {step: batch for _, step, batch in undisturbed.start().steps}
+    check(sorted(batches) == list(range(1, epochs * STEPS + 1)), undisturbed.starts[0].stderr)
+    check(
+        len(undisturbed.saved()) <= 3,
+        f"the latest two and the best are kept, not {undisturbed.saved()}",
+    )
+    expected, summary, runs, size = contents(undisturbed, config), Summary(), [], 0
+    while (left := kills - sum(summary.kills.values())) > 0:
         runs.append(Run(folder / f"disturbed{len(runs)}", file))
-        share = min(-(-terms * min(left, 10) // kills), terms - sum(seen.terms.values()))
-        disturb(runs[-1], rng, plan(rng, min(left, 10), share), epochs, seen)
-        if sum(seen.kills.values()) == kills:
-            disturb_prediction(runs[-1], rng, predictions, seen)
-        size += compare(runs[-1], wanted, batches, config)
-    restored = [step for step in seen.resumed if step]
+        share = min(-(-terms * min(left, 10) // kills), terms - sum(summary.terms.values()))
+        disturb(runs[-1], rng, plan(rng, min(left, 10), share), epochs, summary)
+        if sum(summary.kills.values()) == kills:
+            disturb_prediction(runs[-1], rng, predictions, summary)
+        size += compare(runs[-1], expected, batches, config)
+    restored = [step for step in summary.resumed if step]
     inside = [step for step in restored if step % STEPS]
-    check(len(restored) >= kills // 4 and inside, f"too few starts resumed: {seen.resumed}")
-    longest, seconds = (max(values) for values in zip(*seen.losses, strict=True))
-    save = max(second for run in (calm, *runs) for second in run.save_seconds)
+    check(len(restored) >= kills // 4 and inside, f"too few starts resumed: {summary.resumed}")
+    longest, seconds = (max(values) for values in zip(*summary.losses, strict=True))
+    save = max(second for run in (undisturbed, *runs) for second in run.save_seconds)
     print(
-        f"SIGKILL {sum(seen.kills.values())} times in {len(runs)} runs, by the last event: "
-        f"{dict(seen.kills.most_common())}\n"
-        f"SIGTERM: {dict(seen.terms)}\n"
-        f"SIGKILL of predict left submission.csv: {dict(seen.predictions)}\n"
-        f"{len(restored)} of {len(seen.resumed)} starts that trained had a step to restore "
+        f"SIGKILL {sum(summary.kills.values())} times in {len(runs)} runs, by the last event: "
+        f"{dict(summary.kills.most_common())}\n"
+        f"SIGTERM: {dict(summary.terms)}\n"
+        f"SIGKILL of predict left submission.csv: {dict(summary.predictions)}\n"
+        f"{len(restored)} of {len(summary.resumed)} starts that trained had a step to restore "
         f"(least {min(restored)}, median {statistics.median(restored):.0f}, most {max(restored)} "
         f"of {epochs * STEPS}), {len(inside)} of them inside an epoch; each took the newest save\n"
         f"longest loss: {longest} steps; {seconds:.2f} s (a save every {INTERVAL} s, the slowest "
@@ -322,7 +325,7 @@ def main():
     parser.add_argument("--predictions", type=int, default=20, help="SIGKILLs of predict")
     parser.add_argument("--epochs", type=int, default=10, help=f"of {STEPS} steps each")
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="histo_jax_chaos_"))
     sys.path.insert(0, str(ROOT))
     os.environ |= {
@@ -330,11 +333,11 @@ def main():
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),  # restarts are quicker
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
-    rng = random.Random(given.seed)
+    rng = random.Random(options.seed)
     try:
-        chaos(folder, given.kills, given.terms, given.predictions, given.epochs, rng)
+        chaos(folder, options.kills, options.terms, options.predictions, options.epochs, rng)
     except WrongError as error:
-        sys.exit(f"WRONG (seed {given.seed}, see {folder}): {error}")
+        sys.exit(f"WRONG (seed {options.seed}, see {folder}): {error}")
     shutil.rmtree(folder)
 
 

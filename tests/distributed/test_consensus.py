@@ -15,7 +15,7 @@ TABLES = {"train": pd.DataFrame({"id": ["a", "b"], "label": [0, 1], "slide": ["s
 
 @pytest.fixture
 def both(monkeypatch):
-    """Lets a function run as each of two processes in turn, and then once more, told of both."""
+    """Runs a function as each of two processes, and then again with the values of both."""
 
     def run(first, second):
         gathered = [[], []]
@@ -27,8 +27,8 @@ def both(monkeypatch):
 
             monkeypatch.setattr(consensus, "_gather", gather)
             function()
-        told = iter(zip(*gathered, strict=True))
-        monkeypatch.setattr(consensus, "_gather", lambda _: np.stack(next(told)))
+        gathered_values = iter(zip(*gathered, strict=True))
+        monkeypatch.setattr(consensus, "_gather", lambda _: np.stack(next(gathered_values)))
         first()
 
     monkeypatch.setattr(consensus.jax, "process_count", lambda: 2)
@@ -75,12 +75,12 @@ def test_other_options_are_refused(both, seed, mode):
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_folder_that_another_process_does_not_see_is_refused_by_all(index, monkeypatch, tmp_path):
-    seen = []
+    visible = []
 
     def gather(values):
         if values.dtype != bool:
             return values[None]  # the mark's name
-        seen.append(values[0])
+        visible.append(values[0])
         return np.array([[True], [False]])
 
     monkeypatch.setattr(consensus.jax, "process_count", lambda: 2)
@@ -89,8 +89,8 @@ def test_a_folder_that_another_process_does_not_see_is_refused_by_all(index, mon
     monkeypatch.setattr(consensus, "_gather", gather)
     with pytest.raises(UserError, match=r"^--workdir=.* of process 1 is not .* share$"):
         consensus.check_shared_folder(tmp_path)
-    # The first makes a mark there, which the other looks for in vain; nothing is left of it.
-    assert seen == [index == 0]
+    # The first process makes a file there, which the other does not find; the file is removed.
+    assert visible == [index == 0]
     assert not any(tmp_path.iterdir())
 
 

@@ -48,7 +48,7 @@ ENDS = pytest.mark.parametrize("end", [LOST, KilledError()], ids=["survives", "k
 def test_three_restarts_without_a_new_checkpoint_fail_the_run(start, end, tmp_path):
     assert [start(end) for _ in range(4)] == [75, 75, 75, 1]
     assert Workdir(tmp_path).status()["restarts_without_progress"] == 3
-    # Somebody has looked at it and started the run again.
+    # A person has restarted the run.
     assert start(end) == 75
     assert Workdir(tmp_path).status()["restarts_without_progress"] == 0
 

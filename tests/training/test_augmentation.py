@@ -16,30 +16,30 @@ def draw(count=64, subset=16):
 
 def test_augmentation_gives_all_eight_symmetries_equally_often():
     image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
-    wanted = {
-        np.rot90(turned, turns).tobytes(): 0
-        for turned in (image, image.transpose(1, 0, 2))
+    counts = {
+        np.rot90(transposed, turns).tobytes(): 0
+        for transposed in (image, image.transpose(1, 0, 2))
         for turns in range(4)
     }
-    assert len(wanted) == 8
+    assert len(counts) == 8
     images = augmentation.random_d4(jax.random.key(0), jnp.asarray(np.repeat(image[None], 4000, 0)))
     for one in np.asarray(images):
-        wanted[one.tobytes()] += 1
+        counts[one.tobytes()] += 1
     # 500 expected each; five standard deviations of the binomial are 105.
-    assert all(395 < count < 605 for count in wanted.values())
+    assert all(395 < count < 605 for count in counts.values())
 
 
 def test_shifts_are_equally_likely_and_mirror_the_border():
     image = draw(1)[0]
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), "reflect")
-    wanted = {padded[i : i + 16, j : j + 16].tobytes(): 0 for i in range(5) for j in range(5)}
-    assert len(wanted) == 25
+    counts = {padded[i : i + 16, j : j + 16].tobytes(): 0 for i in range(5) for j in range(5)}
+    assert len(counts) == 25
     for one in np.asarray(
         augmentation.random_shift(KEY, jnp.asarray(np.repeat(image[None], 2500, 0)), 2)
     ):
-        wanted[one.tobytes()] += 1
+        counts[one.tobytes()] += 1
     # 100 expected each; five standard deviations of the binomial are 49.
-    assert all(51 < count < 149 for count in wanted.values())
+    assert all(51 < count < 149 for count in counts.values())
 
 
 def test_stain_changes_nothing_at_strength_zero():
@@ -78,8 +78,8 @@ def test_mixing_takes_labels_along_with_images():
     mixed, mixed_labels = augmentation.mixup(KEY, jnp.asarray(images), jnp.asarray(labels), 0.4)
     lam = float(mixed_labels[1])  # of a tumour patch mixed with one without
     assert 0 < lam < 1
-    wanted = lam * images + (1 - lam) * np.roll(images, 1, 0)
-    np.testing.assert_allclose(mixed, wanted, rtol=1e-5, atol=1e-3)
+    expected = lam * images + (1 - lam) * np.roll(images, 1, 0)
+    np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("field", ["shift", "stain", "brightness"])

@@ -71,10 +71,10 @@ def run(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
-def assert_equal(found, wanted):
-    jax.tree.map(np.testing.assert_array_equal, found.state, wanted.state)
-    jax.tree.map(np.testing.assert_array_equal, found.early_stopping, wanted.early_stopping)
-    assert (found.data, found.history) == (wanted.data, wanted.history)
+def assert_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual.state, expected.state)
+    jax.tree.map(np.testing.assert_array_equal, actual.early_stopping, expected.early_stopping)
+    assert (actual.data, actual.history) == (expected.data, expected.history)
 
 
 def test_latest_two_and_best_are_kept_and_come_back_whole(config, tmp_path):
