@@ -36,7 +36,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from histo_jax import environment, main
+from histo_jax import environment, main, registry
 from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.records import prepare
@@ -129,6 +129,17 @@ class Ended:
 def run_command() -> Callable[..., Ended]:
     """Runs the command line in this process, which has the heavy imports behind it."""
     return _run_command
+
+
+@pytest.fixture
+def unregister():
+    """Removes what a test registers, and nothing else."""
+    registries = (registry.MODELS, registry.LOSSES, registry.AUGMENTATIONS, registry.SOURCES)
+    before = [entries.names() for entries in registries]
+    yield
+    for entries, names in zip(registries, before, strict=True):
+        for name in set(entries.names()) - set(names):
+            del entries._entries[name]
 
 
 def _run_command(*options: object) -> Ended:

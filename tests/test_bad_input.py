@@ -36,7 +36,8 @@ def get_config():
     return config
 """
 PROGRESS = re.compile(
-    r"preparing |records: |class [01] has |\d+ patches to train|resumed from step "
+    r"preparing |records: |class [01] has |\d+ training and \d+ validation patches"
+    r"|resumed from step "
     r"|.* has changed since it was prepared|the score is optimistic"
 )
 CSVS = {"train": "train_labels.csv", "test": "sample_submission.csv"}

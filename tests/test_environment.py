@@ -221,7 +221,7 @@ def test_a_workdir_in_the_home_of_nobody_is_refused(tiny_config, command):
 
 
 @pytest.mark.parametrize("cause", ["no home", "relative", "not a folder"])
-def test_without_a_cache_folder_compiled_programs_are_not_kept(
+def test_without_a_cache_folder_compiled_programs_are_not_cached(
     cause, monkeypatch, tmp_path, caplog
 ):
     values = {"jax_compilation_cache_dir": None}
@@ -243,7 +243,7 @@ def test_without_a_cache_folder_compiled_programs_are_not_kept(
         return
     assert values["jax_compilation_cache_dir"] is None
     (message,) = {record.getMessage() for record in caplog.records}
-    assert message.startswith("compiled programs are not kept: ")
+    assert message.startswith("compiled programs are not cached: ")
     assert "set XDG_CACHE_HOME" in message
 
 

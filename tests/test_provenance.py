@@ -13,6 +13,7 @@ from histo_jax.models.p4m import FiveBlockP4M
 from histo_jax.run.workdir import Workdir
 from histo_jax.settings import load_run_config
 from histo_jax.training import step
+from histo_jax.training.loop import Trainer
 from histo_jax.training.losses import binary_cross_entropy
 from histo_jax.training.optimizer import create_optimizer
 
@@ -147,7 +148,7 @@ def test_changes_are_one_line_and_only_where_hashes_were_kept(tmp_path, warnings
 
 
 def test_a_run_that_resumes_reports_what_has_changed(tiny_config, tmp_path, warnings, monkeypatch):
-    monkeypatch.setattr(fitting, "_train", lambda *_: [])
+    monkeypatch.setattr(Trainer, "train", lambda _: [])
     run = Workdir(tmp_path)
     with run.session("fit"):
         run.acquire(tiny_config)

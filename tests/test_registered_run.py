@@ -60,6 +60,7 @@ def saved_steps(workdir):
     return [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
 
 
+@pytest.mark.usefixtures("unregister")
 def test_it_is_killed_resumed_evaluated_applied_and_reported_by_its_workdir_alone(
     killed, run_command
 ):

@@ -40,15 +40,7 @@ BATCH = {
 }
 
 
-@pytest.fixture(autouse=True)
-def unregister():
-    """Removes what a test registers."""
-    registries = (registry.MODELS, registry.LOSSES, registry.AUGMENTATIONS)
-    names = [known.names() for known in registries]
-    yield
-    for known, before in zip(registries, names, strict=True):
-        for name in set(known.names()) - set(before):
-            del known._entries[name]
+pytestmark = pytest.mark.usefixtures("unregister")
 
 
 def check(config):

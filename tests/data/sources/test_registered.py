@@ -25,14 +25,7 @@ IMAGES = np.random.default_rng(0).integers(150, 230, (64, 96, 96, 3), np.uint8)
 IMAGES[::2, 32:64, 32:64] -= 90
 
 
-@pytest.fixture(autouse=True)
-def forget():
-    """What a test registers is forgotten after it."""
-    yield
-    for entries in (registry.SOURCES, registry.MODELS):
-        for name in entries.names():
-            if not entries.is_built_in(name):
-                del entries._entries[name]
+pytestmark = pytest.mark.usefixtures("unregister")
 
 
 class Pixel(nn.Module):
