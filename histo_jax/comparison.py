@@ -13,7 +13,7 @@ from histo_jax.config_checks import validate
 from histo_jax.config_values import folders
 from histo_jax.distributed import processes
 from histo_jax.errors import UserError
-from histo_jax.metrics import difference
+from histo_jax.metrics import FEW_SLIDES, difference
 from histo_jax.run import files
 from histo_jax.run.workdir import Workdir
 
@@ -22,7 +22,6 @@ from histo_jax.run.workdir import Workdir
 _DECIDING = {"auc": ("AUC", 1), "nll": ("NLL", -1)}
 # With fewer slides, all of them favour the same one of two equal runs in more than 1 of 20 cases.
 _FEWEST_SLIDES = 6
-_FEW_SLIDES = 20
 
 
 @environment.defaults()
@@ -119,7 +118,7 @@ def _verdict(result: dict[str, Any], optimistic: bool) -> str:
         parts.append(f"{' and '.join(undecided)}: no significant difference")
     if slides is None:
         parts.append("slides are not known, so the intervals are too narrow")
-    elif slides < _FEW_SLIDES:
+    elif slides < FEW_SLIDES:
         parts.append(f"few slides ({slides}), so the intervals may be too narrow")
     if optimistic:
         parts.append("slides may be shared with training, so this may not hold for other slides")

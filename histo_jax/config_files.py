@@ -99,6 +99,9 @@ def _execute(path: Path, arguments: list[str]) -> tuple[Any, str]:
     module = types.ModuleType(MODULE)
     module.__file__ = str(path.absolute())
     sys.modules[MODULE] = module
+    # Files beside it can be imported from any current folder; installed packages come first.
+    if str(path.absolute().parent) not in sys.path:
+        sys.path.append(str(path.absolute().parent))
     try:
         exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
         get_config = vars(module).get("get_config")

@@ -8,14 +8,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from histo_jax import command, ensemble, evaluation_files, inference
+from histo_jax import command, ensemble, evaluation_files, inference, provenance
 from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.example import UNLABELLED
 from histo_jax.data.records import Prepared, prepare
 from histo_jax.distributed import consensus
 from histo_jax.errors import DataError, UserError
-from histo_jax.metrics import binary_scores, confidence_intervals, operating_points
+from histo_jax.metrics import (
+    FEW_SLIDES,
+    binary_scores,
+    confidence_intervals,
+    operating_points,
+)
 from histo_jax.predictor import Predictor
 from histo_jax.run.workdir import Workdir
 
@@ -61,6 +66,8 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
 def evaluate_in(run: Workdir, config: Config) -> dict[str, Any]:
     """Does the work of `evaluate` in an open folder."""
     predictor = ensemble.load_predictor(config, run.path)
+    network = type(predictor.trained[0].model)
+    provenance.warn_of_changed_network(run, network, config.config_file)
     prepared = prepare(config.data, config.data_seed, run.path, raw_may_be_gone=True)
     consensus.check_records(config, prepared.tables)
     task = _plan(predictor, config, prepared)
@@ -240,5 +247,10 @@ def _log(result: dict[str, Any]) -> None:
         result["auc_low"], result["auc_high"], result["interval_over"], result["nll"],
         result["accuracy"], result["count"],
     )  # fmt: skip
+    if result["interval_over"] == "slides" and result["resampled"] < FEW_SLIDES:
+        log.warning(
+            "the 95%% intervals are over %d slides only; with fewer than %d they are unreliable",
+            result["resampled"], FEW_SLIDES,
+        )  # fmt: skip
     if not result["slide_disjoint"]:
         log.warning("%s", splits.caveat(result["slide_disjoint"]))

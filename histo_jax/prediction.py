@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from histo_jax import command, ensemble, inference
+from histo_jax import command, ensemble, inference, provenance
 from histo_jax.config import Config
 from histo_jax.data.records import prepare
 from histo_jax.distributed import consensus
@@ -48,6 +48,8 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
 def predict_in(run: Workdir, config: Config) -> pd.DataFrame:
     """Does the work of `predict` in an open folder."""
     predictor = ensemble.load_predictor(config, run.path, config.predict.prior)
+    network = type(predictor.trained[0].model)
+    provenance.warn_of_changed_network(run, network, config.config_file)
     prepared = prepare(config.data, config.data_seed, run.path, raw_may_be_gone=True)
     consensus.check_records(config, prepared.tables)
     if "test" not in prepared.tables:

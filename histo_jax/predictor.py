@@ -342,9 +342,17 @@ def _parts(images: Any) -> Iterator[Batch]:
     yield from map(_check_images, images)
 
 
+def _hint(array: np.ndarray) -> str:
+    """Returns how to convert what users often give."""
+    if array.dtype == np.uint8 and array.shape == IMAGE_SHAPE:
+        return "; for one image give images[None], for a list of images numpy.stack(images)"
+    is_float = np.issubdtype(array.dtype, np.floating)
+    return "; values are 0 to 255, not scaled" if is_float else ""
+
+
 def _check_images(images: Any) -> Batch:
     array = np.asarray(images)
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != IMAGE_SHAPE:
         received = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
-        raise ValueError(f"images are {received}, expected {_EXPECTED}")
+        raise ValueError(f"images are {received}, expected {_EXPECTED}{_hint(array)}")
     return array

@@ -65,6 +65,27 @@ def warn_of_changes(run: Workdir, hashes: dict[str, str]) -> None:
     )  # fmt: skip
 
 
+def warn_of_changed_network(run: Workdir, network: type, config_file: ConfigFile | None) -> None:
+    """Logs in one line which code of the network changed since the run was trained.
+
+    Args:
+        run: folder of the run.
+        network: class of the network.
+        config_file: the file that the settings come from.
+    """
+    saved = run.saved_config()
+    old = saved.source if saved else {}
+    hashes = source_hashes(network, config_file=config_file)
+    hashes.pop(_PACKAGE)  # its modules are compared
+    changed = [name for name in hashes if old.get(name, hashes[name]) != hashes[name]]
+    if changed and run.is_primary:
+        log.warning(
+            "the code of the network has changed since the run was trained: %s; scores and "
+            "predictions are those of the new code",
+            ", ".join(_describe(name, old, hashes) for name in changed[:_MOST_NAMED]),
+        )
+
+
 def _describe(name: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
     if name not in new:
         return f"{name} (no longer used)"

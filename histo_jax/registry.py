@@ -37,8 +37,13 @@ class Registry:
         file is executed twice; the last one is used.
 
         Raises:
-            ConfigError: the name is taken by another class or function.
+            ConfigError: the name is taken by another class or function, or is missing.
         """
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"histo_jax.register_{self._kind} needs a name: write "
+                f'@histo_jax.register_{self._kind}("NAME")'
+            )
 
         def add(entry: Entry) -> Entry:
             if self.is_built_in(name) and _module(entry) != self._built_in[name]:

@@ -117,6 +117,13 @@ def _with_registrations(
     """
     config, notes = saved.to_config(), []
     missing, file = unregistered(config), saved.config_file
+    if missing and not file:
+        field, name = missing[0]
+        raise ConfigError(
+            f"{saved.path}: config.{field} = {name!r} is not registered, and the run was not "
+            "started with a config file: give --config=FILE that registers it, or import its "
+            "module first"
+        )
     if file and (missing or (executes_code and file.code_hash)):
         path = _path(file)
         if path:

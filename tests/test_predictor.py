@@ -187,6 +187,17 @@ def test_images_of_another_shape_or_type_are_one_line_that_names_both(trained, r
     assert "\n" not in str(error.value)
 
 
+def test_wrong_images_are_followed_by_the_fix(trained):
+    predictor = Predictor(trained, batch_size=SIZE)
+    for images, fix in (
+        (IMAGES[0], r"images\[None\].*numpy\.stack"),
+        (list(IMAGES[:2]), r"numpy\.stack"),
+        (IMAGES / 255, "0 to 255, not scaled"),
+    ):
+        with pytest.raises(ValueError, match=fix):
+            predictor(images)
+
+
 class Unhashable(Tiny):
     """A network with a field that has no hash."""
 

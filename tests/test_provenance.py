@@ -1,3 +1,4 @@
+import dataclasses
 import linecache
 import sys
 import types
@@ -145,6 +146,21 @@ def test_changes_are_one_line_and_only_where_hashes_were_kept(tmp_path, warnings
     provenance.warn_of_changes(run, {str(i): "1" for i in range(99)})
     assert " and 99 more;" in warnings[1]
     assert load_run_config(tmp_path) == Config()
+
+
+def test_a_network_that_changed_after_training_is_named(tmp_path, warnings):
+    run, file = Workdir(tmp_path), ConfigFile("my.py", code_hash="1")
+    hashes = provenance.source_hashes(FiveBlockCNN, config_file=file)
+    run.save_config(Config(), hashes | {"histo_jax": "0.1.0", "my_loss": "1"})
+    provenance.warn_of_changed_network(run, FiveBlockCNN, file)
+    provenance.warn_of_changed_network(run, FiveBlockCNN, None)  # the file was not executed
+    assert not warnings
+    edited = dataclasses.replace(file, code_hash="2")
+    provenance.warn_of_changed_network(run, FiveBlockCNN, edited)
+    run.save_config(Config(), hashes | {"histo_jax.models.block": "1"})
+    provenance.warn_of_changed_network(run, FiveBlockCNN, file)
+    assert ["my.py;" in line for line in warnings] == [True, False]
+    assert "since the run was trained: histo_jax.models.block; scores" in warnings[1]
 
 
 def test_a_run_that_resumes_reports_what_has_changed(tiny_config, tmp_path, warnings, monkeypatch):

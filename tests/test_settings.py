@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 import threading
 
 import pytest
@@ -285,6 +286,24 @@ def test_a_config_file_that_is_gone_is_named_with_the_network(own_network, file)
     other.write_text(NETWORK.format(name="mine"))
     config, _ = settings.resolve(f"{other}:5", own_network.path, "predict", ())
     assert config.model.name == "mine"
+
+
+def test_a_run_without_a_config_file_names_its_missing_network(own_network):
+    path = own_network.path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "config_file": None}))
+    with pytest.raises(UserError, match=r"'mine' is not registered.* give --config=FILE.*import"):
+        settings.load_run_config(own_network.path)
+
+
+def test_a_config_file_imports_the_files_beside_it(file, monkeypatch):
+    (file.parent / "beside_it.py").write_text("SEED = 7\n")
+    file.write_text(
+        HEAD + "import beside_it\ndef get_config():\n    return Config(seed=beside_it.SEED)\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir("/")
+    assert settings.load(str(file)).seed == 7
 
 
 def test_a_config_file_that_no_longer_registers_the_network_is_an_error(own_network, file):

@@ -69,18 +69,19 @@ class SourceAdapter:
     @property
     def content(self) -> str:
         """What the fingerprint covers, for messages."""
+        if self.is_built_in:
+            return "data"
         has_fingerprint = hasattr(self._source, "fingerprint")
-        return "data" if has_fingerprint else "code or another data.raw_dir"
+        return "data or code" if has_fingerprint else "code or another data.raw_dir"
 
     def fingerprint(self) -> str | None:
-        """Returns the hash of the data; None = not known.
+        """Returns the hash of the data and of a user's code that reads it; None = not known.
 
         Raises:
             DataError: the data cannot be read.
         """
         if not hasattr(self._source, "fingerprint"):
-            text = f"{self._data.raw_dir and self.origin}\n{_code(type(self._source))}"
-            return hashlib.sha256(text.encode(errors="replace")).hexdigest()
+            return self._with_code(str(self._data.raw_dir and self.origin))
         with self._errors("fingerprint()"):
             fingerprint = self._source.fingerprint()
         if fingerprint is not None and not isinstance(fingerprint, str):
@@ -88,7 +89,14 @@ class SourceAdapter:
             raise DataError(
                 f"source {self.name!r}: fingerprint() returned {kind}; return a str, or None"
             )
-        return fingerprint
+        if fingerprint is None or self.is_built_in:
+            return fingerprint
+        return self._with_code(fingerprint)
+
+    def _with_code(self, text: str) -> str:
+        """Returns a hash of the text and of the source's code: an edit must not use old records."""
+        content = f"{text}\n{_code(type(self._source))}"
+        return hashlib.sha256(content.encode(errors="replace")).hexdigest()
 
     def modified(self) -> str | None:
         """Returns the hash of modification times, None where the source has none."""
@@ -237,7 +245,7 @@ def _problem(example: Any, split: str) -> str | None:
     labels = (0, 1, UNLABELLED) if split == "test" else (0, 1)
     if not isinstance(label, int | np.integer) or label not in labels:
         known = "0, 1, or -1 where it is not known" if split == "test" else "0 or 1"
-        return f"has label {label!r}; the label must be {known}"
+        return f"has label {label!r}; the label must be {known}, as an int"
     if not isinstance(example.slide, str):
         return f"has a slide of type {type(example.slide).__name__}; give a str, '' = not known"
     return None

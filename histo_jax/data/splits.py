@@ -66,8 +66,8 @@ UNCHECKED = (
     "slide, or each names one of its own"
 )
 OPTIMISTIC = (
-    "the score is optimistic: training and evaluation share slides, or slides are not known or not "
-    "used, so that patches beside the training patches are evaluated"
+    "the score is optimistic: evaluated patches may be neighbours of training patches on the same "
+    "slides"
 )
 
 

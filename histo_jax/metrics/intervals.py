@@ -8,6 +8,7 @@ from jaxtyping import Shaped
 from histo_jax.metrics.scores import Values, Weights, weighted_scores
 
 RESAMPLES = 2000
+FEW_SLIDES = 20  # with fewer, an interval is unreliable
 _CHUNK_ELEMENTS = 3_000_000  # weights, 24 MB: faster than all at once, which overflow the caches
 _QUANTILES = (0.025, 0.975)
 

@@ -44,8 +44,9 @@ def create_model(config: ModelConfig) -> nn.Module:
     for field in _CONFIG_FIELDS:
         if field not in own and getattr(config, field) != getattr(_DEFAULTS, field):
             raise ConfigError(
-                f"config.model.{field} is not used by {config.name}: remove it, and set the fields "
-                "of this network with config.model.kwargs"
+                f"config.model.{field} is not used by {config.name}: remove it (a recipe may "
+                "set it: start from histo_jax.Config()), and set the fields of this network with "
+                "config.model.kwargs"
             )
     device_fields = {name: value for name, value in _device_fields().items() if name in fields}
     settable = {k: v for k, v in fields.items() if k not in own and k not in device_fields}

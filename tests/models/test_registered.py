@@ -1,5 +1,6 @@
 """Networks, losses and augmentations from outside the package."""
 
+import inspect
 import json
 import re
 import runpy
@@ -327,6 +328,12 @@ def test_a_name_can_be_registered_for_one_network_only():
         exec(compile("def loss(logits, labels): pass", f"cell{_}", "exec"), space)
         histo_jax.register_loss("mine")(space["loss"])
     assert registry.LOSSES.names() == ["binary_cross_entropy", "mine"]
+
+
+def test_a_decorator_without_a_name_is_refused():
+    register = inspect.unwrap(registry.Registry.register)  # without the checks of the tests
+    with pytest.raises(UserError, match=r'write @histo_jax\.register_model\("NAME"\)'):
+        register(registry.MODELS, object)
 
 
 def test_training_minimises_a_registered_loss(tmp_path):
