@@ -53,6 +53,8 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
         raise UserError("--mode=compare needs --config.compare.runs=RUN1,RUN2")
     split = config.evaluate.split
     places = [files.expand(name, "--config.compare.runs") for name in runs]
+    for place in places:
+        Workdir(place).saved_config()  # refuses runs of 0.1.0
     first, second = (evaluation_files.read(place, split) for place in places)
     if not first[["id", "label"]].equals(second[["id", "label"]]):
         raise UserError(

@@ -16,7 +16,7 @@ from histo_jax.config import Config, ConfigFile
 from histo_jax.config_checks import check_types
 from histo_jax.errors import ConfigError, UserError, closest, one_line
 
-MODULE = "histo_jax_config_file"  # name of the module that a config file becomes
+MODULE = "histo_jax_config_file"  # a config file becomes a module of this name and a hash
 
 
 def execute(path: Path, argument: str | None = None) -> Config:
@@ -88,6 +88,12 @@ def _similar_file(path: Path) -> str:
     return f"did you mean {choices[match]}?" if match else "try --config=configs/quickstart.py"
 
 
+def module_name(path: Path) -> str:
+    """Returns the name of the module that a config file becomes; `inspect` finds code by it."""
+    digest = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()
+    return f"{MODULE}_{digest[:12]}"
+
+
 def _execute(path: Path, arguments: list[str]) -> tuple[Any, str]:
     """Returns what the file's `get_config` returns, and the file's source."""
     # Read once: it may be a pipe. An import would use cached bytecode, which misses a change of
@@ -96,14 +102,14 @@ def _execute(path: Path, arguments: list[str]) -> tuple[Any, str]:
         source = importlib.util.decode_source(path.read_bytes())
     except (SyntaxError, UnicodeDecodeError):
         raise ConfigError(f"{path} is not UTF-8 text: save it as UTF-8") from None
-    module = types.ModuleType(MODULE)
+    module = types.ModuleType(module_name(path))
     module.__file__ = str(path.absolute())
-    sys.modules[MODULE] = module
+    sys.modules[module.__name__] = module
     # Files beside it can be imported from any current folder; installed packages come first.
     if str(path.absolute().parent) not in sys.path:
         sys.path.append(str(path.absolute().parent))
     try:
-        exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
+        exec(compile(source, str(path.absolute()), "exec", dont_inherit=True), vars(module))
         get_config = vars(module).get("get_config")
         if not callable(get_config):
             what = "is missing" if get_config is None else "is not a function"
@@ -135,10 +141,10 @@ def _describe_failure(path: Path, error: BaseException) -> str:
     lines: list[int | None] = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == str(path)
+        if frame.filename == str(path.absolute())
     ]
     message = f": {one_line(error)}" if str(error) else ""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    if isinstance(error, SyntaxError) and error.filename == str(path.absolute()):
         lines, message = [error.lineno], f": {error.msg}"
     at = f", line {lines[-1]}" if lines and lines[-1] else ""
     is_relative = isinstance(error, FileNotFoundError) and not os.path.isabs(error.filename or "/")

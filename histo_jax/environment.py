@@ -123,6 +123,18 @@ def defaults() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _root_logger_unchanged() -> Iterator[None]:
+    """Removes the handler that Orbax adds when it is imported: it is the program's to add one."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    try:
+        yield
+    finally:
+        for handler in set(root.handlers) - set(before):
+            root.removeHandler(handler)
+
+
 def load(module: str) -> types.ModuleType:
     """Imports a module that imports JAX and tqdm.
 
@@ -131,7 +143,7 @@ def load(module: str) -> types.ModuleType:
             process; names the variable.
     """
     _check_xla_flags(os.environ.get("XLA_FLAGS", "").strip())
-    with defaults():
+    with defaults(), _root_logger_unchanged():
         for library, prefix in (("jax", "JAX_"), ("tqdm", "TQDM_")):
             try:
                 importlib.import_module(library)

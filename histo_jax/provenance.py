@@ -38,8 +38,11 @@ def source_hashes(*parts: Any, config_file: ConfigFile | None = None) -> dict[st
         config_file: the file that the settings come from.
     """
     sources = _collect_parts(parts)
-    sources.pop(config_files.MODULE, None)  # settings are compared one by one
-    hashes = {name: _hash(part) for name, part in sources.items()}
+    hashes = {
+        name: _hash(part)
+        for name, part in sources.items()
+        if not name.startswith(config_files.MODULE)  # settings are compared one by one
+    }
     if config_file and config_file.code_hash:
         hashes[Path(config_file.path).name] = config_file.code_hash
     return {name: value for name, value in sorted((hashes | {_PACKAGE: VERSION}).items()) if value}

@@ -102,9 +102,11 @@ def _origin(entry: Any) -> tuple[str, str]:
     name = getattr(entry, "__qualname__", repr(entry))
     if _module(entry) == "__main__":  # a notebook has another file for each execution of a cell
         return name, "__main__"
-    function = inspect.unwrap(entry.__call__ if isinstance(entry, type) else entry)
-    code = getattr(function, "__code__", None)
-    return name, code.co_filename if code else "?"
+    candidates = [entry]
+    if isinstance(entry, type):
+        candidates = [entry.__call__, *filter(inspect.isfunction, vars(entry).values())]
+    codes = (getattr(inspect.unwrap(each), "__code__", None) for each in candidates)
+    return name, next((code.co_filename for code in codes if code), "?")
 
 
 MODELS = Registry(

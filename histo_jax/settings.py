@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def resolve(
         return load(given), []
     file = load(given)  # first: it may register what the run's settings name
     own, _ = _with_registrations(saved)
+    own.config_file = file.config_file or own.config_file
     return _merge(own, file, given, saved.path, typed)
 
 
@@ -78,8 +80,8 @@ def load(given: str) -> Config:
 def load_run_config(workdir: str | os.PathLike[str]) -> Config:
     """Returns the settings of a run; those that it does not know yet have their default.
 
-    Executes the config file that the run came from where that registers what the settings name,
-    and this process has not registered it.
+    Executes the config file that the run came from where that registers something, once a process:
+    a network of the same name from another file is then refused.
 
     Args:
         workdir: folder of the run.
@@ -91,7 +93,9 @@ def load_run_config(workdir: str | os.PathLike[str]) -> Config:
     saved = Workdir(workdir).saved_config()
     if saved is None:
         raise ConfigError(f"{workdir} is not the folder of a run: it has no {CONFIG_NAME}")
-    return _with_registrations(saved)[0]
+    file = saved.config_file
+    is_executed = file is not None and config_files.module_name(Path(file.path)) in sys.modules
+    return _with_registrations(saved, executes_code=not is_executed)[0]
 
 
 def register_missing(config: Config, run: Workdir) -> None:

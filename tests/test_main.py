@@ -162,9 +162,10 @@ def test_the_version_is_that_of_the_package():
 
 def test_importing_the_package_shows_no_log():
     code = (
-        "import logging, histo_jax; histo_jax.recipe('pcam')\n"
+        "import logging, histo_jax; histo_jax.recipe('pcam'); histo_jax.load\n"
         "log = logging.getLogger('histo_jax')\n"
-        "log.error('hidden'); print([type(h).__name__ for h in log.handlers], log.level)"
+        "log.error('hidden'); print([type(h).__name__ for h in log.handlers], log.level)\n"
+        "assert not logging.getLogger().handlers"
     )
     done = start("-c", code)
     assert (done.stdout, done.stderr) == ("['NullHandler'] 0\n", "")

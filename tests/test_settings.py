@@ -1,6 +1,7 @@
 """Where settings come from; in this process, without training."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import threading
 import pytest
 
 from histo_jax import recipes, registry, settings
-from histo_jax.config import Config
+from histo_jax.config import Config, ConfigFile
 from histo_jax.errors import UserError
 from histo_jax.run.workdir import Workdir
 
@@ -272,6 +273,32 @@ def test_python_loads_the_config_file_of_a_run_where_it_is_needed(own_network, f
     assert registry.MODELS.names()[-1] == "mine"
     file.unlink()  # no longer needed: this process has it
     assert settings.load_run_config(own_network.path) == config
+
+
+def test_networks_of_one_name_from_two_files_are_not_mixed_up(own_network, file):
+    assert settings.load_run_config(own_network.path).model.name == "mine"
+    second = file.parent / "second" / "net.py"
+    second.parent.mkdir()
+    second.write_text(NETWORK.format(name="mine").replace("class Net", "class Other"))
+    other = Workdir(file.parent / "other")
+    other.path.mkdir()
+    config = own_network.saved_config().to_config()
+    config.config_file = ConfigFile(str(second), code_hash="1")
+    other.save_config(config)
+    with pytest.raises(UserError, match="'mine' is already registered, by Net of"):
+        settings.load_run_config(other.path)
+
+
+def test_the_code_of_a_config_file_is_its_own_after_another_one(file):
+    file.write_text(NETWORK.format(name="mine"))
+    settings.load("tiny.py")
+    first = registry.MODELS.get("mine")
+    code = inspect.getsource(first)
+    (file.parent / "next.py").write_text("\n\n\nclass Net: other = 1\n" + GOOD)
+    settings.load("next.py")
+    settings.load(str(file))  # by another name
+    assert inspect.getsource(first) == code
+    del registry.MODELS._entries["mine"]
 
 
 def test_a_config_file_that_is_gone_is_named_with_the_network(own_network, file):

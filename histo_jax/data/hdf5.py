@@ -71,7 +71,7 @@ def read_error(path: Path, file_format: str, error: Exception) -> UserError:
     if "already open for" in str(error):
         return DataError(
             f"{path} is being written, or its writer was killed: close it there, or clear the flag "
-            "by h5clear -s"
+            "with h5clear -s"
         )
     return DataError(
         f"{path} is not a readable {file_format} file ({one_line(error)}); write it again or "

@@ -123,7 +123,7 @@ class CallbackList:
                 function = getattr(callback, method, None)
                 if function is not None:
                     function(*arguments())
-            except Exception as error:  # user code may raise anything
+            except (Exception, SystemExit) as error:  # user code may raise anything
                 failed = CallbackError(
                     f"callback {type(callback).__name__}.{method} failed: {type(error).__name__}: "
                     f"{one_line(error)}; the run is saved: fix the callback and rerun to resume"

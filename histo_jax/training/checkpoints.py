@@ -136,6 +136,8 @@ class Checkpoints:
         """Returns the error of each checkpoint whose metrics Orbax could not read when it opens."""
         errors: dict[int, Exception] = {}
         for path in self._directory.glob("*/metrics/metrics"):
+            if not path.parents[1].name.isdigit():  # a save that was not finished
+                continue
             try:
                 json.loads(path.read_bytes())
             except ValueError as error:
@@ -365,8 +367,8 @@ class Checkpoints:
                     "command"
                 ) from None
             raise CheckpointError(
-                f"{path}, the best checkpoint, is corrupt ({self._describe(error)}): restore it "
-                "from a copy, or remove it to use the next best"
+                f"{path}, the best checkpoint, cannot be restored ({self._describe(error)}): if "
+                "its files are corrupt, restore them from a copy, or remove it to use the next best"
             ) from None
 
     def _check_shapes(self, step: int, saved: Any, like: TrainState) -> None:
