@@ -139,8 +139,6 @@ class Clone:
                     (path / block.file).write_text(block.text)
         hidden = ("XLA_FLAGS", "PYTHONPATH", "MLFLOW_TRACKING_URI")
         self.environment = {k: v for k, v in os.environ.items() if k not in hidden}
-        # Programs of a few steps need no optimisation, and compile faster without.
-        self.environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
         self.environment["PATH"] = f"{path / '.venv' / 'bin'}:{os.environ['PATH']}"
         self.server = subprocess.Popen(
             [sys.executable, "-c", _SERVER], cwd=path, env=self.environment,
