@@ -132,6 +132,16 @@ def run_command() -> Callable[..., Ended]:
 
 
 @pytest.fixture
+def log(caplog):
+    """What the package logs; its logger does not propagate in the tests."""
+    logger = logging.getLogger("histo_jax")
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, "histo_jax")
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
 def unregister():
     """Removes what a test registers, and nothing else."""
     registries = (registry.MODELS, registry.LOSSES, registry.AUGMENTATIONS, registry.SOURCES)

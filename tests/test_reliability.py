@@ -4,7 +4,6 @@ Where the behaviour of a process matters it is a real one; everything else runs 
 """
 
 import json
-import logging
 import os
 import re
 import runpy
@@ -82,15 +81,6 @@ class Command:
 @pytest.fixture(scope="module")
 def command(tmp_path_factory, make_kaggle):
     return Command(tmp_path_factory.mktemp("reliability"), make_kaggle)
-
-
-@pytest.fixture
-def log(caplog):
-    logger = logging.getLogger("histo_jax")
-    logger.addHandler(caplog.handler)
-    caplog.set_level(logging.INFO, "histo_jax")
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def test_signals_save_and_leave_and_the_lock_keeps_others_out(command, log):

@@ -128,13 +128,19 @@ def make_pcam(folder, images, wsi):
             pd.DataFrame({"coord_y": 0, "wsi": wsi}).to_csv(f"{stem}_meta.csv", index=False)
 
 
-def test_slides_are_found_by_pixels_in_patchcamelyon(tmp_path, monkeypatch):
-    raw, cache = tmp_path / "pcam", tmp_path / "cache"
+def make_folders(folder):
+    """Makes a PatchCamelyon folder of four patches and a cache; returns both and the ids."""
+    raw, cache = folder / "pcam", folder / "cache"
     raw.mkdir()
     cache.mkdir()
     images = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), dtype=np.uint8)
     make_pcam(raw, images, ["s1", "s1", "s2", "s3"])
     ids = [example.id for example in pcam.read(pcam.find(raw)["train"])]
+    return raw, cache, ids
+
+
+def test_slides_are_found_by_pixels_in_patchcamelyon(tmp_path, monkeypatch):
+    raw, cache, ids = make_folders(tmp_path)
     table = pd.DataFrame({"id": [ids[3], ids[0], ids[2]], "slide": ""})
     data = DataConfig(slide_map=str(raw))
     assert slide_map.fill_in(table, data, cache)["slide"].tolist() == ["s3", "s1", "s2"]
@@ -155,12 +161,7 @@ def test_patchcamelyon_without_meta_names_no_slides(tmp_path):
 def test_a_truncated_cache_is_replaced_and_one_that_cannot_be_written_is_in_memory(
     tmp_path, monkeypatch
 ):
-    raw, cache = tmp_path / "pcam", tmp_path / "cache"
-    raw.mkdir()
-    cache.mkdir()
-    images = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), dtype=np.uint8)
-    make_pcam(raw, images, ["s1", "s1", "s2", "s3"])
-    ids = [example.id for example in pcam.read(pcam.find(raw)["train"])]
+    raw, cache, ids = make_folders(tmp_path)
     table, data = pd.DataFrame({"id": ids, "slide": ""}), DataConfig(slide_map=str(raw))
     complete = slide_map.fill_in(table, data, cache)
     (kept,) = cache.iterdir()

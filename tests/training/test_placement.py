@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import logging
 import os
 import runpy
 import signal
@@ -39,15 +38,6 @@ class Source:
 
 
 RECORDS = Records(Source(), ROWS, LABELS)
-
-
-@pytest.fixture
-def log(caplog):
-    logger = logging.getLogger("histo_jax")
-    logger.addHandler(caplog.handler)
-    caplog.set_level(logging.INFO, "histo_jax")
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
