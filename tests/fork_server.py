@@ -146,8 +146,8 @@ def _run(kind: str, *arguments: str) -> None:
 
 if __name__ == "__main__":
     import histo_jax
-    import histo_jax.pipeline
 
+    # Not the modules that take functions of others by name: tests replace those functions.
     for _name in histo_jax.__all__:
         getattr(histo_jax, _name)
     if (_command := _serve()) is not None:

@@ -346,6 +346,7 @@ def main():
     }  # fmt: skip
     counts = (options.kills, options.terms, options.predictions, options.epochs)
     server = FORK_SERVER() if options.fork else None
+    DELAYS["import"] /= 6 if server else 1  # the imports are over
     try:
         chaos(folder, server, *counts, random.Random(options.seed))
     except WrongError as error:
