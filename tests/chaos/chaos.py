@@ -127,8 +127,8 @@ class Run:
                     raise WrongError("a start took more than 5 minutes")
                 time.sleep(0.002 if due is None else 0)
             stderr.seek(0)
-            said = process.output("stderr") if self.server else stderr.read()
-            start = Start(events, said, process.returncode, signalled, time.monotonic())
+            text = process.output("stderr") if self.server else stderr.read()
+            start = Start(events, text, process.returncode, signalled, time.monotonic())
         self.starts.append(start)
         check("Traceback" not in start.stderr, start.stderr)
         check(
