@@ -69,14 +69,47 @@ class DataConfig:
         "labelled patches sampled from each class before the split; None = all",
         at_least(1, ", or None for all"),
     )
+    table: str | None = _option(
+        None,
+        "table of the images source: a .csv, .tsv or .parquet file with a column path and, where "
+        "known, label, slide, patient, split; None = images.csv in raw_dir, else class folders",
+        Limit(bool, "a file, or None"),
+        LOCAL_PATH,
+    )
+    positive: str | None = _option(
+        None,
+        "name of the positive class of the images source, where labels are not 0 and 1",
+        Limit(bool, "the name of a class, or None"),
+    )
+    image_size: int | None = _option(
+        None,
+        "height and width in pixels to which the images source scales its images: a multiple of "
+        "32 from 32 to 512; None = the images' own size, which must then be the same for all",
+        Limit(
+            lambda value: value % 32 == 0 and 32 <= value <= 512,
+            "a multiple of 32 from 32 to 512, or None",
+        ),
+    )
+    label_region: int | None = _option(
+        None,
+        "width in pixels of the square in the patch's centre that the label describes; None = 32 "
+        "for kaggle, pcam and synthetic, else the whole patch",
+        at_least(1, ", or None"),
+    )
+    mpp: float | None = _option(
+        None,
+        "width of a pixel in micrometres; None = 0.972 for kaggle and pcam, 1.0 for synthetic, "
+        "else not known",
+        Limit(POSITIVE.holds, f"{POSITIVE.expected}, or None"),
+    )
     validation_fraction: float = _option(
         0.1, "fraction of the sampled patches in the validation split, 0 to 1", FRACTION
     )
     split_by: str = _option(
         "auto",
-        "unit that is never shared between splits: slide, image, auto = slide where slides are "
-        "known; the official splits of pcam are kept",
-        choices=("auto", "slide", "image"),
+        "unit that is never shared between splits: patient, slide, image, auto = patient where "
+        "patients are known, else slide where slides are known; the data's own splits are kept",
+        choices=("auto", "patient", "slide", "image"),
     )
     split_seed: int | None = _option(
         None,
@@ -257,6 +290,13 @@ class PredictConfig:
         "ensemble: folders of runs, separated by commas, whose mean logit is used instead of the "
         "workdir's own network",
         LOCAL_PATHS,
+    )
+    images: str | None = _option(
+        None,
+        "predict: folder or table of images to score with the trained network instead of the test "
+        "split; writes predictions.csv",
+        Limit(bool, "a folder, a file, or None"),
+        LOCAL_PATH,
     )
     prior: float | None = _option(
         None,

@@ -211,7 +211,7 @@ predict                                  | 'predict' did you mean --mode=predict
 --flagfile=FOLDER/train/ID.tif           | --flagfile is not a text
 """
 OUT_OF_RANGE = """seed=-1 data.source=pictures data.samples_per_class=0 data.validation_fraction=1
-data.split_by=patient data.split_seed=-1 data.fold=6/5 data.fold=1/1 data.fold=half
+data.split_by=hospital data.split_seed=-1 data.fold=6/5 data.fold=1/1 data.fold=half
 data.placement=gpu data.synthetic_slides=1 model.name=resnet
 model.features=8,8 model.dense=0 model.dropout=1 optimizer.learning_rate=nan fit.batch_size=0
 fit.epochs=0 fit.steps_per_epoch=0 augment.shift=5 augment.stain=1

@@ -10,22 +10,42 @@ IMAGE_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 UNLABELLED = -1
 
 
+class PatchSpec(NamedTuple):
+    """Size and scale of the patches of a network, and the region that their label describes.
+
+    Attributes:
+        size: height and width in pixels.
+        label_region: width in pixels of the square in the centre that the label describes; None =
+            the whole patch.
+        mpp: width of a pixel in micrometres; None = not known.
+    """
+
+    size: int
+    label_region: int | None = None
+    mpp: float | None = None
+
+
 class Example(NamedTuple):
     """One patch with its label and origin.
 
     Attributes:
         id: name of the patch, unique in its split; the built-in sources use the SHA-1 of the
             pixels, 40 lower-case hex digits.
-        image: uint8[96, 96, 3], RGB.
-        label: 1 = tumour in the centre 32x32, 0 = none, `UNLABELLED` (-1) = not known, which only
-            a test split may have.
+        image: uint8[size, size, 3], RGB; the size is the same for all patches of a source, a
+            multiple of 32 from 32 to 512.
+        label: 1 = positive, 0 = negative, `UNLABELLED` (-1) = not known, which only a test split
+            may have.
         slide: name of the slide that the patch was cut from; '' = not known.
+        patient: name of the patient; '' = not known.
+        path: the file that holds the patch, for people; '' = none.
     """
 
     id: str
     image: np.ndarray
     label: int
     slide: str = ""
+    patient: str = ""
+    path: str = ""
 
 
 class SizedExamples(Iterable[Example]):

@@ -1,9 +1,9 @@
 """The files of a folder of records, a TFDS dataset in ArrayRecord format.
 
 Beside the shards of each split is a table `<split>.csv` with one row per record, in the order of
-the records: id, label, slide, and for each channel the sum of its pixels and of their squares, so
-that splits and normalisation read no image. `prepared.json`, written last, describes the data that
-the records were made from.
+the records: id, label, slide, where known patient and path, and for each channel the sum of its
+pixels and of their squares, so that splits and normalisation read no image. `prepared.json`,
+written last, describes the data that the records were made from.
 """
 
 import datetime

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from histo_jax.config import DataConfig
-from histo_jax.data.example import IMAGE_SHAPE, UNLABELLED, Example, SizedExamples
+from histo_jax.data.example import IMAGE_SHAPE, UNLABELLED, Example, PatchSpec, SizedExamples
 from histo_jax.errors import DataError, UserError, did_you_mean, one_line
 from histo_jax.registry import SOURCES
 from histo_jax.run import files
@@ -199,6 +199,22 @@ class SourceAdapter:
                 f"source {self.name!r}: {what} raised {type(error).__name__}: {one_line(error)}"
                 f"{place}; correct the source"
             ) from error
+
+
+def patch_spec(data: DataConfig, size: int) -> PatchSpec:
+    """Returns what is known of a source's patches: the settings, else what the source defines.
+
+    Args:
+        data: `label_region` and `mpp`; the attributes of these names of the source's class are
+            their defaults.
+        size: height and width of the patches in pixels.
+    """
+    source = SOURCES.get(data.source)
+    return PatchSpec(
+        size,
+        data.label_region or getattr(source, "label_region", None),
+        data.mpp or getattr(source, "mpp", None),
+    )
 
 
 def check_layout(data: DataConfig) -> None:

@@ -19,9 +19,11 @@ _IDENTITY_PREFIXES = (
     "fit.loss",
 )  # fmt: skip
 # Where the data is stored: never part of a run's identity.
-LOCATIONS = ("data.raw_dir", "data.tfds_dir", "data.records", "data.placement")
+LOCATIONS = ("data.raw_dir", "data.table", "data.tfds_dir", "data.records", "data.placement")
+# Scale and labelled region of the patches, which training does not use.
+_DESCRIPTIONS = ("data.label_region", "data.mpp")
 # Saved as absolute paths, so that a start from another folder means the same files.
-_PATHS = ("data.raw_dir", "data.tfds_dir", "data.slide_map")
+_PATHS = ("data.raw_dir", "data.table", "data.tfds_dir", "data.slide_map", "predict.images")
 _LISTS_OF_PATHS = ("predict.checkpoints",)
 # Keys beside the settings.
 _VERSION, _SOURCE, _CONFIG_FILE = "version", "source", "config_file"
@@ -112,7 +114,8 @@ def is_identity(name: str, config: Config) -> bool:
     """Returns whether another value of this setting makes another run."""
     # A schedule spans all epochs, so another number of them makes another run.
     is_length = name == "fit.epochs" and config.optimizer.schedule != "constant"
-    return is_length or (name.startswith(_IDENTITY_PREFIXES) and name not in LOCATIONS)
+    is_other = name in LOCATIONS or name in _DESCRIPTIONS
+    return is_length or (name.startswith(_IDENTITY_PREFIXES) and not is_other)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -52,6 +52,9 @@ class Kaggle:
         data: `raw_dir` is the folder; `on_damaged` is what happens to corrupt training patches.
     """
 
+    # PatchCamelyon's README: 0.243 um at 40x, undersampled to 10x; the label is of the centre.
+    label_region, mpp = 32, 0.972
+
     def __init__(self, data: DataConfig) -> None:
         self._raw_dir = expand(data.raw_dir, "--config.data.raw_dir") if data.raw_dir else None
         self._skip = data.on_damaged == "skip"

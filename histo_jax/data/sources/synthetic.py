@@ -34,6 +34,8 @@ class Synthetic:
         data: `split_seed` is the seed, `synthetic_slides` the number of training slides.
     """
 
+    label_region, mpp = 32, 1.0  # as PatchCamelyon's centre; a pixel of the generator is 1 um wide
+
     origin = "synthetic slides"
 
     def __init__(self, data: DataConfig) -> None:
