@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import os
+import runpy
 import shutil
 import tempfile
 import warnings
@@ -129,6 +130,15 @@ class Ended:
 def run_command() -> Callable[..., Ended]:
     """Runs the command line in this process, which has the heavy imports behind it."""
     return _run_command
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """Starts real processes that have the heavy imports behind them, see `fork_server.py`."""
+    file = Path(__file__).with_name("fork_server.py")
+    server = runpy.run_path(str(file))["ForkServer"]()
+    yield server
+    server.close()
 
 
 @pytest.fixture

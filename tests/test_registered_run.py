@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,29 +19,24 @@ NETWORK = ROOT / "tests" / "models" / "groupnorm_resnet.py"
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory, kaggle_dir):
+def killed(tmp_path_factory, kaggle_dir, fork_server):
     """A run of the network, killed after its first checkpoint."""
     folder = tmp_path_factory.mktemp("groupnorm")
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "histo_jax.main",
-            f"--config={NETWORK}",
-            f"--workdir={folder / 'run'}",
-            "--config.data.source=kaggle",
-            f"--config.data.raw_dir={kaggle_dir}",
-            f"--config.data.tfds_dir={folder / 'records'}",
-            "--config.fit.batch_size=8",
-            "--config.fit.steps_per_epoch=200",
-            "--config.fit.epochs=1",
-            "--config.predict.batch_size=8",
-            "--config.checkpoint.every_minutes=0.001",
-            '--config.model.kwargs={"widths": [4], "groups": 2}',
-        ],
+    process = fork_server.start(
+        "-m",
+        "histo_jax.main",
+        f"--config={NETWORK}",
+        f"--workdir={folder / 'run'}",
+        "--config.data.source=kaggle",
+        f"--config.data.raw_dir={kaggle_dir}",
+        f"--config.data.tfds_dir={folder / 'records'}",
+        "--config.fit.batch_size=8",
+        "--config.fit.steps_per_epoch=80",
+        "--config.fit.epochs=1",
+        "--config.predict.batch_size=8",
+        "--config.checkpoint.every_minutes=0.001",
+        '--config.model.kwargs={"widths": [4], "groups": 2}',
         cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
     )
     deadline = time.monotonic() + 120
     while not saved_steps(folder / "run"):
@@ -69,7 +62,7 @@ def test_it_is_killed_resumed_evaluated_applied_and_reported_by_its_workdir_alon
     assert resumed.status == 0, resumed.stderr
     assert "resumed from step" in resumed.stderr
     assert json.loads((killed / "status.json").read_text())["state"] == "complete"
-    assert pd.read_csv(killed / "history.csv")["step"].tolist() == [200]
+    assert pd.read_csv(killed / "history.csv")["step"].tolist() == [80]
     assert "groupnorm_resnet" in (killed / "report.html").read_text()
 
     # As in another process, where nothing is registered.

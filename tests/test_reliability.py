@@ -1,6 +1,7 @@
 """Signals, locks, values that are not finite, full disks, corruption.
 
-Where the behaviour of a process matters it is a real one; everything else runs in this process.
+Where the behaviour of a process matters it is a real one, see `fork_server.py`; everything else
+runs in this process.
 """
 
 import json
@@ -10,7 +11,6 @@ import runpy
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -47,25 +47,20 @@ def get_config():
 class Command:
     """The real command on a run that would take hours."""
 
-    def __init__(self, folder: Path, make_kaggle) -> None:
+    def __init__(self, folder: Path, make_kaggle, fork_server) -> None:
+        self.fork_server = fork_server
         self.workdir, self.config = folder / "run", folder / "config.py"
         raw = make_kaggle(folder / "raw")
         network = str(Path(__file__).parent / "tiny_network.py")
         records = str(folder / "records")
         self.config.write_text(CONFIG.format(network=network, raw=str(raw), records=records))
-        self.argv = [sys.executable, "-m", "histo_jax.main", f"--config={self.config}"]
+        self.argv = ["-m", "histo_jax.main", f"--config={self.config}"]
 
-    def start(self, *options: str) -> subprocess.Popen:
+    def start(self, *options: str):
         # With as many devices as this process has, whose compiled programs it then finds.
-        return subprocess.Popen(
-            [*self.argv, f"--workdir={self.workdir}", *options],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return self.fork_server.start(*self.argv, f"--workdir={self.workdir}", *options)
 
-    def wait_for(self, process: subprocess.Popen, ready) -> None:
+    def wait_for(self, process, ready) -> None:
         deadline = time.monotonic() + 120
         while not ready():
             assert process.poll() is None, process.communicate()
@@ -79,8 +74,8 @@ class Command:
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory, make_kaggle):
-    return Command(tmp_path_factory.mktemp("reliability"), make_kaggle)
+def command(tmp_path_factory, make_kaggle, fork_server):
+    return Command(tmp_path_factory.mktemp("reliability"), make_kaggle, fork_server)
 
 
 def test_signals_save_and_leave_and_the_lock_keeps_others_out(command, log):

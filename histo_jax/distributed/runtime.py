@@ -128,7 +128,7 @@ def _set_up_cache() -> None:
         return
     if folder is None:
         log.warning("compiled programs are not cached: there is no home folder; set XDG_CACHE_HOME")
-    elif problem := _cache_problem(folder):
+    elif problem := _cache_problem(folder, evicts=not chosen or _evicts()):
         jax.config.update("jax_compilation_cache_dir", None)
         log.warning(
             "compiled programs are not cached: %s; set %s to another folder",
@@ -140,12 +140,17 @@ def _set_up_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def _evicts() -> bool:
+    """Returns whether JAX limits the size of the cache; only then it keeps access times."""
+    return jax.config.values["jax_compilation_cache_max_size"] != -1
+
+
 @functools.cache
-def _cache_problem(folder: Path) -> str:
+def _cache_problem(folder: Path, evicts: bool) -> str:
     """Returns why `folder` cannot hold compiled programs, '' if it can.
 
-    Removes what a killed process left there: JAX writes a program, then its access time, and would
-    never replace a program that lacks one of the two files.
+    Removes what a killed process left there, as JAX would never replace it: an empty program and,
+    where JAX evicts old programs, one whose access time, which JAX writes after it, is missing.
     """
     if files.is_special(folder):
         return f"JAX would treat {folder} as a pattern"
@@ -158,7 +163,8 @@ def _cache_problem(folder: Path) -> str:
             for path in folder.glob("*-*"):
                 stem, _, kind = path.name.rpartition("-")
                 other = {"cache": "atime", "atime": "cache"}.get(kind)
-                if other and not (path.stat().st_size and (folder / f"{stem}-{other}").exists()):
+                alone = evicts and not (folder / f"{stem}-{other}").exists()
+                if other and (alone or not path.stat().st_size):
                     path.unlink()
     except BlockingIOError:
         pass  # another process uses it

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+FORK_SERVER = runpy.run_path(str(ROOT / "tests" / "fork_server.py"))["ForkServer"]
 CONFIG = """
 from histo_jax.config import Config
 def get_config():
@@ -74,8 +75,8 @@ class Start:
 class Run:
     """A workdir in which the same command is run repeatedly."""
 
-    def __init__(self, folder, config):
-        self.folder, self.workdir = folder, folder / "run"
+    def __init__(self, folder, config, server):
+        self.folder, self.workdir, self.server = folder, folder / "run", server
         records = f"--config.data.tfds_dir={folder}/records"
         self.command = [f"--config={config}", f"--workdir={self.workdir}", records]
         self.starts, self.highest, self.save_seconds, self.submissions = [], 0, [0.0], set()
@@ -86,6 +87,13 @@ class Run:
         paths = [*self.workdir.glob("replaced/*"), *self.workdir.glob("checkpoints/*")]
         return {int(path.name) for path in paths if path.name.isdigit()}
 
+    def _launch(self, *command, stderr):
+        if self.server:
+            return self.server.start(*command, cwd=ROOT)
+        return subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr
+        )
+
     def start(self, event="none", count=1, delay=0.0, signals=(), mode="run"):
         """Runs the command; `delay` seconds after the event came `count` times it is signalled."""
         trace = self.folder / f"trace{len(self.starts)}.txt"
@@ -93,10 +101,7 @@ class Run:
         events, signalled, due, begun = [], 0.0, None, {}
         script, launched = Path(__file__).with_name("traced.py"), time.monotonic()
         with trace.open() as lines, (self.folder / "stderr.txt").open("w+") as stderr:
-            process = subprocess.Popen(
-                [sys.executable, script, trace, *self.command, f"--mode={mode}"],
-                cwd=ROOT, stdout=subprocess.DEVNULL, stderr=stderr,
-            )  # fmt: skip
+            process = self._launch(script, trace, *self.command, f"--mode={mode}", stderr=stderr)
             running = True
             while running:
                 running = process.poll() is None
@@ -122,7 +127,8 @@ class Run:
                     raise WrongError("a start took more than 5 minutes")
                 time.sleep(0.002 if due is None else 0)
             stderr.seek(0)
-            start = Start(events, stderr.read(), process.returncode, signalled, time.monotonic())
+            text = process.output("stderr") if self.server else stderr.read()
+            start = Start(events, text, process.returncode, signalled, time.monotonic())
         self.starts.append(start)
         check("Traceback" not in start.stderr, start.stderr)
         check(
@@ -279,11 +285,11 @@ def compare(run, expected, batches, config):
     return sum(map(len, found.values()))
 
 
-def chaos(folder, kills, terms, predictions, epochs, rng):
+def chaos(folder, server, kills, terms, predictions, epochs, rng):
     began, file = time.monotonic(), folder / "config.py"
     file.write_text(CONFIG.format(steps=STEPS, epochs=epochs, interval=INTERVAL))
     config = runpy.run_path(str(file))["get_config"]()
-    undisturbed = Run(folder / "undisturbed", file)
+    undisturbed = Run(folder / "undisturbed", file, server)
     batches = {step: batch for _, step, batch in undisturbed.start().steps}
     check(sorted(batches) == list(range(1, epochs * STEPS + 1)), undisturbed.starts[0].stderr)
     check(
@@ -292,7 +298,7 @@ def chaos(folder, kills, terms, predictions, epochs, rng):
     )
     expected, summary, runs, size = contents(undisturbed, config), Summary(), [], 0
     while (left := kills - sum(summary.kills.values())) > 0:
-        runs.append(Run(folder / f"disturbed{len(runs)}", file))
+        runs.append(Run(folder / f"disturbed{len(runs)}", file, server))
         share = min(-(-terms * min(left, 10) // kills), terms - sum(summary.terms.values()))
         disturb(runs[-1], rng, plan(rng, min(left, 10), share), epochs, summary)
         if sum(summary.kills.values()) == kills:
@@ -324,6 +330,11 @@ def main():
     parser.add_argument("--terms", type=int, default=10, help="SIGTERMs of run, at most")
     parser.add_argument("--predictions", type=int, default=20, help="SIGKILLs of predict")
     parser.add_argument("--epochs", type=int, default=10, help=f"of {STEPS} steps each")
+    parser.add_argument(
+        "--fork",
+        action="store_true",
+        help="fork every start from one process that has imported: quicker, imports are not hit",
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="histo_jax_chaos_"))
@@ -333,11 +344,16 @@ def main():
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),  # restarts are quicker
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }  # fmt: skip
-    rng = random.Random(options.seed)
+    counts = (options.kills, options.terms, options.predictions, options.epochs)
+    server = FORK_SERVER() if options.fork else None
+    DELAYS["import"] /= 6 if server else 1  # the imports are over
     try:
-        chaos(folder, options.kills, options.terms, options.predictions, options.epochs, rng)
+        chaos(folder, server, *counts, random.Random(options.seed))
     except WrongError as error:
         sys.exit(f"WRONG (seed {options.seed}, see {folder}): {error}")
+    finally:
+        if server:
+            server.close()
     shutil.rmtree(folder)
 
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -48,13 +49,13 @@ LONG = bool(os.environ.get("HISTO_JAX_LONG"))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, make_kaggle):
+def place(tmp_path_factory, make_kaggle, fork_server):
     """A folder with raw files, of which 7 are to predict, a prime number, and a config."""
     folder = tmp_path_factory.mktemp("hosts")
     raw = make_kaggle(folder / "raw", train=40, test=7)
     text = CONFIG.format(network=str(NETWORK), raw=str(raw), records=str(folder / "records"))
     (folder / "config.py").write_text(text)
-    return folder
+    return SimpleNamespace(folder=folder, server=fork_server)
 
 
 def start(place, topology, workdir, *options, die=None, second=()):
@@ -79,11 +80,11 @@ def start(place, topology, workdir, *options, die=None, second=()):
         die_at = die[1] if die and die[0] == index else 0
         trace = workdir.with_name(f"{workdir.name}.trace{index}")
         processes.append(
-            subprocess.Popen(
-                [sys.executable, str(TRACED), str(trace), str(die_at),
-                 f"--config={place / 'config.py'}", f"--workdir={workdir}",
-                 *(hosts if count > 1 else ()), *options, *(second if index == 1 else ())],
-                env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            place.server.start(
+                TRACED, trace, die_at,
+                f"--config={place.folder / 'config.py'}", f"--workdir={workdir}",
+                *(hosts if count > 1 else ()), *options, *(second if index == 1 else ()),
+                environment=environment, merge=True,
             )
         )  # fmt: skip
     return processes
@@ -114,7 +115,7 @@ def steps(workdir):
 
 
 def config_of(place):
-    return runpy.run_path(place / "config.py")["get_config"]()
+    return runpy.run_path(place.folder / "config.py")["get_config"]()
 
 
 def submission(workdir):
@@ -124,7 +125,7 @@ def submission(workdir):
 @pytest.fixture(scope="module")
 def runs(place):
     """The whole job, or what of it is compared, in each topology; "two" is stopped on its way."""
-    folder = place / "runs"
+    folder = place.folder / "runs"
     folder.mkdir()
     histo_jax.prepare(config_of(place))
     beside = [
@@ -290,7 +291,7 @@ def test_a_run_that_is_killed_ends_with_the_same_bytes_as_one_that_was_stopped(
     output = run(place, TWO_BY_TWO, tmp_path / "run", "--mode=fit")[0]
     assert "resumed from step 25" in output
     expected, actual = (
-        (place / "history.csv").read_bytes() for place in (runs / "two", tmp_path / "run")
+        (folder / "history.csv").read_bytes() for folder in (runs / "two", tmp_path / "run")
     )
     assert actual == expected
     expected, actual = (saved_state(place, folder) for folder in (runs / "two", tmp_path / "run"))
@@ -422,7 +423,7 @@ def test_only_errors_of_communication_count_as_a_lost_process(
 
 def test_a_mistake_in_joining_is_one_line(place, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "histo_jax.main", f"--config={place / 'config.py'}",
+        [sys.executable, "-m", "histo_jax.main", f"--config={place.folder / 'config.py'}",
          f"--workdir={tmp_path / 'run'}", "--multihost=manual"],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
