@@ -15,6 +15,9 @@ the row in the same round: median and range over the rounds. `Bench` has one met
     predict    from uint8 patches on the device to logits in host memory
     tta        test-time augmentation (eight symmetries) of a patch, and prediction of eight patches
     input      batches to the device, without training, including the start of the iterator
+    images     class folders of PNG 96x96 and of JPEG 256x256, without training: the first epoch,
+               for which histo_jax prepares its records, and the next one; beside Pillow in a
+               DataLoader with as many workers as cores
     prepare    from TIFFs, verified by SHA-1, to records on disk
     memory     peak memory of a process that trains one epoch, without the workers of DataLoader
     start      new processes: `--help`; `fit` until the end of its first step, with prepared records
@@ -39,7 +42,7 @@ from typing import Any
 import numpy as np
 import roofline
 from options import parse
-from patches import write_kaggle, write_pcam
+from patches import write_images, write_kaggle, write_pcam
 from report import Entry, Report, ratios
 from sizes import CPU, GPU, SHORT
 from worker import PeerError, Task, Worker
@@ -267,6 +270,32 @@ class Bench:
             entries += self._entry(f"histo_jax {placement}", epoch, "histo", *call)
         entries += self._entry("DataLoader, TIFFs", epoch, "teaching", "input", None, batch, epoch)
         self._report.measure("input", batch, entries)
+
+    def _images(self) -> None:
+        batch, count = self._sizes.batches[0], self._sizes.images
+        worker = self._worker("pillow")
+        try:
+            worker.receive()
+        except PeerError as error:
+            self._report.skip("pillow", str(error))
+        else:
+            self._workers["pillow"] = worker
+        for name, suffix, size in (("PNG 96x96", ".png", 96), ("JPEG 256x256", ".jpg", 256)):
+            folder = f"images{size}"
+            write_images(self._folder / folder, suffix, size, count)
+            for method in ("first_epoch", "next_epoch"):
+                self._report.measure(
+                    "images",
+                    batch,
+                    [
+                        entry
+                        for title, peer in (("histo_jax", "histo"), ("DataLoader", "pillow"))
+                        for entry in self._entry(
+                            f"{title} {name}, {method.replace('_', ' ')}", count, peer, method,
+                            folder, batch,
+                        )
+                    ],
+                )  # fmt: skip
 
     def _prepare(self) -> None:
         call = ("prepare", "kaggle", "kaggle", "prepared")

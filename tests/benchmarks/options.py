@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-ROWS = ("train", "epoch", "large", "predict", "tta", "input", "prepare", "memory", "start")
+ROWS = (
+    "train", "epoch", "large", "predict", "tta", "input", "images", "prepare", "memory", "start",
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):

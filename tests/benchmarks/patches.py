@@ -1,4 +1,4 @@
-"""Patches of noise in the file layouts that histo_jax reads."""
+"""Patches in the file layouts that histo_jax reads."""
 
 import csv
 import hashlib
@@ -7,6 +7,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 from PIL import Image
+
+from histo_jax.data.sources.synthetic import generate_tile
+
+_PER_TILE = 64  # images cut from one synthetic tile
 
 
 def write_kaggle(folder: Path, count: int) -> None:
@@ -42,3 +46,22 @@ def write_pcam(folder: Path, count: int) -> None:
             for start in range(0, size, 512):
                 part = min(512, size - start)
                 images[start : start + part] = rng.integers(0, 256, (part, 96, 96, 3), np.uint8)
+
+
+def write_images(folder: Path, suffix: str, size: int, count: int) -> None:
+    """Writes synthetic tissue as image files in class folders; noise would decode too slowly.
+
+    Args:
+        folder: to be created.
+        suffix: of the files, `.png` or `.jpg`.
+        size: their height and width in pixels.
+        count: of the training split; the validation split has two.
+    """
+    for split, number in (("train", count), ("validation", 2)):
+        for k in range(number):
+            if k % _PER_TILE == 0:
+                tile, _ = generate_tile(np.random.default_rng([split == "train", k]))
+            y, x = np.random.default_rng([k, size]).integers(0, len(tile) - size + 1, 2)
+            path = folder / split / str(k % 2) / f"{k}{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(tile[y : y + size, x : x + size]).save(path)

@@ -17,6 +17,7 @@ class Sizes:
     predict_batches: tuple[int, ...] = (256,)
     calls: int = 2
     files: int = 2048
+    images: int = 2048
     matrix: int = 2048
     copy: int = 2**26
     growth: tuple[int, ...] = (1_000, 3_000, 10_000, 30_000, 100_000)
@@ -45,6 +46,7 @@ SHORT = Sizes(
     large_batches=(8,),
     predict_batches=(8,),
     files=24,
+    images=16,
     matrix=256,
     copy=2**20,
     growth=(50, 100),

@@ -145,6 +145,27 @@ class Peer:
         shutil.rmtree(self._folder / tfds_dir, ignore_errors=True)
         self._prepare(source, raw_dir, tfds_dir)
 
+    def first_epoch(self, folder: str, batch_size: int) -> None:
+        """Prepares the records of class folders, places them, and takes all batches."""
+        self._image_batches.cache_clear()
+        shutil.rmtree(self._folder / f"{folder}_records", ignore_errors=True)
+        self.next_epoch(folder, batch_size)
+
+    def next_epoch(self, folder: str, batch_size: int) -> None:
+        """Takes the batches of another epoch."""
+        batches, steps = self._image_batches(folder, batch_size)
+        for _ in range(steps):
+            jax.block_until_ready(next(batches))
+
+    @functools.cache  # noqa: B019
+    def _image_batches(self, folder: str, batch_size: int) -> tuple[Iterator[Any], int]:
+        """Returns the batches on the device, and their number in an epoch."""
+        prepared = self._prepare("images", folder, f"{folder}_records")
+        rows = np.arange(len(prepared.tables["train"]))
+        records = prepared.records("train", rows)
+        dataset = place("auto", [records], self._batch_sharding)[0]
+        return dataset.training_batches(batch_size, 0, 0), len(rows) // batch_size
+
     def read(self, source: str, raw_dir: str, tfds_dir: str, batch_size: int, steps: int) -> None:
         """Reads batches of records in the order of training, as placement `disk` does."""
         prepared = self._prepare(source, raw_dir, tfds_dir)
