@@ -23,12 +23,12 @@ class ConversionError(Exception):
         operation: what it is.
 
     Attributes:
-        layer: path of the layer that contains it, '' = none; None until it is known.
+        layer: path of the layer that contains it; '' = not known.
     """
 
     def __init__(self, operation: str) -> None:
         super().__init__(operation)
-        self.layer: str | None = None
+        self.layer = ""
 
 
 class Tensor(NamedTuple):

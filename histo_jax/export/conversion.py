@@ -59,8 +59,9 @@ def _run(build: Builder, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Val
         try:
             outputs = _convert(build, equation, [read(variable) for variable in equation.invars])
         except ConversionError as error:
-            if error.layer is None:
-                error.layer = str(equation.source_info.name_stack)
+            # The stack of a called function begins at its call.
+            layers = (str(equation.source_info.name_stack), error.layer)
+            error.layer = "/".join(filter(None, layers))
             raise
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(variable) for variable in jaxpr.outvars]

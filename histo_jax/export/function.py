@@ -17,7 +17,6 @@ from histo_jax.predictor import Predictor, TrainedModel, make_forward_tta
 
 # Every format computes in float32 on every device, with convolutions that it knows.
 _PORTABLE = {"dtype": jnp.float32, "use_winograd": False}
-_FLOAT32 = {"dtype": jnp.float32}
 
 # From uint8[batch, size, size, 3] to probability and logit, float32[batch] each.
 Function = Callable[[Any], tuple[Any, Any]]
@@ -33,7 +32,7 @@ def make_function(predictor: Predictor, unrolled: bool = False) -> Function:
     networks = [
         (
             _make_forward(trained, predictor.tta, unrolled),
-            jax.tree.map(np.asarray, trained.weights),
+            trained.weights,
             *affine(trained, predictor.prior),
         )
         for trained in predictor.trained
@@ -58,11 +57,12 @@ def affine(trained: TrainedModel, prior: float | None) -> tuple[np.float32, np.f
 
 
 def precise_logits(predictor: Predictor, images: Any) -> Any:
-    """Returns the predictor's calibrated logits, float64[n], computed in float32 on any device.
+    """Returns the predictor's calibrated logits, float64[n], as every device computes them.
 
-    On accelerators networks compute in bfloat16, which no exported file does.
+    In float32, while accelerators would compute in bfloat16; and without Winograd's convolutions,
+    whose rounding on a CPU is a few times larger than that of ordinary ones.
     """
-    trained = [_with_fields(each, _FLOAT32) for each in predictor.trained]
+    trained = [_with_fields(each, _PORTABLE) for each in predictor.trained]
     precise = Predictor(trained, prior=predictor.prior, batch_size=predictor.batch_size)
     make = _make_precise_tta if predictor.tta else _make_precise
     return precise.calibrate(np.stack(precise.map(make, images))).mean(0)

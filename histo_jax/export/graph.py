@@ -120,12 +120,9 @@ class Graph:
             return None
         value = np.broadcast_to(value.reshape(-1).astype(np.float64), channels)
         one, zero = np.ones(channels), np.zeros(channels)
-        return {
-            "Mul": (first, value, zero),
-            "Div": (first, 1 / value, zero),
-            "Add": (first, one, value),
-            "Sub": (first, one, -value),
-        }[node.op]
+        if node.op in ("Add", "Sub"):
+            return first, one, value if node.op == "Add" else -value
+        return first, value if node.op == "Mul" else 1 / value, zero
 
     def _scale(self, convolution: Node, factor: np.ndarray, bias: np.ndarray) -> None:
         """Changes a convolution to its value times `factor` plus `bias`, of each channel."""

@@ -38,7 +38,8 @@ _POINTS = {
     "threshold_at_95_specificity": "95% specificity",
     "threshold_at_95_sensitivity": "95% sensitivity",
 }
-_DATASETS = {"pcam": "PatchCamelyon", "kaggle": "Kaggle Histopathologic Cancer Detection"}
+_DATASETS = {"pcam": "patchcamelyon", "kaggle": "histopathologic-cancer-detection"}
+_TITLES = {"pcam": "PatchCamelyon", "kaggle": "Kaggle Histopathologic Cancer Detection"}
 
 
 def render(
@@ -68,7 +69,8 @@ def render(
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         head=_head(folder, config, evaluations),
         name=_name(folder),
-        dataset=_dataset(config),
+        dataset=_title(config),
+        is_synthetic=config.data.source == "synthetic",
         patch=contents.patch,
         class_names=contents.class_names,
         tta=contents.tta,
@@ -91,7 +93,7 @@ def _head(folder: Path, config: Config, evaluations: list[dict[str, Any]]) -> st
         "library_name": "histo_jax",
         "pipeline_tag": "image-classification",
         "tags": ["histopathology", "pathology", "medical", "jax", "onnx", config.model.name],
-        "datasets": [_dataset(config)],
+        "datasets": [_DATASETS.get(config.data.source, config.data.source)],
         "metrics": ["roc_auc", "accuracy"],
     }
     if evaluations:
@@ -116,7 +118,7 @@ def _result(scores: Mapping[str, Any], config: Config) -> dict[str, Any]:
         "task": {"type": "image-classification"},
         "dataset": {
             "type": config.data.source,
-            "name": _dataset(config),
+            "name": _title(config),
             "split": scores["split"],
         },
         "metrics": [metric for metric in metrics if metric["value"] is not None],
@@ -202,5 +204,5 @@ def _name(folder: Path) -> str:
     return folder.absolute().name
 
 
-def _dataset(config: Config) -> str:
-    return _DATASETS.get(config.data.source, config.data.source)
+def _title(config: Config) -> str:
+    return _TITLES.get(config.data.source, config.data.source)

@@ -51,12 +51,13 @@ def write(path: Path, predictor: Predictor, size: int, metadata: Mapping[str, st
             "the weights are larger than the 2 GiB of an ONNX file: leave onnx out of "
             "--config.export.formats"
         )
-    model = _model(graph, size, metadata)
+    model = make_model(graph, size, metadata)
     onnx.checker.check_model(model, full_check=True)
     files.write_bytes(path, model.SerializeToString(deterministic=True))
 
 
-def _model(graph: Graph, size: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
+def make_model(graph: Graph, size: int, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    """Returns a graph of images as a model; for arguments see `write`."""
     images = helper.make_tensor_value_info(
         "images", TensorProto.UINT8, ["batch", size, size, 3], "RGB, 0 to 255"
     )

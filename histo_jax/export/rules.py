@@ -273,3 +273,8 @@ def _log1p(build: Builder, equation: Any, inputs: Sequence[Value]) -> Tensor:
 def _clamp(build: Builder, equation: Any, inputs: Sequence[Value]) -> Tensor:
     low, value, high = inputs
     return build.elementwise("Min", [build.elementwise("Max", [value, low]), high])
+
+
+@_rule("ne")
+def _not_equal(build: Builder, equation: Any, inputs: Sequence[Value]) -> Tensor:
+    return build.elementwise("Not", [build.elementwise("Equal", inputs)])

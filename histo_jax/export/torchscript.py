@@ -67,10 +67,10 @@ def write(folder: Path, exported: Exported, weights: bytes) -> None:
             )
         except processes.ProcessError as error:
             raise UserError(f"TorchScript was not written: {error}") from None
-    files.write_json(folder / CONFIG_NAME, _describe(exported))
+    files.write_json(folder / CONFIG_NAME, describe(exported))
 
 
-def _describe(exported: Exported) -> dict[str, Any]:
+def describe(exported: Exported) -> dict[str, Any]:
     """Returns the description in the schema of WSInfer-zoo."""
     size = exported.patch.size
     architectures = dict.fromkeys(network.config.model.name for network in exported.networks)
