@@ -299,13 +299,13 @@ def load(
                 runs += run_folders(each.checkpoints) or [path]
         trained = read_runs(runs, "load()")
         for path, export in exports.items():
-            trained += [_unpack(path, network) for network in export.networks]
+            trained += [_unpack(path, network, export.patch) for network in export.networks]
     if batch_size is None:
         batch_size = options[0].batch_size
     return Predictor(trained, tta=bool(tta), prior=prior, batch_size=batch_size)
 
 
-def _unpack(folder: Path, network: exported.Network) -> TrainedModel:
+def _unpack(folder: Path, network: exported.Network, patch: PatchSpec) -> TrainedModel:
     """Returns a network of a folder that `export` has written."""
     return TrainedModel(
         run=str(folder),
@@ -315,6 +315,7 @@ def _unpack(folder: Path, network: exported.Network) -> TrainedModel:
         calibration=network.calibration,
         step=network.step,
         fingerprint=network.fingerprint,
+        patch=patch,
     )
 
 

@@ -12,7 +12,6 @@ from histo_jax.config import Config
 from histo_jax.config_values import names
 from histo_jax.errors import UserError
 from histo_jax.export import model_card, onnx, parity, safetensors, stablehlo, torchscript
-from histo_jax.export.function import patch_of
 from histo_jax.exported import Exported, Network
 from histo_jax.predictor import Predictor
 from histo_jax.run import files, folders
@@ -91,7 +90,7 @@ def _describe(predictor: Predictor, config: Config) -> Exported:
     ]
     positive = config.data.positive
     class_names = ("normal", "tumor") if positive is None else (f"not {positive}", positive)
-    return Exported(networks, predictor.tta, predictor.prior, patch_of(predictor), class_names)
+    return Exported(networks, predictor.tta, predictor.prior, predictor.patch, class_names)
 
 
 def _check_replaceable(folder: Path, new: Exported) -> None:

@@ -9,8 +9,6 @@ import numpy as np
 from flax import linen as nn
 
 from histo_jax import symmetries
-from histo_jax.data.example import IMAGE_SIZE, PatchSpec
-from histo_jax.data.source_adapter import patch_spec
 from histo_jax.models.fields import init_fields
 from histo_jax.models.forward import Forward, make_forward
 from histo_jax.predictor import Predictor, TrainedModel, make_forward_tta
@@ -81,11 +79,6 @@ def _make_precise(model: nn.Module, make: Callable[[nn.Module], Forward] = make_
 
 def _make_precise_tta(model: nn.Module) -> Forward:
     return _make_precise(model, make_forward_tta)
-
-
-def patch_of(predictor: Predictor) -> PatchSpec:
-    """Returns size and scale of the images that a predictor takes."""
-    return patch_spec(predictor.trained[0].config.data, IMAGE_SIZE)
 
 
 def is_averaged(trained: TrainedModel, tta: bool) -> bool:
