@@ -129,7 +129,7 @@ def test_options_and_an_ensemble_are_inside_all_files(
     assert done.status == 0, done.stderr
     folder = tmp_path / "both" / "export"
     images = np.random.default_rng(0).integers(0, 256, (5, 96, 96, 3), np.uint8)
-    loaded, expected = histo_jax.load(folder), histo_jax.load(run, second, prior=0.1)
+    loaded, expected = histo_jax.load(folder, batch_size=8), histo_jax.load(run, second, prior=0.1)
     assert loaded.prior == 0.1
     np.testing.assert_allclose(loaded(images), expected(images), rtol=1e-6)
     assert not (folder / "model.stablehlo").exists()
@@ -259,7 +259,9 @@ def test_a_registered_network_is_refused_where_it_must_be(
     }  # fmt: skip
     images = np.zeros((2, 96, 96, 3), np.uint8)
     np.testing.assert_allclose(
-        histo_jax.load(folder / "export")(images), histo_jax.load(folder)(images), rtol=1e-6
+        histo_jax.load(folder / "export", batch_size=8)(images),
+        histo_jax.load(folder)(images),
+        rtol=1e-6,
     )
 
 
