@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # if histo_jax is not installed
+
 NETWORKS = {
     "five_block": {"features": (32, 64, 128, 256, 512), "dense": 1024},
-    "five_block_p4m": {"features": (4, 8, 16, 32, 64), "dense": 1024},
+    "five_block_p4m": {"features": (4, 8, 16, 32, 64), "dense": 256},
 }
 FORMATS = ("predictor", "onnx", "openvino", "stablehlo", "pytorch", "torchscript")
 
@@ -185,7 +187,7 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> None:
         process.communicate()
     speed = {f: options.batch_size / statistics.median(t) for f, t in times.items()}
     print(
-        f"\n{name}, batch {options.batch_size}, {options.threads} threads, {options.rounds} rounds"
+        f"\n{name}: batch {options.batch_size}, {options.threads} threads, {options.rounds} rounds"
     )
     print("\n| format | bytes | largest difference of a logit | img/s | times the predictor |")
     print("|---|---|---|---|---|")

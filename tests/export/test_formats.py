@@ -81,9 +81,8 @@ def images():
 
 def make_predictor(case):
     names, tta, prior = CASES[case]
-    return Predictor(
-        [trained(name) for name in names], tta=tta, prior=prior, batch_size=8 if tta else 200
-    )
+    networks = [trained(name) for name in names]
+    return Predictor(networks, tta=tta, prior=prior, batch_size=8 if tta else 200)
 
 
 @pytest.fixture(scope="module")
