@@ -15,7 +15,7 @@ import typing
 
 from histo_jax import environment
 from histo_jax.config import Config
-from histo_jax.errors import CheckpointError, ConfigError, DataError, UserError
+from histo_jax.errors import CheckpointError, ConfigError, DataError, ParityError, UserError
 from histo_jax.registry import (
     register_augmentation,
     register_loss,
@@ -29,6 +29,7 @@ if typing.TYPE_CHECKING:
     from histo_jax.comparison import compare
     from histo_jax.data.example import Example
     from histo_jax.evaluation import evaluate
+    from histo_jax.export import export
     from histo_jax.fitting import fit
     from histo_jax.prediction import predict
     from histo_jax.predictor import Predictor, load
@@ -45,12 +46,14 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Example",
+    "ParityError",
     "Predictor",
     "UserError",
     "audit",
     "compare",
     "evaluate",
     "explain",
+    "export",
     "fit",
     "load",
     "predict",
@@ -73,6 +76,7 @@ _HOMES = {
     "audit": "histo_jax.auditing",
     "compare": "histo_jax.comparison",
     "explain": "histo_jax.report",
+    "export": "histo_jax.export",
     "fit": "histo_jax.fitting",
     "evaluate": "histo_jax.evaluation",
     "load": "histo_jax.predictor",

@@ -20,10 +20,12 @@ from histo_jax.config_values import (
     folders,
     is_fold,
     is_json,
+    names,
 )
 from histo_jax.registry import LOSSES, MODELS, SOURCES
 
 _FILE_ATTRIBUTE = "_config_file"
+EXPORT_FORMATS = ("onnx", "stablehlo", "safetensors", "torchscript")
 _SEED = Limit(lambda value: 0 <= value < 2**31, "at least 0 and at most 2147483647")
 _SEED_OR_NONE = Limit(_SEED.holds, f"{_SEED.expected}, or None")
 
@@ -326,6 +328,26 @@ class ExplainConfig:
     )
 
 
+@dataclasses.dataclass
+class ExportConfig:
+    """What `export` writes."""
+
+    formats: str = _option(
+        "onnx,stablehlo,safetensors",
+        f"formats, separated by commas: {', '.join(EXPORT_FORMATS)} (for QuPath and WSInfer; needs "
+        "the extra torch)",
+        Limit(
+            lambda value: bool(names(value)) and set(names(value)) <= set(EXPORT_FORMATS),
+            f"one or more of {', '.join(EXPORT_FORMATS)}, separated by commas",
+        ),
+    )
+    license: str = _option(
+        "unknown",
+        "license of the weights in the model card, by Hugging Face's names, such as cc-by-4.0",
+        Limit(bool, "a name"),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ConfigFile:
     """The Python file that settings come from.
@@ -361,6 +383,7 @@ class Config:
     predict: PredictConfig = dataclasses.field(default_factory=PredictConfig)
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
     explain: ExplainConfig = dataclasses.field(default_factory=ExplainConfig)
+    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
 
     @property
     def data_seed(self) -> int:

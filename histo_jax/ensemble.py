@@ -194,14 +194,14 @@ def _check_folds(trained: Sequence[TrainedModel]) -> None:
         )
 
 
-class _TrainingData(NamedTuple):
+class TrainingData(NamedTuple):
     """The records that a run was trained on, and how it has split them."""
 
     prepared: Prepared
     subsets: splits.Subsets
 
 
-def _training_data(model: TrainedModel, config: Config, prepared: Prepared) -> _TrainingData:
+def _training_data(model: TrainedModel, config: Config, prepared: Prepared) -> TrainingData:
     """Returns what a network was trained on.
 
     The command's records come first, since the run's own may have been moved.
@@ -209,24 +209,34 @@ def _training_data(model: TrainedModel, config: Config, prepared: Prepared) -> _
     if model.config.data.source == config.data.source:
         with contextlib.suppress(UserError):
             return _split_as_trained(model, prepared)
-    reason: Exception = DataError(f"{model.config.data.tfds_dir} has none of its records")
     try:
-        for records in existing(model.config.data, model.config.data_seed, Path(model.run)):
-            try:
-                return _split_as_trained(model, records)
-            except UserError as error:
-                reason = error
+        return read_training_data(model)
     except (UserError, OSError) as error:
-        reason = error
-    raise DataError(
-        f"the training patches of {model.run} are not known ({reason}): restore its records, or "
-        "leave this run out"
-    )
+        raise DataError(
+            f"the training patches of {model.run} are not known ({error}): restore its records, "
+            "or leave this run out"
+        ) from None
 
 
-def _split_as_trained(model: TrainedModel, prepared: Prepared) -> _TrainingData:
+def read_training_data(model: TrainedModel) -> TrainingData:
+    """Returns what a network was trained on, from its own records.
+
+    Raises:
+        UserError: they are missing, or others.
+        OSError: they cannot be read.
+    """
+    reason: UserError = DataError(f"{model.config.data.tfds_dir} has none of its records")
+    for records in existing(model.config.data, model.config.data_seed, Path(model.run)):
+        try:
+            return _split_as_trained(model, records)
+        except UserError as error:
+            reason = error
+    raise reason
+
+
+def _split_as_trained(model: TrainedModel, prepared: Prepared) -> TrainingData:
     config = model.config
     subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
     fingerprint = splits.fingerprint(prepared.tables, subsets, config.seed, config.fit.batch_size)
     splits.check_fingerprint(model.fingerprint, fingerprint, config.data.tfds_dir)
-    return _TrainingData(prepared, subsets)
+    return TrainingData(prepared, subsets)

@@ -23,6 +23,13 @@ class CheckpointError(UserError):
     """A checkpoint is missing, corrupt, or belongs to another network or version."""
 
 
+class ParityError(Exception):
+    """An exported file does not compute what the predictor computes.
+
+    Not a mistake of the user: the command line prints the message and exits with status 1.
+    """
+
+
 def one_line(error: BaseException) -> str:
     """Returns the message of a library's error as one short line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

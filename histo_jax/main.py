@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from histo_jax import environment, startup, streams
-from histo_jax.errors import UserError
+from histo_jax.errors import ParityError, UserError
 from histo_jax.run import files, signals
 
 try:
@@ -37,8 +37,9 @@ COMMANDS = {
     "audit": "histo_jax.auditing:audit",
     "compare": "histo_jax.comparison:compare",
     "explain": "histo_jax.report:explain",
+    "export": "histo_jax.export:export",
 }
-_LEAK_FOUND = 1
+_LEAK_FOUND = _NO_PARITY = 1
 _EXPECTED_FAILURE = 2
 _INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
@@ -164,6 +165,8 @@ def _exit_where_expected(error: Exception, options: command_line.Options) -> Non
     config, summary = options.config, " ".join(str(error).split())[:200]
     if isinstance(error, UserError):
         _fail(str(error))
+    if isinstance(error, ParityError):
+        _fail(str(error), _NO_PARITY)
     if isinstance(error, OSError):
         # A full disk or a folder without permission; a bug has another type.
         folders = (options.workdir or Path(), Path(os.path.expanduser(config.data.tfds_dir)))
@@ -189,9 +192,9 @@ def _ignore_closed_loops(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = _EXPECTED_FAILURE) -> NoReturn:
     print(f"histo_jax: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(_EXPECTED_FAILURE)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Float, Float32, UInt8
 from scipy.special import expit
 
-from histo_jax import environment
+from histo_jax import environment, exported
 from histo_jax.config import Config
 from histo_jax.config_values import folders
 from histo_jax.data.example import PatchSpec
@@ -269,8 +269,9 @@ def load(
         >>> probabilities = predictor(images)  # uint8[n, size, size, 3] to float64[n]
 
     Args:
-        workdirs: folders of runs that `fit` has trained, or of ensembles that `evaluate` or
-            `predict` has worked in, which stand for their runs. The best checkpoints are read.
+        workdirs: folders of runs that `fit` has trained, whose best checkpoints are read; of
+            ensembles that `evaluate` or `predict` has worked in, which stand for their runs; or
+            that `export` has written.
         tta: see `Predictor`; None = the runs' `config.predict.tta`.
         prior: see `Predictor`; None = the runs' `config.predict.prior`.
         batch_size: see `Predictor`; None = `config.predict.batch_size` of the first run.
@@ -285,16 +286,37 @@ def load(
     with environment.defaults(), runtime.jax_defaults():
         runtime.set_up()
         paths = [files.expand(workdir, "workdir").absolute() for workdir in workdirs]
-        options = [load_run_config(path).predict for path in paths]
+        exports = {path: exported.read(path) for path in paths if exported.is_exported(path)}
+        options = [
+            exports[path].options if path in exports else load_run_config(path).predict
+            for path in paths
+        ]
         tta = _common("tta", [each.tta for each in options], tta)
         prior = _common("prior", [each.prior for each in options], prior)
         runs: list[Path] = []
         for path, each in zip(paths, options, strict=True):
-            runs += run_folders(each.checkpoints) or [path]
+            if path not in exports:
+                runs += run_folders(each.checkpoints) or [path]
         trained = read_runs(runs, "load()")
+        for path, export in exports.items():
+            trained += [_unpack(path, network, export.patch) for network in export.networks]
     if batch_size is None:
         batch_size = options[0].batch_size
     return Predictor(trained, tta=bool(tta), prior=prior, batch_size=batch_size)
+
+
+def _unpack(folder: Path, network: exported.Network, patch: PatchSpec) -> TrainedModel:
+    """Returns a network of a folder that `export` has written."""
+    return TrainedModel(
+        run=str(folder),
+        config=network.config,
+        model=create_model(network.config.model),
+        weights=jax.device_put(network.weights, jax.local_devices()[0]),
+        calibration=network.calibration,
+        step=network.step,
+        fingerprint=network.fingerprint,
+        patch=patch,
+    )
 
 
 def _common(name: str, values: Sequence[Value], given: Value | None) -> Value:

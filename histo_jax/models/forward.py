@@ -64,11 +64,11 @@ def check_logits(model: nn.Module, logits: Any, images: Any) -> Float32[Array, "
         UserError: it is not one floating-point logit per image.
     """
     shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", type(logits).__name__)
-    if shape != (len(images),) or not jnp.issubdtype(dtype, jnp.floating):
+    if shape != images.shape[:1] or not jnp.issubdtype(dtype, jnp.floating):
         received = f"{dtype}{list(shape)}" if shape is not None else f"a {dtype}"
         raise UserError(
             f"network {type(model).__name__} returns {received} for images of shape "
-            f"{list(images.shape)}; it must return one logit per image, float32[{len(images)}]"
+            f"{list(images.shape)}; it must return one logit per image, float32[{images.shape[0]}]"
         )
     return logits.astype(jnp.float32)
 

@@ -64,4 +64,4 @@ class FiveBlockP4M(FiveBlockCNN):
 
     def flatten(self, x: Float[Array, "batch h w channels"]) -> Float[Array, "batch features"]:
         """Returns the mean over orientations and positions, which is invariant to D4."""
-        return x.reshape(len(x), -1, x.shape[-1] // ORIENTATIONS).mean(1)
+        return x.reshape(x.shape[0], -1, x.shape[-1] // ORIENTATIONS).mean(1)

@@ -19,8 +19,8 @@ from histo_jax.data.records import Prepared, prepare
 from histo_jax.data.source_adapter import patch_spec
 from histo_jax.errors import UserError
 from histo_jax.predictor import Predictor, TrainedModel
-from histo_jax.report import folder as folders
 from histo_jax.report import patches
+from histo_jax.run import folders
 from histo_jax.run.workdir import Workdir
 
 log = logging.getLogger("histo_jax")

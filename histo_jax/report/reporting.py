@@ -21,10 +21,9 @@ from histo_jax.data.source_adapter import patch_spec
 from histo_jax.distributed import runtime
 from histo_jax.errors import UserError
 from histo_jax.predictor import Predictor, TrainedModel
-from histo_jax.report import folder as folders
 from histo_jax.report import page, patches
 from histo_jax.report.result import Report
-from histo_jax.run import saved_config
+from histo_jax.run import folders, saved_config
 from histo_jax.run.workdir import Workdir
 
 log = logging.getLogger("histo_jax")

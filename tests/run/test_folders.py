@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from histo_jax.report import folder as folders
+from histo_jax.run import folders
 
 # Forks processes; each one is killed one file operation later than the one before.
 KILLED = """

@@ -5,7 +5,7 @@ import glob
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -26,30 +26,53 @@ def update(folder: Path, new: Mapping[str, bytes], obsolete: Collection[str] = (
     Raises:
         OSError: a file cannot be written; the folder is unchanged.
     """
-    folder = folder.resolve()  # keeps a symbolic link to another disk
-    recover(folder)
-    copy = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
 
     def ignored(parent: str, names: list[str]) -> set[str]:
-        replaced = {*new, *obsolete} if Path(parent) == folder else set()
+        replaced = {*new, *obsolete} if Path(parent) == folder.resolve() else set()
         return {name for name in names if name in replaced or fnmatch(name, ".*.part")}
 
-    try:
+    with replacing(folder) as copy:
         if folder.exists():
-            shutil.copytree(folder, copy, symlinks=True, ignore=ignored, copy_function=_link)
-        else:
-            copy.mkdir(parents=True)
+            shutil.copytree(
+                folder.resolve(),
+                copy,
+                symlinks=True,
+                ignore=ignored,
+                copy_function=_link,
+                dirs_exist_ok=True,
+            )
         for name, content in new.items():
             files.write_bytes(copy / name, content)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder that replaces `folder` where the block ends without an error.
+
+    A process that is killed leaves the old folder or the new one, perhaps under another name, which
+    `recover` restores.
+
+    Args:
+        folder: created if missing; unchanged where the block raises.
+
+    Raises:
+        OSError: the folder cannot be replaced; it is unchanged.
+    """
+    folder = folder.resolve()  # keeps a symbolic link to another disk
+    recover(folder)
+    new = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
+    try:
+        new.mkdir(parents=True)
+        yield new
         if folder.exists():
             folder.rename(_backup(folder))
-        copy.rename(folder)
+        new.rename(folder)
     finally:
         recover(folder)
 
 
 def recover(folder: Path) -> None:
-    """Cleans up after an interrupted `update`: restores the old folder, or keeps the new one."""
+    """Cleans up after an interrupted replacement: restores the old folder, or keeps the new one."""
     folder = folder.resolve()
     if not folder.exists() and _backup(folder).exists():
         _backup(folder).rename(folder)

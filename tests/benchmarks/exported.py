@@ -1,0 +1,220 @@
+"""Speed of exported files beside the predictor and PyTorch, in interleaved rounds on one machine.
+
+    python tests/benchmarks/exported.py [--rounds=5] [--batch_size=256] [--threads=2]
+
+Exports the five-block network (32, 64, 128, 256, 512 channels) and the symmetric one (4, 8, 16, 32,
+64 in eight orientations) with drawn weights, and prints for each format its bytes, the largest
+difference to the predictor, and the median of images a second. Each format runs in a process of its
+own; one process at a time computes. OpenVINO is measured where it is installed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # if histo_jax is not installed
+
+NETWORKS = {
+    "five_block": {"features": (32, 64, 128, 256, 512), "dense": 1024},
+    "five_block_p4m": {"features": (4, 8, 16, 32, 64), "dense": 256},
+}
+FORMATS = ("predictor", "onnx", "openvino", "stablehlo", "pytorch", "torchscript")
+
+
+def predictor(folder: Path, batch_size: int) -> Any:
+    import histo_jax
+
+    return histo_jax.load(folder, batch_size=batch_size).logits
+
+
+def onnx(folder: Path, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(
+        folder / "model.onnx", options, providers=["CPUExecutionProvider"]
+    )
+    return lambda x: session.run(["logit"], {"images": x})[0]
+
+
+def openvino(folder: Path, threads: int) -> Any:
+    import openvino
+
+    config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    model = openvino.Core().compile_model(folder / "model.onnx", "CPU", config)
+    return lambda x: model(x)["logit"]
+
+
+def stablehlo(folder: Path) -> Any:
+    import jax
+
+    content = bytearray((folder / "model.stablehlo").read_bytes())
+    call = jax.jit(jax.export.deserialize(content).call)
+    return lambda x: np.asarray(call(x)[1])
+
+
+def pytorch(folder: Path, threads: int) -> Any:
+    import torch
+
+    torch.set_num_threads(threads)
+    sys.path.insert(0, str(folder))
+    from model import load
+
+    network = load().to(memory_format=torch.channels_last)
+
+    def call(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return network(torch.from_numpy(x))[1].numpy()
+
+    return call
+
+
+def torchscript(folder: Path, threads: int) -> Any:
+    import torch
+
+    torch.set_num_threads(threads)
+    network = torch.jit.load(folder / "wsinfer" / "torchscript_model.pt")
+
+    def call(x: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            pixels = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
+            return network(pixels)[:, 1].numpy()
+
+    return call
+
+
+def serve(name: str, folder: Path, batch_size: int, threads: int) -> None:
+    """Answers each line on stdin by the seconds of one batch; the first also by its logits."""
+    images = np.random.default_rng(0).integers(0, 256, (batch_size, 96, 96, 3), np.uint8)
+    if name == "predictor":
+        call = predictor(folder, batch_size)
+    elif name == "stablehlo":
+        call = stablehlo(folder)
+    else:
+        call = {"onnx": onnx, "openvino": openvino, "pytorch": pytorch, "torchscript": torchscript}[
+            name
+        ](folder, threads)
+    for _ in range(2):
+        logits = np.asarray(call(images), np.float64)
+    print(json.dumps(logits.ravel().tolist()), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        call(images)
+        print(time.perf_counter() - start, flush=True)
+
+
+def start(name: str, folder: Path, options: argparse.Namespace) -> subprocess.Popen[str]:
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: options.threads]))
+    command = [sys.executable, __file__, "--serve", name, "--folder", str(folder)]
+    command += [f"--batch_size={options.batch_size}", f"--threads={options.threads}"]
+    return subprocess.Popen(
+        ["taskset", "-c", cores, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(options.threads)},
+    )
+
+
+def export(name: str, folder: Path) -> dict[str, int]:
+    """Writes all formats of a network with drawn weights; returns their bytes."""
+    import jax
+
+    from histo_jax import exported
+    from histo_jax.config import Config, ModelConfig
+    from histo_jax.data.example import PatchSpec
+    from histo_jax.export import onnx, safetensors, stablehlo, torchscript
+    from histo_jax.metrics import Calibration
+    from histo_jax.models import create_model
+    from histo_jax.predictor import load
+    from histo_jax.training.state import init_weights
+
+    config = Config(model=ModelConfig(name=name, **NETWORKS[name]))
+    mean, std = np.full(3, 0.6, np.float32), np.full(3, 0.25, np.float32)
+    weights = init_weights(create_model(config.model), jax.random.key(0), mean, std, 96)
+    network = exported.Network(config, weights, Calibration(), 0, "")
+    contents = exported.Exported(
+        [network], False, None, PatchSpec(96, 32, 0.972), ("normal", "tumor")
+    )
+    folder.mkdir()
+    safetensors.write(folder, contents, contents.pack())
+    loaded = load(folder)
+    onnx.write(folder / "model.onnx", loaded, 96, {})
+    stablehlo.write(folder / "model.stablehlo", loaded, 96)
+    torchscript.write(folder / "wsinfer", contents, contents.pack())
+    files = {
+        "predictor": "model.safetensors",
+        "onnx": "model.onnx",
+        "openvino": "model.onnx",
+        "stablehlo": "model.stablehlo",
+        "pytorch": "model.safetensors",
+        "torchscript": "wsinfer/torchscript_model.pt",
+    }
+    return {format: (folder / file).stat().st_size for format, file in files.items()}
+
+
+def measure(name: str, folder: Path, options: argparse.Namespace) -> None:
+    """Prints the table of one network."""
+    sizes = export(name, folder)
+    processes = {format: start(format, folder, options) for format in options.formats}
+    logits = {}
+    for format, process in list(processes.items()):
+        line = process.stdout.readline()  # type: ignore[union-attr]
+        if line:
+            logits[format] = np.array(json.loads(line))
+        else:
+            print(f"{format} cannot run here", file=sys.stderr)
+            del processes[format]
+    times: dict[str, list[float]] = {format: [] for format in processes}
+    for _ in range(options.rounds):
+        for format, process in processes.items():
+            assert process.stdin
+            assert process.stdout
+            process.stdin.write("\n")
+            process.stdin.flush()
+            times[format].append(float(process.stdout.readline()))
+    for process in processes.values():
+        process.communicate()
+    speed = {f: options.batch_size / statistics.median(t) for f, t in times.items()}
+    print(
+        f"\n{name}: batch {options.batch_size}, {options.threads} threads, {options.rounds} rounds"
+    )
+    print("\n| format | bytes | largest difference of a logit | img/s | times the predictor |")
+    print("|---|---|---|---|---|")
+    for format in processes:
+        difference = np.abs(logits[format] - logits["predictor"]).max()
+        print(
+            f"| {format} | {sizes[format]:,} | {difference:.1e} | {speed[format]:,.0f} | "
+            f"{speed[format] / speed['predictor']:.2f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--formats", default=",".join(FORMATS), type=lambda text: text.split(","))
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.folder, options.batch_size, options.threads)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in NETWORKS:
+            measure(name, Path(temporary) / name, options)
+
+
+if __name__ == "__main__":
+    main()

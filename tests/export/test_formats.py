@@ -1,0 +1,250 @@
+"""Each format computes what the predictor does, for any number of images."""
+
+import functools
+import importlib.util
+import os
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from histo_jax import exported
+from histo_jax.config import Config, ModelConfig
+from histo_jax.data.example import PatchSpec
+from histo_jax.errors import UserError
+from histo_jax.export import onnx as onnx_format
+from histo_jax.export import safetensors as safetensors_format
+from histo_jax.export import stablehlo, torchscript
+from histo_jax.export.function import precise_logits
+from histo_jax.metrics import Calibration
+from histo_jax.models import create_model
+from histo_jax.models.forward import Weights
+from histo_jax.predictor import Predictor, TrainedModel, load
+
+PATCH = PatchSpec(96, 32, 0.972)
+SMALL = {"features": (4, 8, 8, 8, 32), "dense": 64}
+CONFIGS = {
+    "plain": ModelConfig(**SMALL),
+    "p4m": ModelConfig(name="five_block_p4m", features=(2, 2, 4, 4, 8), dense=64),
+    "resnet18": ModelConfig(name="resnet18", kwargs={"width": 8, "stem": "imagenet"}),
+}
+
+
+@functools.cache
+def trained(name: str) -> TrainedModel:
+    """A network that was not trained, with every parameter and statistic drawn."""
+    config = Config(model=CONFIGS[name])
+    return make_trained(create_model(config.model), config)
+
+
+def make_trained(model: nn.Module, config: Config) -> TrainedModel:
+    variables = jax.eval_shape(
+        functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 96, 96, 3))
+    )
+    rng = np.random.default_rng(len(jax.tree.leaves(variables)))
+
+    def draw(path, leaf):
+        values = rng.normal(size=leaf.shape).astype(np.float32)
+        name = path[-1].key
+        if name == "kernel":  # keeps the size of the activations
+            return values / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
+        return {"scale": 1 + 0.2 * values, "var": 1 + 0.2 * np.abs(values)}.get(name, 0.2 * values)
+
+    drawn = jax.tree_util.tree_map_with_path(draw, variables)
+    params = drawn.pop("params")
+    mean, std = np.array([0.7, 0.5, 0.7], np.float32), np.array([0.2, 0.3, 0.2], np.float32)
+    weights = jax.device_put(Weights(params=params, collections=drawn, mean=mean, std=std))
+    calibration = Calibration(1.3, -0.2, 0.4)
+    return TrainedModel("run", config, model, weights, calibration, 7, "fingerprint", PATCH)
+
+
+COUNTS = (1, 7, 256, 1000)
+FEW = (1, 7)  # for eight passes of the slowest network
+# Networks, test-time augmentation, prior.
+CASES = {
+    "plain": (("plain",), False, None),
+    "p4m with a prior": (("p4m",), False, 0.1),
+    "resnet18 with tta": (("resnet18",), True, None),
+    "ensemble": (("plain", "p4m"), False, 0.2),
+}
+ON_CASES = pytest.mark.parametrize("case", CASES)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (1000, 96, 96, 3), np.uint8)
+
+
+def make_predictor(case):
+    names, tta, prior = CASES[case]
+    networks = [trained(name) for name in names]
+    return Predictor(networks, tta=tta, prior=prior, batch_size=8 if tta else 200)
+
+
+@pytest.fixture(scope="module")
+def expected(images):
+    return {case: make_predictor(case).logits(images[: max(counts(case))]) for case in CASES}
+
+
+def counts(case):
+    """The ensemble of both networks stands for the largest batch of each."""
+    return FEW if "tta" in case else COUNTS if case == "ensemble" else COUNTS[:3]
+
+
+def contents(case):
+    predictor = make_predictor(case)
+    networks = [
+        exported.Network(t.config, t.weights, t.calibration, t.step, t.fingerprint)
+        for t in predictor.trained
+    ]
+    return exported.Exported(networks, predictor.tta, predictor.prior, PATCH, ("normal", "tumor"))
+
+
+def check(probability, logit, expected, tolerance=1e-4):
+    relative = np.abs(logit - expected) / np.maximum(1, np.abs(expected))
+    assert relative.max() < tolerance
+    np.testing.assert_allclose(probability, 1 / (1 + np.exp(-expected)), atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def has_torch():
+    if importlib.util.find_spec("torch") is None:
+        message = "PyTorch is not installed: pip install histo_jax[torch]"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+
+
+@ON_CASES
+def test_onnx_computes_the_same_in_a_file_of_the_size_of_its_weights(
+    case, images, expected, tmp_path
+):
+    path = tmp_path / "model.onnx"
+    onnx_format.write(path, make_predictor(case), 96, {"class_names": "normal,tumor"})
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    weights = sum(4 * int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
+    assert path.stat().st_size <= 1.1 * weights
+    # Each network's weights once: p4m's expanded ones, and no BatchNorm.
+    assert weights <= 1.01 * sum(expanded_bytes(name) for name in CASES[case][0])
+    assert [opset.version for opset in model.opset_import] == [18]
+    assert {p.key: p.value for p in model.metadata_props} == {"class_names": "normal,tumor"}
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (given,) = session.get_inputs()
+    assert (given.name, given.type, given.shape) == (
+        "images",
+        "tensor(uint8)",
+        ["batch", 96, 96, 3],
+    )
+    assert [(o.name, o.type, o.shape) for o in session.get_outputs()] == [
+        (name, "tensor(float)", ["batch"]) for name in ("probability", "logit")
+    ]
+    for count in counts(case):
+        probability, logit = session.run(["probability", "logit"], {"images": images[:count]})
+        assert logit.dtype == np.float32
+        check(probability, logit, expected[case][:count])
+
+
+def expanded_bytes(name):
+    """Bytes of the weights of ordinary layers without BatchNorm, with a bias for each output."""
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained(name).weights.params):
+        is_kernel, is_block = path[-1].key == "kernel", "Block_" in str(path[0])
+        copies = 8 if name == "p4m" and is_block else 1
+        total += 4 * leaf.size * (copies if is_kernel or path[-1].key == "bias" else 0)
+    return total
+
+
+def test_stablehlo_takes_any_number_of_images_on_every_platform(images, tmp_path):
+    config = Config(model=ModelConfig(features=(1, 1, 1, 1, 1), dense=2))
+    predictor = Predictor([make_trained(create_model(config.model), config)])
+    stablehlo.write(tmp_path / "model", predictor, 96)
+    program = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes()))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    expected = precise_logits(predictor, images)
+    for count in COUNTS:
+        check(*program.call(images[:count]), expected[:count], 1e-5)
+
+
+@ON_CASES
+def test_stablehlo_computes_the_same_and_holds_weights_once(case, images, expected, tmp_path):
+    path = tmp_path / "model.stablehlo"
+    stablehlo.write(path, make_predictor(case), 96)
+    program = jax.export.deserialize(bytearray(path.read_bytes()))
+    check(*jax.jit(program.call)(images[:7]), expected[case][:7], 1e-5)
+    weights = sum(
+        4 * leaf.size
+        for name in CASES[case][0]
+        for leaf in jax.tree.leaves(trained(name).weights.variables)
+    )
+    assert path.stat().st_size <= 1.1 * weights + 60_000  # the program itself
+
+
+@ON_CASES
+def test_load_reads_safetensors_back(case, images, expected, tmp_path):
+    written = contents(case)
+    safetensors_format.write(tmp_path, written, written.pack())
+    loaded = load(tmp_path)
+    assert (loaded.tta, loaded.prior) == CASES[case][1:]
+    loaded.batch_size = 8
+    np.testing.assert_allclose(loaded.logits(images[:7]), expected[case][:7], rtol=1e-5, atol=1e-6)
+
+
+@ON_CASES
+def test_pytorch_computes_the_same(case, images, expected, tmp_path, has_torch):
+    import torch
+
+    written = contents(case)
+    safetensors_format.write(tmp_path, written, written.pack())
+    specification = importlib.util.spec_from_file_location("model", tmp_path / "model.py")
+    model = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(model)
+    network = model.load()
+    for count in counts(case):
+        with torch.no_grad():
+            probability, logit = network(torch.from_numpy(images[:count]))
+        check(probability.numpy(), logit.numpy(), expected[case][:count])
+
+
+def test_torchscript_has_two_logits_whose_softmax_is_the_probability(
+    images, expected, tmp_path, has_torch
+):
+    import torch
+
+    torchscript.write(tmp_path / "wsinfer", contents("ensemble"), contents("ensemble").pack())
+    network = torch.jit.load(tmp_path / "wsinfer" / "torchscript_model.pt")
+    for count in FEW:
+        pixels = torch.from_numpy(images[:count]).permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            logits = network(pixels)
+        assert not logits[:, 0].any()
+        check(logits.softmax(1)[:, 1].numpy(), logits[:, 1].numpy(), expected["ensemble"][:count])
+    assert sorted(path.name for path in (tmp_path / "wsinfer").iterdir()) == [
+        "config.json",
+        "torchscript_model.pt",
+    ]
+
+
+def test_wsinfer_accepts_the_description(tmp_path):
+    """Its schema of version 1.0, from wsinfer-zoo 0.6.2."""
+    described = torchscript.describe(contents("plain"))
+    assert described["spec_version"] == "1.0"
+    assert described["num_classes"] == len(described["class_names"]) == 2
+    assert (described["patch_size_pixels"], described["spacing_um_px"]) == (96, 0.972)
+    assert [step["name"] for step in described["transform"]] == ["Resize", "ToTensor", "Normalize"]
+
+
+def test_a_missing_or_corrupt_file_is_named(tmp_path):
+    written = contents("plain")
+    safetensors_format.write_config(tmp_path, written)
+    with pytest.raises(UserError, match=r"has no model\.safetensors: rerun --mode=export"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(written.pack()[:-100])
+    with pytest.raises(UserError, match="is corrupt"):
+        load(tmp_path)
+
+
+def test_every_config_is_covered():
+    assert {name for names, _, _ in CASES.values() for name in names} == set(CONFIGS)
