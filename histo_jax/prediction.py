@@ -35,7 +35,7 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
 
     Returns:
         `id`, and `label`, float64, the probability of tumour; for Kaggle's data the ids of
-        `sample_submission.csv`, in its order.
+        `sample_submission.csv`, in its order; and `path`, where the source knows the files.
 
     Raises:
         UserError: there is no checkpoint, or one of another model, or there are no test patches.
@@ -63,6 +63,8 @@ def predict_in(run: Workdir, config: Config) -> pd.DataFrame:
     source, rows = prepared.source("test"), np.arange(len(ids))
     raw = inference.raw_logits(predictor, source, rows, "predicting")
     table = pd.DataFrame({"id": ids, "label": expit(predictor.calibrate(raw).mean(0))})
+    if (paths := prepared.tables["test"].get("path")) is not None:
+        table["path"] = paths
     # Eight digits are the precision of float32 logits.
     run.write_text("submission.csv", table.to_csv(index=False, float_format="%.8g"))
     log.info("%d predictions in %s", len(table), run.path / "submission.csv")

@@ -262,8 +262,10 @@ def _problem(example: Any, split: str) -> str | None:
     if not isinstance(label, int | np.integer) or label not in labels:
         known = "0, 1, or -1 where it is not known" if split == "test" else "0 or 1"
         return f"has label {label!r}; the label must be {known}, as an int"
-    if not isinstance(example.slide, str):
-        return f"has a slide of type {type(example.slide).__name__}; give a str, '' = not known"
+    for name in ("slide", "patient", "path"):
+        value = getattr(example, name)
+        if not isinstance(value, str):
+            return f"has a {name} of type {type(value).__name__}; give a str, '' = not known"
     return None
 
 

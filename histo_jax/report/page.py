@@ -66,12 +66,14 @@ class Audit:
         text: the audit as plain text.
         has_leak: whether splits share patches or slides.
         knows_slides: whether shared slides could be checked.
+        knows_patients: whether shared patients could be checked.
         color_auc: validation AUC of the colour-histogram baseline.
     """
 
     text: str
     has_leak: bool
     knows_slides: bool
+    knows_patients: bool
     color_auc: float
 
 

@@ -16,9 +16,10 @@ from scipy.ndimage import gaussian_filter
 import histo_jax
 from histo_jax.config import Config
 from histo_jax.data import leakage
+from histo_jax.data.overlap import OPTIMISTIC
 from histo_jax.data.record_files import SQUARES, SUMS
 from histo_jax.data.record_reader import Prepared
-from histo_jax.data.splits import OPTIMISTIC, Subset, Subsets, make_subsets
+from histo_jax.data.splits import Subset, Subsets, make_subsets
 from histo_jax.run import signals
 
 

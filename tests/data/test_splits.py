@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histo_jax.config import Config, DataConfig
-from histo_jax.data import splits
+from histo_jax.data import overlap, splits
 from histo_jax.data.record_files import SQUARES, SUMS
 from histo_jax.errors import UserError
 
@@ -211,7 +211,7 @@ def test_slide_names_that_no_two_patches_share_are_not_slides():
     subsets = make_split(table, Config())
     assert (subsets.by, subsets.slide_disjoint) == ("image", None)
     assert "each patch names a slide of its own" in subsets.division
-    assert "checked" in splits.caveat(subsets.slide_disjoint)
+    assert "checked" in overlap.caveat(subsets.slide_disjoint)
     table.loc[:24, "slide"] = "s"
     assert make_split(table, Config()).slide_disjoint
 
@@ -220,14 +220,14 @@ def test_two_spellings_of_a_slide_are_one_slide():
     one, other = make_table(slides=2), make_table(slides=2)
     other["id"] += "x"
     other["slide"] = other["slide"].str.upper() + " "
-    assert splits.share(one, other)
-    assert not splits.share(one, other.assign(slide="another"))
+    assert overlap.share(one, other)
+    assert not overlap.share(one, other.assign(slide="another"))
 
 
 def test_combine():
-    assert splits.combine([True, None, False]) is False
-    assert splits.combine([True, None]) is None
-    assert splits.combine([True, True]) is True
+    assert overlap.combine([True, None, False]) is False
+    assert overlap.combine([True, None]) is None
+    assert overlap.combine([True, True]) is True
 
 
 @pytest.mark.parametrize("slides", [0, 12])
@@ -295,4 +295,4 @@ def test_a_leak_is_found_by_pixels_where_ids_are_names():
     test.loc[3, "sha1"] = "a"
     with pytest.raises(UserError, match="training patches are also test patches"):
         splits.refuse_leak(tables, subsets, allow=False)
-    assert splits.disjoint((train, np.arange(9)), (test, np.arange(9))) is False
+    assert overlap.disjoint((train, np.arange(9)), (test, np.arange(9))) is False
