@@ -16,13 +16,16 @@ from histo_jax.predictor import Predictor, TrainedModel, read_best, read_runs, r
 from histo_jax.run.workdir import Workdir
 
 
-def load_predictor(config: Config, folder: Path, prior: float | None = None) -> Predictor:
+def load_predictor(
+    config: Config, folder: Path, prior: float | None = None, read_only: bool = False
+) -> Predictor:
     """Returns the predictor of `config.predict.checkpoints`, or of the run in `folder`.
 
     Args:
         config: settings of the command.
-        folder: its workdir, which this process holds.
+        folder: its workdir.
         prior: see `Predictor`.
+        read_only: another process may hold the workdir.
 
     Raises:
         UserError: a folder is not that of a run, or has no usable checkpoint.
@@ -31,7 +34,7 @@ def load_predictor(config: Config, folder: Path, prior: float | None = None) -> 
     if runs := run_folders(predict.checkpoints):
         trained = read_runs(runs, "config.predict.checkpoints")
     else:
-        trained = [read_best(folder, config, read_only=False)]
+        trained = [read_best(folder, config, read_only)]
     return Predictor(trained, tta=predict.tta, prior=prior, batch_size=predict.batch_size)
 
 

@@ -139,6 +139,95 @@ def test_slides_stay_apart_for_any_seed(seed, slides, share):
     assert 0 < len(subsets.validation.rows) < len(subsets.train.rows)
 
 
+def with_patients(table: pd.DataFrame, patients: int) -> pd.DataFrame:
+    """Names the patient of each slide."""
+    number = table["slide"].str[1:].astype(int)
+    return table.assign(patient=[f"p{k % patients}" for k in number])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31 - 1), patients=st.integers(4, 30), share=st.floats(0.2, 0.8),
+    fold=st.sampled_from([None, "2/3"]), mixed=st.booleans(),
+)  # fmt: skip
+def test_neither_patients_nor_slides_are_divided(seed, patients, share, fold, mixed):
+    table, config = make_table(300, 3 * patients, share), Config(seed=seed)
+    table = with_patients(table, patients)
+    config.data.fold = fold
+    if mixed:  # a slide of two patients, spelled differently, and one of none
+        slides = table["slide"].unique()
+        table.loc[table["slide"] == slides[0], "patient"] = ["P0", "p1 "] * 150
+        table.loc[table["slide"] == slides[1], "patient"] = ""
+    subsets = make_split(table, config)
+    assert (subsets.by, subsets.slide_disjoint, subsets.patient_disjoint) == ("patient", True, True)
+    parts = [table.iloc[subset.rows] for subset in both_of(subsets)]
+    for unit in ("patient", "slide"):
+        assert not overlap.shared_names(*parts, unit)
+    assert all((part["patient"] != "").all() and part["label"].nunique() == 2 for part in parts)
+    assert sum(map(len, parts)) == (table["patient"] != "").sum()
+    again = make_split(table, config)
+    np.testing.assert_array_equal(again.validation.rows, subsets.validation.rows)
+
+
+def test_patches_of_unknown_patients_are_left_out_and_said_to_be():
+    table = with_patients(make_table(slides=20), 10)
+    table.loc[:99, ["patient", "slide"]] = "", ""
+    subsets = make_split(table, Config())
+    assert sorted(np.concatenate([s.rows for s in both_of(subsets)])) == list(range(100, 400))
+    missing = splits.left_out({"train": table}, DataConfig())
+    assert "100 of 400 training patches do not name their patient" in missing
+    assert splits.left_out({"train": table}, DataConfig(split_by="image")) == ""
+
+
+def test_patients_are_divided_only_on_request_and_that_is_said():
+    table, config = with_patients(make_table(slides=20), 4), Config()
+    assert make_split(table, config).by == "patient"
+    for by, slide_disjoint in (("slide", True), ("image", False)):
+        config.data.split_by = by
+        subsets = make_split(table, config)
+        assert (subsets.by, subsets.slide_disjoint) == (by, slide_disjoint)
+        assert subsets.patient_disjoint is False
+        assert "optimistic" in subsets.caveat
+
+
+def test_patients_without_slides_and_names_that_no_two_patches_share():
+    table = make_table()
+    config = Config()
+    config.data.split_by = "patient"
+    with pytest.raises(UserError, match="names no patients"):
+        make_split(table, config)
+    table["patient"] = [f"p{k // 20}" for k in range(400)]
+    subsets = make_split(table, config)  # patients imply slides
+    assert (subsets.by, subsets.slide_disjoint, subsets.patient_disjoint) == ("patient", True, True)
+    table["patient"] = table["id"]
+    subsets = make_split(table, config)
+    assert (subsets.by, subsets.slide_disjoint, subsets.patient_disjoint) == ("image", None, None)
+    with pytest.raises(UserError, match="all patches come from 1 patient"):
+        make_split(table.assign(patient="p"), config)
+
+
+def test_official_splits_that_share_a_patient_are_refused(messages):
+    tables = {
+        split: with_patients(make_table(slides=12), 6).assign(id=lambda t, s=split: s + t["id"])
+        for split in ("train", "validation", "test")
+    }
+    for split in ("validation", "test"):
+        for column in ("slide", "patient"):
+            tables[split][column] = split + tables[split][column]
+    subsets = splits.make_subsets(tables, DataConfig(), 0)
+    assert (subsets.by, subsets.slide_disjoint, subsets.patient_disjoint) == ("patient", True, True)
+    splits.refuse_leak(tables, subsets, allow=False)
+    for split in ("validation", "test"):
+        shared = tables | {split: tables[split].copy()}
+        shared[split].loc[3, "patient"] = "P3 "
+        subsets = splits.make_subsets(shared, DataConfig(), 0)
+        assert subsets.patient_disjoint is (split != "validation")
+        with pytest.raises(UserError, match=f"1 patients .* {split} split, the first is 'p3': cor"):
+            splits.refuse_leak(shared, subsets, allow=False)
+        splits.refuse_leak(shared, subsets, allow=True)
+    assert "LEAK: 1 patients" in "\n".join(messages)
+
+
 def test_official_splits_are_kept():
     tables = {"train": make_table(100), "validation": make_table(40), "test": make_table(30)}
     tables["validation"]["id"] = "validation " + tables["validation"]["id"]
