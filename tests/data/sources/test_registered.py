@@ -102,7 +102,7 @@ def test_patients_and_paths_go_through_every_command(config, tmp_path, log):
         slide, patient, path = f"{split}{k // 4}", f"{split} {k // 8}", f"{split}/{k}.png"
         return Example(f"{split}{k}", IMAGES[k], k % 2, slide, patient * (k % 4 > 0), path)
 
-    register(lambda: {s: (example(s, k) for k in range(n)) for s, n in counts.items()})
+    register(lambda: {s: [example(s, k) for k in range(n)] for s, n in counts.items()})
     counts = {"train": 48, "test": 16}
     histo_jax.register_model("pixel")(Pixel)
     config.model.name, config.data.validation_fraction = "pixel", 0.34
