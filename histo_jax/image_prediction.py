@@ -14,7 +14,6 @@ from scipy.special import expit
 
 from histo_jax import ensemble, provenance
 from histo_jax.config import Config
-from histo_jax.data.example import IMAGE_SIZE
 from histo_jax.data.image_files import ImageFile, describe_conversions, read_images
 from histo_jax.data.image_tables import ImageList, binary_labels, list_images
 from histo_jax.errors import ConfigError, DataError, one_line
@@ -87,7 +86,7 @@ class _Reader:
     def __init__(self, paths: Sequence[Path], predictor: Predictor) -> None:
         self.is_read: Bool[np.ndarray, " n"] = np.zeros(len(paths), bool)
         self._paths = paths
-        self._size = IMAGE_SIZE
+        self._size = predictor.patch.size
         is_scaled = all(trained.config.data.image_size for trained in predictor.trained)
         self._image_size = self._size if is_scaled else None
         self._conversions: dict[str, int] = {}

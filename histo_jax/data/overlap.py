@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from histo_jax.data import groups
-from histo_jax.data.example import IMAGE_SIZE
 from histo_jax.data.record_files import SQUARES, SUMS, pixel_hashes
 
 # The whole table of a split, and the rows of a subset.
@@ -99,5 +98,5 @@ def shared_ids(first: pd.DataFrame, second: pd.DataFrame) -> pd.Series:
     """
     shared = first[pixel_hashes(first).isin(pixel_hashes(second))]
     sums, squares = (shared[list(names)].to_numpy() for names in (SUMS, SQUARES))
-    one_colour = (sums**2 == IMAGE_SIZE * IMAGE_SIZE * squares).all(axis=1)
+    one_colour = (sums**2 == shared[["pixels"]].to_numpy() * squares).all(axis=1)
     return shared["id"][~one_colour]

@@ -62,6 +62,7 @@ def explain_in(run: Workdir, config: Config) -> pd.DataFrame:
     folder = run.path
     predictor = ensemble.load_predictor(config, folder)
     prepared = prepare(config.data, config.data_seed, folder, raw_may_be_gone=True)
+    ensemble.check_size(predictor, config, prepared)
     if config.explain.ids:
         chosen, tta = _gather_by_id(predictor, config, prepared), config.predict.tta
     else:

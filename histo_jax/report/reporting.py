@@ -70,6 +70,7 @@ def report_in(run: Workdir, config: Config) -> Path:
     evaluation = _read_evaluation(config, run.path)
     predictor = _load_evaluated(config, run.path, evaluation.scores)
     if predictor:
+        ensemble.check_size(predictor, config, evaluation.prepared)
         ensemble.check_evaluated(predictor.trained, evaluation.scores, config.evaluate.split)
     text, svgs = page.render(_collect(config, run, evaluation, predictor))
     if run.is_primary:

@@ -41,6 +41,6 @@ def test_a_patch_gets_the_patient_of_its_slide_unless_the_slide_has_several(log)
 
 
 def test_spellings_of_a_patient_are_one_and_tables_without_patients_get_no_column():
-    unified = groups.unify({"train": make(["p 1", "P 1 ", "unknown"], "abc")})["train"]
+    unified = groups.unify({"train": make(["p 1", "P 1 ", "unknown"], ["a", "b", "c"])})["train"]
     assert unified["patient"].tolist() == ["p 1", "p 1", ""]
     assert list(groups.unify({"train": pd.DataFrame({"slide": ["a"]})})["train"]) == ["slide"]

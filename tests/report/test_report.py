@@ -17,6 +17,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 import histo_jax
 from histo_jax import evaluation_files
 from histo_jax.data import overlap, splits
+from histo_jax.data.example import PatchSpec
 from histo_jax.data.leakage import audit
 from histo_jax.ensemble import check_evaluated
 from histo_jax.errors import UserError
@@ -398,7 +399,10 @@ def test_a_report_of_an_ensemble_names_its_runs(config, run, tmp_path):
         explain(ensemble, run)
     # Also in a folder with the scores of a run that has lost its checkpoints.
     scores = json.loads((run / "evaluation_validation.json").read_text())
-    trained = [TrainedModel(str(path), config, None, None, None, 0, "") for path in (run, twin)]
+    trained = [
+        TrainedModel(str(path), config, None, None, None, 0, "", PatchSpec(96))
+        for path in (run, twin)
+    ]
     with pytest.raises(UserError, match="a single run was evaluated, not the mean of"):
         check_evaluated(trained, scores, "validation")
 

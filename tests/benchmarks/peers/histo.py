@@ -62,7 +62,7 @@ class Peer:
     def _training(self) -> list[Any]:
         """The train step, and the state, which each step replaces."""
         optimizer = create_optimizer(self._config.optimizer)
-        state = create_state(self._model, optimizer, 0, np.full(3, 0.5), np.full(3, 0.25))
+        state = create_state(self._model, optimizer, 0, np.full(3, 0.5), np.full(3, 0.25), 96)
         state = jax.device_put(state, mesh.replicated(self._batch_sharding))
         augment, loss = make_augment(self._config.augment), get_loss(self._config.fit.loss)
         return [make_train_step(self._model, optimizer, self._batch_sharding, augment, loss), state]
