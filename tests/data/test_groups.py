@@ -1,6 +1,6 @@
 import numpy as np
 import pandas as pd
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histo_jax.data import groups
@@ -12,6 +12,7 @@ def make(patients, slides):
     return pd.DataFrame({"patient": patients, "slide": slides}, dtype=str)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(NAMES, NAMES), max_size=12))
 def test_patches_are_connected_as_by_a_search(pairs):
     table = make([p for p, _ in pairs], [s for _, s in pairs])

@@ -147,7 +147,7 @@ def with_patients(table: pd.DataFrame, patients: int) -> pd.DataFrame:
     return table.assign(patient=[f"p{k % patients}" for k in number])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 2**31 - 1), patients=st.integers(4, 30), share=st.floats(0.2, 0.8),
     fold=st.sampled_from([None, "2/3"]), mixed=st.booleans(),
