@@ -172,7 +172,7 @@ def test_neither_patients_nor_slides_are_divided(seed, patients, share, fold, mi
     np.testing.assert_array_equal(again.validation.rows, subsets.validation.rows)
 
 
-def test_patches_of_unknown_patients_are_left_out_and_said_to_be():
+def test_patches_of_unknown_patients_are_left_out_with_a_warning():
     table = with_patients(make_table(slides=20), 10)
     table.loc[:99, ["patient", "slide"]] = "", ""
     subsets = make_split(table, Config())
@@ -182,7 +182,7 @@ def test_patches_of_unknown_patients_are_left_out_and_said_to_be():
     assert splits.left_out({"train": table}, DataConfig(split_by="image")) == ""
 
 
-def test_patients_are_divided_only_on_request_and_that_is_said():
+def test_patients_are_divided_only_on_request_with_a_caveat():
     table, config = with_patients(make_table(slides=20), 4), Config()
     assert make_split(table, config).by == "patient"
     for by, slide_disjoint in (("slide", True), ("image", False)):
