@@ -66,15 +66,15 @@ class Audit:
         text: the audit as plain text.
         has_leak: whether splits share patches or slides.
         knows_slides: whether shared slides could be checked.
-        knows_patients: whether shared patients could be checked.
         color_auc: validation AUC of the colour-histogram baseline.
+        knows_patients: whether shared patients could be checked.
     """
 
     text: str
     has_leak: bool
     knows_slides: bool
-    knows_patients: bool
     color_auc: float
+    knows_patients: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
