@@ -49,7 +49,7 @@ def predict_images(run: Workdir, config: Config) -> pd.DataFrame:
         raise ConfigError("config.predict.images needs one process: leave out --multihost")
     assert config.predict.images
     place = files.expand(config.predict.images, "--config.predict.images").absolute()
-    images = list_images(place)
+    images = list_images(place, has_splits=False)
     if images.table is None:
         images = images._replace(rows=images.rows.sort_values("path"))
     predictor = ensemble.load_predictor(config, run.path, config.predict.prior, read_only=True)

@@ -47,7 +47,7 @@ def folder(tmp_path):
     """Eleven images, in folders and beside them, between files that are none."""
     folder = tmp_path / "images"
     for number, image in enumerate(IMAGES):
-        path = folder / ("deep/er", "a", "")[number % 3] / f"{number:02}.png"
+        path = folder / ("train/er", "a", "")[number % 3] / f"{number:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     (folder / "a" / "03b.png").write_bytes((folder / "a" / "01.png").read_bytes()[:500])

@@ -5,7 +5,6 @@ Layout: `train/<id>.tif`, `test/<id>.tif`, `train_labels.csv` with the columns `
 """
 
 import concurrent.futures
-import contextlib
 import hashlib
 import io
 import os
@@ -22,7 +21,7 @@ from PIL import Image
 from histo_jax.config import DataConfig
 from histo_jax.data import raw_files
 from histo_jax.data.example import UNLABELLED, Example, SizedExamples
-from histo_jax.data.tables import read_csv
+from histo_jax.data.tables import parse_label, read_csv
 from histo_jax.errors import DataError, one_line
 from histo_jax.registry import register_source
 from histo_jax.run.files import expand
@@ -35,7 +34,6 @@ _CHUNK = 512
 _LARGEST = 2**24
 # An id becomes part of a path, so nothing but the 40 digits of a SHA-1 may pass.
 _ID = re.compile(r"[0-9a-f]{40}")
-_LABELS = {"false": 0, "true": 1}
 _FOLDERS = {"train": ("train", "train_labels.csv"), "test": ("test", "sample_submission.csv")}
 # What Pillow raises on corrupt files; anything else is a bug.
 _CORRUPTION = (
@@ -170,7 +168,7 @@ def _read_rows(csv_path: Path, split: str) -> list[tuple[int, str, int]]:
     _check_rows(csv_path, ids.duplicated(), ids, "duplicate id {}", "remove")
     labels = pd.Series(UNLABELLED, table.index)
     if split == "train":
-        labels = table["label"].map({text: _label(text) for text in table["label"].unique()})
+        labels = table["label"].map({text: parse_label(text) for text in table["label"].unique()})
         _check_rows(csv_path, labels.isna(), table["label"], "label {!r} must be 0 or 1", "correct")
     return list(zip(table.index.tolist(), ids.tolist(), labels.astype(int).tolist(), strict=True))
 
@@ -193,14 +191,6 @@ def _check_rows(csv_path: Path, wrong: pd.Series, cells: pd.Series, problem: str
     raise DataError(
         f"{csv_path}, line {lines[0]}: {problem.format(cells[lines[0]][:60])}{count}; {fix} {rows}"
     )
-
-
-def _label(text: str) -> int | None:
-    """Returns 0 or 1 as tables write them (1, 1.0, True), or None."""
-    with contextlib.suppress(ValueError):
-        number = float(text)
-        return int(number) if number in (0, 1) else None
-    return _LABELS.get(text.lower())
 
 
 def _missing_error(folder: Path, csv_path: Path, missing: dict[str, int], listed: int) -> DataError:
