@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def predict_images(run: Workdir, config: Config) -> pd.DataFrame:
     predictor = ensemble.load_predictor(config, run.path, config.predict.prior, read_only=True)
     network = type(predictor.trained[0].model)
     provenance.warn_of_changed_network(run, network, config.config_file)
-    reader = _Reader(images.files(), predictor)
+    reader = _Reader(images, predictor)
     log.info("compiling the prediction step")
     with progress.bar("predicting", len(images.rows), unit=" img", leave=False) as bar:
         logits = predictor.logits(progress.counted(bar, reader.read()))
@@ -76,16 +76,16 @@ class _Reader:
     """Reads image files ahead of their use.
 
     Args:
-        paths: the files.
+        images: the files.
         predictor: its networks decide which size the images must have, or are scaled to.
 
     Attributes:
         is_read: bool[n], whether each file could be read, once `read` has ended.
     """
 
-    def __init__(self, paths: Sequence[Path], predictor: Predictor) -> None:
-        self.is_read: Bool[np.ndarray, " n"] = np.zeros(len(paths), bool)
-        self._paths = paths
+    def __init__(self, images: ImageList, predictor: Predictor) -> None:
+        self.is_read: Bool[np.ndarray, " n"] = np.zeros(len(images.rows), bool)
+        self._folder, self._paths = images.folder, images.rows["path"].tolist()
         self._size = predictor.patch.size
         is_scaled = all(trained.config.data.image_size for trained in predictor.trained)
         self._image_size = self._size if is_scaled else None
@@ -98,12 +98,15 @@ class _Reader:
         Raises:
             Preempted: a signal has asked this process to stop.
         """
-        results = signals.stopping(read_images(self._paths, self._image_size))
+        # One by one: the objects of a million paths take hundreds of MB.
+        paths = (self._folder / path for path in self._paths)
+        results = signals.stopping(read_images(paths, self._image_size))
         for number, result in enumerate(results):
             problem = self._problem(result)
             if problem:
-                log.warning("left out: %s %s", self._paths[number], problem)
-                self._first = self._first or f"{self._paths[number]} {problem}"
+                line = f"{self._folder / self._paths[number]} {problem}"
+                log.warning("left out: %s", line)
+                self._first = self._first or line
                 continue
             assert isinstance(result, ImageFile)
             for name in result.conversions:
