@@ -4,6 +4,7 @@ Everything that uses trained networks uses them through `Predictor`, and only th
 `jax.pmap`. It reads checkpoints, and knows nothing else of training.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from scipy.special import expit
 from histo_jax import environment
 from histo_jax.config import Config
 from histo_jax.config_values import folders
-from histo_jax.data.example import IMAGE_SHAPE
+from histo_jax.data.example import PatchSpec
+from histo_jax.data.source_adapter import patch_spec
 from histo_jax.distributed import runtime
 from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration
@@ -31,9 +33,10 @@ from histo_jax.training.checkpoints import Checkpoints
 
 Value = TypeVar("Value")
 
-_EXPECTED = f"uint8[n, {', '.join(map(str, IMAGE_SHAPE))}]"
+# Scales of networks that may work together: published ones of the same scanner differ by a percent.
+_SCALE_TOLERANCE = 0.1
 
-Batch = UInt8[np.ndarray, "batch 96 96 3"]
+Batch = UInt8[np.ndarray, "batch size size 3"]
 # From a network to the function of its weights and of uint8 images that is to be computed.
 MakeFunction = Callable[[nn.Module], Callable[[Weights, Any], Any]]
 
@@ -49,6 +52,7 @@ class TrainedModel(NamedTuple):
         calibration: fitted to these weights.
         step: training step of the checkpoint.
         fingerprint: of the training and validation examples, see `splits.fingerprint`.
+        patch: size and scale of the patches that it was trained on.
     """
 
     run: str
@@ -58,6 +62,7 @@ class TrainedModel(NamedTuple):
     calibration: Calibration
     step: int
     fingerprint: str
+    patch: PatchSpec
 
 
 def read_best(run: Path, config: Config, read_only: bool = True) -> TrainedModel:
@@ -81,6 +86,7 @@ def read_best(run: Path, config: Config, read_only: bool = True) -> TrainedModel
         calibration=Calibration(**best.data.get("calibration", {})),
         step=int(best.state.step),
         fingerprint=best.data["fingerprint"],
+        patch=patch_spec(config.data, best.image_size),
     )
 
 
@@ -115,7 +121,7 @@ class Predictor:
 
     Example:
         >>> predictor = histo_jax.load("runs/a", "runs/b")
-        >>> predictor(images)  # uint8[3, 96, 96, 3]
+        >>> predictor(images)  # uint8[3, size, size, 3]
         array([0.02, 0.97, 0.51])
 
     Args:
@@ -131,8 +137,10 @@ class Predictor:
         tta: as given.
         prior: as given.
         batch_size: as given.
+        patch: size and scale of the patches that the networks take.
 
     Raises:
+        UserError: the networks take patches of different sizes or scales.
         ValueError: `prior` or `batch_size` is out of range.
     """
 
@@ -150,6 +158,7 @@ class Predictor:
             raise ValueError(f"batch_size = {batch_size} must be at least 1")
         self.trained, self.batch_size = tuple(trained), batch_size
         self.tta, self.prior = tta, prior
+        self.patch = _common_patch(self.trained)
         self._devices = jax.local_devices()
         self._programs: dict[Any, Any] = {}
 
@@ -160,7 +169,8 @@ class Predictor:
         """Returns the calibrated probabilities of tumour, float64[n].
 
         Args:
-            images: uint8[n, 96, 96, 3], RGB, or an iterable of such batches of any sizes.
+            images: uint8[n, size, size, 3], RGB, of the size that `patch` names; or an iterable of
+                such batches of any lengths.
 
         Raises:
             ValueError: images of another shape or dtype.
@@ -204,7 +214,7 @@ class Predictor:
         """Computes a function of each network over all images.
 
         Args:
-            make: returns, for a network, the function `(weights, uint8[batch, 96, 96, 3]) ->
+            make: returns, for a network, the function `(weights, uint8[batch, size, size, 3]) ->
                 array[batch, ...]`. A program is compiled for each pair of `make` and network.
             images: see `__call__`.
             batch_size: instead of the predictor's own.
@@ -212,21 +222,21 @@ class Predictor:
         Returns:
             For each network array[n, ...].
         """
-        devices = len(self._devices)
+        devices, size = len(self._devices), self.patch.size
         per_device = -(-(batch_size or self.batch_size) // devices)
         counts: list[int] = []
 
         def dispatch() -> Iterator[list[jax.Array]]:
-            for batch, count in _padded_batches(images, devices * per_device):
+            for batch, count in _padded_batches(images, devices * per_device, size):
                 counts.append(count)
-                parts = batch.reshape(devices, per_device, *IMAGE_SHAPE)
+                parts = batch.reshape(devices, per_device, size, size, 3)
                 # The weights are passed as they are: replicated ones would be copied each time.
                 yield [self._program(make, t.model)(t.weights, parts) for t in self.trained]
 
         with runtime.jax_defaults():
             outputs = list(read_behind(dispatch()))
             if not outputs:
-                return [_empty(make(t.model), t.weights) for t in self.trained]
+                return [_empty(make(t.model), t.weights, size) for t in self.trained]
         flat = (
             # pmap returns [devices, per_device, ...].
             [output.reshape(-1, *output.shape[2:]) for output in by_batch]
@@ -256,7 +266,7 @@ def load(
 
     Example:
         >>> predictor = histo_jax.load("runs/kaggle")
-        >>> probabilities = predictor(images)  # uint8[n, 96, 96, 3] to float64[n]
+        >>> probabilities = predictor(images)  # uint8[n, size, size, 3] to float64[n]
 
     Args:
         workdirs: folders of runs that `fit` has trained, or of ensembles that `evaluate` or
@@ -304,17 +314,38 @@ def make_forward_tta(model: nn.Module) -> Callable[[Weights, Any], Any]:
     return make_forward(model, tta=not getattr(model, "is_d4_invariant", False))
 
 
-def _empty(function: Callable[[Weights, Any], Any], weights: Weights) -> np.ndarray:
+def _common_patch(trained: Sequence[TrainedModel]) -> PatchSpec:
+    """Returns what all networks' patches have in common; the scale of the first that knows it."""
+    first = trained[0]
+    scaled = next((each for each in trained if each.patch.mpp), first)
+    for each in trained:
+        size, mpp = each.patch.size, each.patch.mpp
+        if size != first.patch.size:
+            raise UserError(
+                f"{first.run} takes patches of {first.patch.size} pixels and {each.run} of {size}: "
+                "use runs of one size together"
+            )
+        if mpp and not math.isclose(mpp, scaled.patch.mpp or mpp, rel_tol=_SCALE_TOLERANCE):
+            raise UserError(
+                f"{scaled.run} takes patches of {scaled.patch.mpp} micrometres per pixel and "
+                f"{each.run} of {mpp} (config.data.mpp): use runs of one scale together"
+            )
+    return first.patch._replace(mpp=scaled.patch.mpp)
+
+
+def _empty(
+    function: Callable[[Weights, Any], Any], weights: Weights, image_size: int
+) -> np.ndarray:
     """Returns the function's output for no images."""
-    images = jax.ShapeDtypeStruct((1, *IMAGE_SHAPE), np.uint8)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8)
     output = jax.eval_shape(function, weights, images)
     return np.zeros((0, *output.shape[1:]), output.dtype)
 
 
-def _padded_batches(images: Any, size: int) -> Iterator[tuple[Batch, int]]:
+def _padded_batches(images: Any, size: int, image_size: int) -> Iterator[tuple[Batch, int]]:
     """Yields batches of one size, each with the number of its images; the last is padded."""
-    batch, count = np.empty((size, *IMAGE_SHAPE), np.uint8), 0
-    for part in _parts(images):
+    batch, count = np.empty((size, image_size, image_size, 3), np.uint8), 0
+    for part in _parts(images, image_size):
         start = 0
         while start < len(part):
             taken = part[start : start + size - count]
@@ -329,30 +360,35 @@ def _padded_batches(images: Any, size: int) -> Iterator[tuple[Batch, int]]:
         yield batch, count
 
 
-def _parts(images: Any) -> Iterator[Batch]:
+def _parts(images: Any, size: int) -> Iterator[Batch]:
     """Yields the batches that a user gave, checked."""
     if hasattr(images, "__array__"):
-        yield _check_images(images)
+        yield _check_images(images, size)
         return
     if not isinstance(images, Iterable):
         raise ValueError(
-            f"images are of type {type(images).__name__}, expected {_EXPECTED}, or an iterable of "
-            "such batches"
+            f"images are of type {type(images).__name__}, expected {_expected(size)}, or an "
+            "iterable of such batches"
         )
-    yield from map(_check_images, images)
+    for batch in images:
+        yield _check_images(batch, size)
 
 
-def _hint(array: np.ndarray) -> str:
+def _expected(size: int) -> str:
+    return f"uint8[n, {size}, {size}, 3]"
+
+
+def _hint(array: np.ndarray, shape: tuple[int, ...]) -> str:
     """Returns how to convert what users often give."""
-    if array.dtype == np.uint8 and array.shape == IMAGE_SHAPE:
+    if array.dtype == np.uint8 and array.shape == shape:
         return "; for one image give images[None], for a list of images numpy.stack(images)"
     is_float = np.issubdtype(array.dtype, np.floating)
     return "; values are 0 to 255, not scaled" if is_float else ""
 
 
-def _check_images(images: Any) -> Batch:
-    array = np.asarray(images)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != IMAGE_SHAPE:
+def _check_images(images: Any, size: int) -> Batch:
+    array, shape = np.asarray(images), (size, size, 3)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != shape:
         received = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
-        raise ValueError(f"images are {received}, expected {_EXPECTED}{_hint(array)}")
+        raise ValueError(f"images are {received}, expected {_expected(size)}{_hint(array, shape)}")
     return array
