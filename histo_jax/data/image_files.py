@@ -13,6 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL import ImageFile as ImageFormat
 
+from histo_jax.data.example import SIZES
 from histo_jax.data.read_ahead import read_ahead
 from histo_jax.errors import one_line
 
@@ -21,7 +22,6 @@ CORRUPTION = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError,
     struct.error, Image.DecompressionBombError,
 )  # fmt: skip
-SIZES = range(32, 513, 32)
 # A compressed file of a few kB can state any size: 100 MB of pixels.
 _LARGEST = 2**25
 _LARGEST_FILE = 2**27

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from histo_jax.data import raw_files
+from histo_jax.errors import DataError
+
 Result = TypeVar("Result")
 # Files of one task of a thread: a task costs as much as reading a small file.
 _GROUP = 16
@@ -48,3 +51,17 @@ def read_ahead(read: Callable[[Path], Result], paths: Iterable[Path]) -> Iterato
 def _groups(paths: Iterator[Path]) -> Iterator[list[Path]]:
     while group := list(itertools.islice(paths, _GROUP)):
         yield group
+
+
+def unreadable_files(path: Path, error: Exception, results: Iterator[object]) -> DataError:
+    """Returns the error for a file that the system could not read, and for those after it.
+
+    Args:
+        path: this file.
+        error: why it could not be read.
+        results: of `read_ahead` for those that follow; 511 more are read.
+    """
+    following = list(itertools.islice(results, 511))
+    failed = sum(isinstance(result, Exception) for result in following)
+    also = f", nor can {failed} more of {len(following) + 1}" if failed else ""
+    return raw_files.unreadable(path, error, also=also)
