@@ -1,4 +1,4 @@
-"""Checks whether the splits share slides or patches."""
+"""Checks whether the splits share patients, slides or patches."""
 
 import os
 from typing import Any
@@ -14,7 +14,7 @@ from histo_jax.run import progress, signals
 @environment.defaults()
 @progress.working("audit")
 def audit(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Searches for patches and slides that several splits share; writes `audit.json`.
+    """Searches for patches, slides and patients that several splits share; writes `audit.json`.
 
     Prepares the data if needed. `data.leakage.has_leak` tells whether there is a leak, and
     `data.leakage.table` formats the result as text.
@@ -25,8 +25,9 @@ def audit(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         See `data.leakage.audit`: counts of each split (`subsets`); what each pair of them shares
-        (`pairs`: `identical` patches, `shared_slides`, `near_duplicates`); what colour
-        histograms alone reach (`colour_histogram_baseline`); `slide_disjoint` and `note`.
+        (`pairs`: `identical` patches, `shared_slides`, `near_duplicates`, and `shared_patients`
+        where patients are named); what colour histograms alone reach
+        (`colour_histogram_baseline`); `slide_disjoint` and `note`.
 
     Raises:
         UserError: a setting, the data or the folder is wrong; the message names the fix.

@@ -8,7 +8,7 @@ from histo_jax import environment, settings
 from histo_jax.config import Config
 from histo_jax.config_checks import validate
 from histo_jax.distributed import processes, restarts, runtime
-from histo_jax.run import files, progress
+from histo_jax.run import files, progress, signals
 from histo_jax.run.workdir import Workdir
 
 
@@ -45,6 +45,22 @@ def start(
             check(run)
         with run.session(mode), restarts.track(run):
             yield run
+
+
+@contextlib.contextmanager
+def read_only(config: Config, workdir: str | os.PathLike[str], mode: str) -> Iterator[Workdir]:
+    """Opens the folder of a run as `start` does, without its lock and its `status.json`.
+
+    For a command that reads checkpoints and writes files of its own: what a finished run holds
+    stays as it is, and another process may be training there.
+    """
+    with (
+        environment.defaults(), runtime.jax_defaults(), progress.working(mode), signals.watch()
+    ):  # fmt: skip
+        run = open_workdir(config, workdir)
+        runtime.set_up()
+        run.is_primary = processes.is_primary()
+        yield run
 
 
 def open_workdir(config: Config, workdir: str | os.PathLike[str]) -> Workdir:

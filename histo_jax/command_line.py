@@ -36,7 +36,8 @@ usage: python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE] [--con
                    prepare: write the records
                    fit:     train, or resume training
                    evaluate: score the best checkpoint
-                   predict: write submission.csv with the best checkpoint
+                   predict: write submission.csv with the best checkpoint, or predictions.csv for
+                            the images of config.predict.images
                    report:  write report.html from the results of evaluate
                    audit:   check whether splits share patches or slides (status 1: they do)
                    compare: test whether the two runs of config.compare.runs differ
@@ -52,7 +53,7 @@ Fields and their defaults (a config file may set others):
 """
 EXAMPLE = "--config=configs/quickstart.py --workdir=runs/quickstart"
 _HOSTS = ("auto", "slurm", "tpu", "manual")
-_PATH_FIELDS = ("data.raw_dir", "data.tfds_dir", "data.slide_map")
+_PATH_FIELDS = ("data.raw_dir", "data.tfds_dir", "data.slide_map", "predict.images")
 _OPTIONS = (
     "config", "workdir", "mode", "multihost", "coordinator", "process_count", "process_index",
     "flagfile", "help", "version",

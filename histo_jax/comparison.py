@@ -28,8 +28,9 @@ _FEWEST_SLIDES = 6
 def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Compares the two runs of `config.compare.runs` by a paired bootstrap.
 
-    Reads the predictions that `evaluate` wrote for `config.evaluate.split`, resamples slides (or
-    patches, where slides are not known) alike for both runs, and writes `compare.json`.
+    Reads the predictions that `evaluate` wrote for `config.evaluate.split`, resamples patients
+    (slides, where patients are not known; patches, where neither are) alike for both runs, and
+    writes `compare.json`.
 
     Args:
         config: `compare.runs`, `evaluate.split` and `seed` matter.
@@ -65,18 +66,18 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
         _is_optimistic(place, split, scored)
         for place, scored in zip(places, (first, second), strict=True)
     ]
-    slides = evaluation_files.slides(first)
+    unit, groups = evaluation_files.resampled(first)
     result = {
         "first": runs[0],
         "second": runs[1],
         "split": split,
         "count": len(first),
-        "interval_over": "patches" if slides is None else "slides",
-        "resampled": len(first) if slides is None else len(np.unique(slides)),
+        "interval_over": unit,
+        "resampled": len(first) if groups is None else len(np.unique(groups)),
         **difference(
             (first["logit"].to_numpy(), second["logit"].to_numpy()),
             first["label"].to_numpy(np.float64),
-            slides,
+            groups,
             config.seed,
         ),
     }
@@ -88,20 +89,21 @@ def compare(config: Config, workdir: str | os.PathLike[str] | None = None) -> di
 
 
 def _is_optimistic(folder: Path, split: str, table: pd.DataFrame) -> bool:
-    """Returns whether the run's scores, if any, are marked as not slide-disjoint."""
+    """Returns whether the run's scores, if any, are marked as not slide- or patient-disjoint."""
     if not (folder / f"evaluation_{split}.json").exists():
         return False
     scores = evaluation_files.read_scores(folder, split)
     evaluation_files.check_scores(folder, split, table, scores)
-    return scores.get("slide_disjoint") is False
+    return False in (scores.get("slide_disjoint"), scores.get("patient_disjoint"))
 
 
 def _verdict(result: dict[str, Any], optimistic: bool) -> str:
     """Returns in one line which run has the better AUC and NLL, and the caveats."""
-    slides = result["resampled"] if result["interval_over"] == "slides" else None
-    if slides is not None and slides < _FEWEST_SLIDES:
+    unit, count = result["interval_over"], result["resampled"]
+    has_groups = unit != "patches"
+    if has_groups and count < _FEWEST_SLIDES:
         return (
-            f"too few slides to show a difference ({slides}; at least {_FEWEST_SLIDES} are needed)"
+            f"too few {unit} to show a difference ({count}; at least {_FEWEST_SLIDES} are needed)"
         )
     better: dict[str, list[str]] = {}
     undecided = []
@@ -118,12 +120,13 @@ def _verdict(result: dict[str, Any], optimistic: bool) -> str:
     parts = [f"{run} is better in {' and '.join(words)}" for run, words in better.items()]
     if undecided:
         parts.append(f"{' and '.join(undecided)}: no significant difference")
-    if slides is None:
+    if not has_groups:
         parts.append("slides are not known, so the intervals are too narrow")
-    elif slides < FEW_SLIDES:
-        parts.append(f"few slides ({slides}), so the intervals may be too narrow")
+    elif count < FEW_SLIDES:
+        parts.append(f"few {unit} ({count}), so the intervals may be too narrow")
     if optimistic:
-        parts.append("slides may be shared with training, so this may not hold for other slides")
+        unit = "patients" if unit == "patients" else "slides"
+        parts.append(f"{unit} may be shared with training, so this may not hold for other {unit}")
     return "; ".join(parts)
 
 

@@ -9,20 +9,23 @@ import numpy as np
 
 from histo_jax.config import Config
 from histo_jax.config_values import parse_fold
-from histo_jax.data import splits
+from histo_jax.data import groups, overlap, splits
 from histo_jax.data.records import Prepared, existing
 from histo_jax.errors import CheckpointError, DataError, UserError
 from histo_jax.predictor import Predictor, TrainedModel, read_best, read_runs, run_folders
 from histo_jax.run.workdir import Workdir
 
 
-def load_predictor(config: Config, folder: Path, prior: float | None = None) -> Predictor:
+def load_predictor(
+    config: Config, folder: Path, prior: float | None = None, read_only: bool = False
+) -> Predictor:
     """Returns the predictor of `config.predict.checkpoints`, or of the run in `folder`.
 
     Args:
         config: settings of the command.
-        folder: its workdir, which this process holds.
+        folder: its workdir.
         prior: see `Predictor`.
+        read_only: another process may hold the workdir.
 
     Raises:
         UserError: a folder is not that of a run, or has no usable checkpoint.
@@ -31,7 +34,7 @@ def load_predictor(config: Config, folder: Path, prior: float | None = None) -> 
     if runs := run_folders(predict.checkpoints):
         trained = read_runs(runs, "config.predict.checkpoints")
     else:
-        trained = [read_best(folder, config, read_only=False)]
+        trained = [read_best(folder, config, read_only)]
     return Predictor(trained, tta=predict.tta, prior=prior, batch_size=predict.batch_size)
 
 
@@ -82,8 +85,10 @@ def check_evaluated(trained: Sequence[TrainedModel], scores: dict[str, Any], spl
 
 def check_unseen(
     trained: Sequence[TrainedModel], config: Config, prepared: Prepared, subset: splits.Subset
-) -> bool | None:
-    """Refuses networks that were trained on the patches to be scored, or on their slides.
+) -> tuple[bool | None, bool | None]:
+    """Refuses networks that were trained on the patches to be scored, their slides or patients.
+
+    Patients do not count where `data.split_by` asks for a division by slide or by image.
 
     Args:
         trained: networks, each trained on any data.
@@ -92,26 +97,30 @@ def check_unseen(
         subset: the patches to be scored.
 
     Returns:
-        Whether no network was trained on the slides to be scored; None = not known.
+        Whether no network was trained on the slides, and whether none was trained on the patients
+        to be scored; None = not known.
 
     Raises:
         UserError: names the run and the number of patches, or a run whose records are missing.
     """
-    return splits.combine([_check_unseen_by(model, config, prepared, subset) for model in trained])
+    disjoint = [_check_unseen_by(model, config, prepared, subset) for model in trained]
+    slide, patient = (overlap.combine(values) for values in zip(*disjoint, strict=True))
+    return slide, patient
 
 
 def _check_unseen_by(
     model: TrainedModel, config: Config, prepared: Prepared, subset: splits.Subset
-) -> bool | None:
+) -> tuple[bool | None, bool | None]:
     """Does what `check_unseen` does for one network."""
     table = prepared.tables[subset.records]
     scored = table.iloc[subset.rows]
     origin = _training_data(model, config, prepared)
     own, subsets = origin.prepared.tables[origin.subsets.train.records], origin.subsets
     train = own.iloc[subsets.train.rows]
-    slides = splits.slide_identities(scored)
-    is_seen = scored["id"].isin(splits.shared_ids(scored, train))
-    is_seen |= slides.isin(splits.slide_identities(train)) & (slides != "")
+    is_seen = scored["id"].isin(overlap.shared_ids(scored, train))
+    units = groups.UNITS if config.data.split_by in ("auto", "patient") else ("slide",)
+    for unit in units:
+        is_seen |= groups.identities(scored, unit).isin(overlap.shared_names(scored, train, unit))
     if is_seen.any():
         fix = (
             "leave out --config.data.fold to evaluate the runs of all folds out of fold"
@@ -119,14 +128,19 @@ def _check_unseen_by(
             else "use runs with the config.data and data.split_seed (None = seed) of this command, "
             "or the runs of all folds"
         )
+        knows_patients = groups.is_named(scored, "patient")
         raise UserError(
             f"{model.run} was trained on {is_seen.sum()} of the {len(scored)} patches to be "
-            f"scored, or on other patches of their slides: {fix}"
+            f"scored, or on other patches of their slides{' or patients' * knows_patients}: {fix}"
         )
-    is_disjoint = splits.disjoint((own, subsets.train.rows), (table, subset.rows))
-    if is_disjoint is None and scored["id"].isin(own["id"]).all():
-        return subsets.slide_disjoint  # one dataset, which this run has split
-    return is_disjoint
+    parts = (own, subsets.train.rows), (table, subset.rows)
+    slide_disjoint, patient_disjoint = overlap.disjoint(*parts), overlap.disjoint_patients(*parts)
+    if scored["id"].isin(own["id"]).all():  # one dataset, which this run has split
+        if slide_disjoint is None:
+            slide_disjoint = subsets.slide_disjoint
+        if patient_disjoint is None:
+            patient_disjoint = subsets.patient_disjoint
+    return slide_disjoint, patient_disjoint
 
 
 def are_folds(trained: Sequence[TrainedModel], config: Config) -> bool:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from histo_jax import command, ensemble, evaluation_files, inference, provenance
 from histo_jax.config import Config
-from histo_jax.data import splits
+from histo_jax.data import overlap, splits
 from histo_jax.data.example import UNLABELLED
 from histo_jax.data.records import Prepared, prepare
 from histo_jax.distributed import consensus
@@ -36,8 +36,8 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     eight symmetries of the image. With `config.predict.checkpoints` it is the equal mean of the
     calibrated logits of these runs; if the runs are the folds of a cross-validation (`data.fold`),
     it is the logit of the one run that was not trained on the patch. Writes `evaluation.json`,
-    `evaluation_<split>.json`, and `predictions_<split>.csv` with `id`, `label`, `slide` and the
-    calibrated `logit`.
+    `evaluation_<split>.json`, and `predictions_<split>.csv` with `id`, `label`, `slide`, the
+    calibrated `logit` and, where known, `patient` and `path`.
 
     Args:
         config: settings of the run; lengths, folders and what is evaluated may differ.
@@ -46,9 +46,9 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         `split`; `count` of examples; the scores of `metrics.weighted_scores` for calibrated
         probabilities, and the ends of the 95% interval of each, such as `auc_low` and `auc_high`
-        (nan with a single slide); `interval_over`, 'slides' or 'patches', and the number
-        `resampled`; the probabilities of `metrics.operating_points`; `nll_uncalibrated`; `prior`,
-        the fraction of tumour; `tta`; `split_by`, 'slide', 'image' or 'official'; `slide_disjoint`
+        (nan with a single slide); `interval_over`, 'patients', 'slides' or 'patches', and the
+        number `resampled`; the probabilities of `metrics.operating_points`; `nll_uncalibrated`;
+        `prior`, the fraction of tumour; `tta`; `split_by`, see `splits.Subsets`; `slide_disjoint`
         and `patient_disjoint`, whether no slide and no patient is shared with training (None = not
         known), and a `note`; `out_of_fold`, whether each patch was scored by the run of its fold;
         `checkpoint_step`, `calibration_scale` and `calibration_bias`, or, for an ensemble, `runs`
@@ -80,8 +80,7 @@ def evaluate_in(run: Workdir, config: Config) -> dict[str, Any]:
     result = _score(table, logits, task, config)
     result |= _describe_networks(predictor, labels, logits, task, config)
     split = config.evaluate.split
-    table = table[["id", "label", "slide"]].assign(logit=logits.calibrated)
-    evaluation_files.write(run, split, table)
+    evaluation_files.write(run, split, table.assign(logit=logits.calibrated))
     run.write_json(f"evaluation_{split}.json", result)
     run.write_json("evaluation.json", result)
     _log(result)
@@ -96,6 +95,7 @@ class _Task(NamedTuple):
         positions: for each network int64[m], the positions in `subset` of the patches it scores.
         split_by: see `splits.Subsets`.
         slide_disjoint: see `splits.Subsets`.
+        patient_disjoint: see `splits.Subsets`.
         out_of_fold: whether each patch is scored by one network only.
     """
 
@@ -103,6 +103,7 @@ class _Task(NamedTuple):
     positions: list[np.ndarray]
     split_by: str
     slide_disjoint: bool | None
+    patient_disjoint: bool | None
     out_of_fold: bool
 
 
@@ -143,7 +144,7 @@ def _plan_split(predictor: Predictor, config: Config, prepared: Prepared) -> _Ta
             "both classes: use --mode=predict, or --config.evaluate.split=validation"
         )
     if config.predict.checkpoints:
-        slide_disjoint = ensemble.check_unseen(predictor.trained, config, prepared, subset)
+        disjoint = ensemble.check_unseen(predictor.trained, config, prepared, subset)
     else:
         fingerprint = splits.fingerprint(
             prepared.tables, subsets, config.seed, config.fit.batch_size
@@ -151,9 +152,11 @@ def _plan_split(predictor: Predictor, config: Config, prepared: Prepared) -> _Ta
         known = predictor.trained[0].fingerprint
         splits.check_fingerprint(known, fingerprint, config.data.tfds_dir)
         parts = [(prepared.tables[part.records], part.rows) for part in (subsets.train, subset)]
-        slide_disjoint = subsets.slide_disjoint if name == "validation" else splits.disjoint(*parts)
+        disjoint = overlap.disjoint(*parts), overlap.disjoint_patients(*parts)
+        if name == "validation":
+            disjoint = subsets.slide_disjoint, subsets.patient_disjoint
     positions = [np.arange(len(labels))] * len(predictor.trained)
-    return _Task(subset, positions, subsets.by, slide_disjoint, out_of_fold=False)
+    return _Task(subset, positions, subsets.by, *disjoint, out_of_fold=False)
 
 
 def _plan_out_of_fold(predictor: Predictor, config: Config, prepared: Prepared) -> _Task:
@@ -174,7 +177,8 @@ def _plan_out_of_fold(predictor: Predictor, config: Config, prepared: Prepared) 
         subset,
         [np.searchsorted(subset.rows, subsets.validation.rows) for subsets in folds],
         folds[0].by,
-        splits.combine(subsets.slide_disjoint for subsets in folds),
+        overlap.combine(subsets.slide_disjoint for subsets in folds),
+        overlap.combine(subsets.patient_disjoint for subsets in folds),
         out_of_fold=True,
     )
 
@@ -197,25 +201,26 @@ def _compute_logits(predictor: Predictor, prepared: Prepared, task: _Task) -> _L
 
 def _score(table: pd.DataFrame, logits: _Logits, task: _Task, config: Config) -> dict[str, Any]:
     """Returns what `evaluate` returns, without what depends on the networks themselves."""
-    labels, slides = table["label"].to_numpy(np.float64), evaluation_files.slides(table)
+    labels, (unit, groups) = table["label"].to_numpy(np.float64), evaluation_files.resampled(table)
     scores = binary_scores(logits.calibrated, labels)
-    intervals = confidence_intervals(logits.calibrated, labels, slides, config.seed)
+    intervals = confidence_intervals(logits.calibrated, labels, groups, config.seed)
     split = config.evaluate.split
-    notes = [splits.caveat(task.slide_disjoint), _SELECTION_BIAS * (split == "validation")]
+    caveat = overlap.caveat(task.slide_disjoint, task.patient_disjoint)
+    notes = [caveat, _SELECTION_BIAS * (split == "validation")]
     return {
         "split": split,
         **scores,
         **{f"{score}_low": low for score, (low, _) in intervals.items()},
         **{f"{score}_high": high for score, (_, high) in intervals.items()},
         **operating_points(logits.calibrated, labels),
-        "interval_over": "patches" if slides is None else "slides",
-        "resampled": len(labels) if slides is None else len(np.unique(slides)),
+        "interval_over": unit,
+        "resampled": len(labels) if groups is None else len(np.unique(groups)),
         "nll_uncalibrated": binary_scores(logits.raw, labels)["nll"],
         "prior": float(labels.mean()),
         "tta": config.predict.tta,
         "split_by": task.split_by,
         "slide_disjoint": task.slide_disjoint,
-        "patient_disjoint": None,
+        "patient_disjoint": task.patient_disjoint,
         "out_of_fold": task.out_of_fold,
         "note": "; ".join(filter(None, notes)),
     }
@@ -248,10 +253,10 @@ def _log(result: dict[str, Any]) -> None:
         result["auc_low"], result["auc_high"], result["interval_over"], result["nll"],
         result["accuracy"], result["count"],
     )  # fmt: skip
-    if result["interval_over"] == "slides" and result["resampled"] < FEW_SLIDES:
+    if result["interval_over"] != "patches" and result["resampled"] < FEW_SLIDES:
         log.warning(
-            "the 95%% intervals are over %d slides only; with fewer than %d they are unreliable",
-            result["resampled"], FEW_SLIDES,
+            "the 95%% intervals are over %d %s only; with fewer than %d they are unreliable",
+            result["resampled"], result["interval_over"], FEW_SLIDES,
         )  # fmt: skip
-    if not result["slide_disjoint"]:
-        log.warning("%s", splits.caveat(result["slide_disjoint"]))
+    if caveat := overlap.caveat(result["slide_disjoint"], result["patient_disjoint"]):
+        log.warning("%s", caveat)

@@ -9,28 +9,35 @@ import numpy as np
 import pandas as pd
 
 from histo_jax.config import Config
-from histo_jax.data import splits
+from histo_jax.data import groups, splits
 from histo_jax.data.records import Prepared
 from histo_jax.errors import DataError, UserError
 from histo_jax.metrics import binary_scores
 from histo_jax.run.workdir import Workdir
 
 
-def slides(table: pd.DataFrame) -> np.ndarray | None:
-    """Returns the slide of each patch; None if one is not known, or the names are not slides'.
+def resampled(table: pd.DataFrame) -> tuple[str, np.ndarray | None]:
+    """Returns what an interval is over, and the group of each patch, None for single patches.
 
-    Without it, patches of one slide could be taken for patches of several.
+    'patients' where all are known, else 'slides' where all are known, else 'patches': one name that
+    is not known could be that of any other patch. Patients that share slides are one group.
     """
-    is_known = (table["slide"] != "").all() and splits.has_slide_names(table)
-    return table["slide"].to_numpy() if is_known else None
+    if groups.are_known(table, "patient"):
+        return "patients", groups.connect(table)
+    if groups.are_known(table, "slide"):
+        return "slides", table["slide"].to_numpy()
+    return "patches", None
 
 
 def write(run: Workdir, split: str, table: pd.DataFrame) -> None:
-    """Writes `id`, `label`, `slide` and the calibrated `logit`, with all digits.
+    """Writes `id`, `label`, `slide`, `logit` and, where any is known, `patient` and `path`.
 
-    Rounded logits could be equal where the scores were computed from different ones.
+    The calibrated logit has all digits: rounded ones could be equal where the scores were computed
+    from different ones.
     """
-    run.write_text(f"predictions_{split}.csv", table.to_csv(index=False))
+    known = [name for name in ("patient", "path") if name in table and (table[name] != "").any()]
+    columns = ["id", "label", "slide", "logit", *known]
+    run.write_text(f"predictions_{split}.csv", table.to_csv(index=False, columns=columns))
 
 
 def read(folder: Path, split: str) -> pd.DataFrame:
@@ -44,7 +51,7 @@ def read(folder: Path, split: str) -> pd.DataFrame:
         raise UserError(
             f"{path} is missing: run --mode=evaluate --config.evaluate.split={split} in {folder}"
         )
-    types = {"id": str, "slide": str}
+    types = dict.fromkeys(("id", "slide", "patient", "path"), str)
     return pd.read_csv(path, dtype=types, na_values=[], keep_default_na=False)
 
 
@@ -101,7 +108,8 @@ def make_subsets(prepared: Prepared, config: Config, scores: dict[str, Any]) -> 
     # All folds split the same patches, so any will do.
     any_fold = dataclasses.replace(config.data, fold="1/2")
     sample = splits.draw_sample(prepared.tables, any_fold, config.data_seed)
-    return splits.Subsets(sample, sample, None, scores["split_by"], scores["slide_disjoint"])
+    disjoint = scores["slide_disjoint"], scores.get("patient_disjoint")
+    return splits.Subsets(sample, sample, None, scores["split_by"], *disjoint)
 
 
 def subset(

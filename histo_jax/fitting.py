@@ -193,8 +193,10 @@ def _check_subsets(config: Config, prepared: Prepared, subsets: splits.Subsets) 
         len(subsets.validation.rows),
         subsets.division,
     )
-    if not subsets.slide_disjoint:
-        log.warning("%s", splits.caveat(subsets.slide_disjoint))
+    if config.data.slide_map is None and (missing := splits.left_out(prepared.tables, config.data)):
+        log.warning("%s", missing)
+    if subsets.caveat:
+        log.warning("%s", subsets.caveat)
 
 
 def _make_plan(config: Config, subsets: splits.Subsets, followed_by: Sequence[str]) -> Plan:

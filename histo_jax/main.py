@@ -154,7 +154,10 @@ def _check_typed_data(options: command_line.Options, workdir: Path | None) -> No
 
     Where only `config.json` names it, modes that read work without it.
     """
-    if options.mode in command_line.settings.READING_MODES and "data.raw_dir" in options.typed:
+    reads_records = (
+        options.mode in command_line.settings.READING_MODES and not options.config.predict.images
+    )
+    if reads_records and "data.raw_dir" in options.typed:
         from histo_jax.data.records import prepare
 
         prepare(options.config.data, options.config.data_seed, workdir)

@@ -1,4 +1,4 @@
-"""Probabilities of the test patches."""
+"""Probabilities of the test patches, or of any images."""
 
 import logging
 import os
@@ -9,9 +9,11 @@ from scipy.special import expit
 
 from histo_jax import command, ensemble, inference, provenance
 from histo_jax.config import Config
+from histo_jax.config_checks import validate
 from histo_jax.data.records import prepare
 from histo_jax.distributed import consensus
 from histo_jax.errors import DataError
+from histo_jax.image_prediction import predict_images
 from histo_jax.run.workdir import Workdir
 
 log = logging.getLogger("histo_jax")
@@ -29,24 +31,33 @@ def predict(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     `config.predict.checkpoints` they are the equal means of these runs. Writes `submission.csv`; an
     old one is replaced only when the new one is complete.
 
+    With `config.predict.images` the images of that folder or table are scored instead, and
+    `predictions.csv` is written, see `image_prediction.predict_images`. The rest of the folder
+    stays as it is, and another process may be training there.
+
     Args:
         config: settings of the run; lengths and folders may differ.
         workdir: folder of a trained run; any folder with `predict.checkpoints`.
 
     Returns:
         `id`, and `label`, float64, the probability of tumour; for Kaggle's data the ids of
-        `sample_submission.csv`, in its order.
+        `sample_submission.csv`, in its order; and `path`, where the source knows the files. With
+        `predict.images`: `path`, `probability` and, where known, `label`.
 
     Raises:
         UserError: there is no checkpoint, or one of another model, or there are no test patches.
         OSError: a file cannot be written.
     """
-    with command.start(config, workdir, "predict") as run:
+    validate(config)
+    open_run = command.read_only if config.predict.images else command.start
+    with open_run(config, workdir, "predict") as run:
         return predict_in(run, config)
 
 
 def predict_in(run: Workdir, config: Config) -> pd.DataFrame:
     """Does the work of `predict` in an open folder."""
+    if config.predict.images:
+        return predict_images(run, config)
     predictor = ensemble.load_predictor(config, run.path, config.predict.prior)
     network = type(predictor.trained[0].model)
     provenance.warn_of_changed_network(run, network, config.config_file)
@@ -64,6 +75,8 @@ def predict_in(run: Workdir, config: Config) -> pd.DataFrame:
     source, rows = prepared.source("test"), np.arange(len(ids))
     raw = inference.raw_logits(predictor, source, rows, "predicting")
     table = pd.DataFrame({"id": ids, "label": expit(predictor.calibrate(raw).mean(0))})
+    if (paths := prepared.tables["test"].get("path")) is not None:
+        table["path"] = paths
     # Eight digits are the precision of float32 logits.
     run.write_text("submission.csv", table.to_csv(index=False, float_format="%.8g"))
     log.info("%d predictions in %s", len(table), run.path / "submission.csv")

@@ -125,6 +125,7 @@ SOURCES = Registry(
         "synthetic": "histo_jax.data.sources.synthetic",
         "kaggle": "histo_jax.data.sources.kaggle",
         "pcam": "histo_jax.data.sources.pcam",
+        "images": "histo_jax.data.sources.images",
     },
 )
 

@@ -13,12 +13,12 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from histo_jax.data import near_duplicates
+from histo_jax.data import groups, near_duplicates
 from histo_jax.data.example import UNLABELLED
 from histo_jax.data.loader import Records, ordered_batches, read_size
 from histo_jax.data.record_files import SQUARES, SUMS, pixel_hashes
 from histo_jax.data.record_reader import Prepared
-from histo_jax.data.splits import Subset, Subsets, caveat, has_slide_names
+from histo_jax.data.splits import Subset, Subsets
 from histo_jax.run import progress, signals
 
 # Examples that the report lists of each finding.
@@ -36,14 +36,17 @@ _COUNTS = {
     "unknown_label": "label not known",
     "slides": "slides",
     "patches_per_slide": "patches per slide (minimum, median, maximum)",
+    "patients": "patients",
     "duplicates": "duplicates inside the subset",
     "dark": "all dark",
     "white": "all white",
     "blank": "blank, not searched for near-duplicates",
 }
+_LEAKS = ("identical", "shared_slides", "shared_patients")
 _FINDINGS = {
     "identical": "identical patches (leak)",
     "shared_slides": "shared slides (leak)",
+    "shared_patients": "shared patients (leak)",
     "near_duplicates": "near-duplicates (warning)",
 }
 
@@ -56,7 +59,7 @@ class _Scan(NamedTuple):
         table: their rows.
         hashes: uint64[n, 8], see `near_duplicates.hash_images`.
         contrast: float32[n], likewise.
-        knows_slides: whether every example names its slide.
+        known: which of `groups.UNITS` every example names.
         histograms: int64[k, 48] of red, green and blue, of the k examples that were selected.
     """
 
@@ -64,12 +67,12 @@ class _Scan(NamedTuple):
     table: pd.DataFrame
     hashes: np.ndarray
     contrast: np.ndarray
-    knows_slides: bool
+    known: list[str]
     histograms: np.ndarray
 
 
 def audit(prepared: Prepared, subsets: Subsets, seed: int) -> dict[str, Any]:
-    """Searches for patches and slides that several subsets share; reads the images once.
+    """Searches for patches, slides and patients that several subsets share; reads the images once.
 
     Args:
         prepared: the records.
@@ -80,10 +83,11 @@ def audit(prepared: Prepared, subsets: Subsets, seed: int) -> dict[str, Any]:
         A dict for JSON:
         `subsets`: the counts of `_describe` for each.
         `pairs`: for each pair of subsets, as 'train/validation': patches that are `identical` to
-        the pixel; `shared_slides`, None where none were found and not all slides are known; the
-        `near_duplicates` of the second subset in the first.
+        the pixel; `shared_slides`, None where none were found and not all slides are known; where
+        any patch names its patient, `shared_patients` likewise; the `near_duplicates` of the second
+        subset in the first.
         `colour_histogram_baseline`: validation AUC of a logistic regression on colour histograms.
-        `slide_disjoint`, see `Subsets`, and in `note` its caveat.
+        `slide_disjoint` and, where known, `patient_disjoint`, see `Subsets`; in `note` the caveat.
     """
     named = {"train": subsets.train, "validation": subsets.validation}
     if subsets.test is not None:
@@ -109,15 +113,21 @@ def audit(prepared: Prepared, subsets: Subsets, seed: int) -> dict[str, Any]:
             scans["train"], with_histogram["train"], scans["validation"]
         ),
         "slide_disjoint": subsets.slide_disjoint,
-        "note": caveat(subsets.slide_disjoint),
+        **_if_known("patient_disjoint", subsets.patient_disjoint),
+        "note": subsets.caveat,
     }
 
 
+def _if_known(name: str, value: Any) -> dict[str, Any]:
+    return {} if value is None else {name: value}
+
+
 def has_leak(report: dict[str, Any]) -> bool:
-    """Whether two subsets share a slide or, to the pixel, a patch."""
+    """Whether two subsets share a patient, a slide or, to the pixel, a patch."""
     return any(
-        pair["identical"]["count"] or (pair["shared_slides"] or {"count": 0})["count"]
+        (pair.get(key) or {"count": 0})["count"]
         for pair in report["pairs"].values()
+        for key in _LEAKS
     )
 
 
@@ -133,11 +143,12 @@ def table(report: dict[str, Any]) -> str:
     """Returns the report as plain text: counts, what subsets share, conclusions."""
     pairs, baseline = report["pairs"], report["colour_histogram_baseline"]
     lines = [_columns(_COUNTS, report["subsets"]), "", _columns(_FINDINGS, pairs), ""]
-    if any(pair["shared_slides"] is None for pair in pairs.values()):
-        lines.append("slides: not all known, shared ones cannot be found")
+    for unit in ("slides", "patients"):
+        if any(pair.get(f"shared_{unit}", ...) is None for pair in pairs.values()):
+            lines.append(f"{unit}: not all known, shared ones cannot be found")
     for name, pair in pairs.items():
-        for key in ("identical", "shared_slides"):
-            if pair[key] and pair[key]["count"]:
+        for key in _LEAKS:
+            if pair.get(key) and pair[key]["count"]:
                 lines.append(f"LEAK: {_FINDINGS[key]}, {name}: {', '.join(pair[key]['examples'])}")
         for example in pair["near_duplicates"]["examples"][:3]:
             lines.append(
@@ -161,6 +172,8 @@ def _columns(labels: dict[str, str], columns: dict[str, dict[str, Any]]) -> str:
         count = value["count"] if isinstance(value, dict) else value
         return "not known" if count is None else f"{count:,}"
 
+    # Patients are left out where no patch names one.
+    labels = {key: text for key, text in labels.items() if all(key in c for c in columns.values())}
     cells = {name: [cell(values[key]) for key in labels] for name, values in columns.items()}
     return pd.DataFrame(cells, index=list(labels.values())).to_string()
 
@@ -197,7 +210,11 @@ def _scan(
         table=rows,
         hashes=np.concatenate([pair[0] for pair in hashes]),
         contrast=np.concatenate([pair[1] for pair in hashes]),
-        knows_slides=bool((rows["slide"] != "").all()) and has_slide_names(table),
+        known=[
+            unit
+            for unit in groups.UNITS
+            if (groups.names(rows, unit) != "").all() and groups.has_names(table, unit)
+        ],
         histograms=np.array(histograms),
     )
 
@@ -211,7 +228,7 @@ def _describe(scan: _Scan) -> dict[str, Any]:
     mean = rows[list(SUMS)].to_numpy(np.float64) / pixels
     variance = rows[list(SQUARES)].to_numpy(np.float64) / pixels - mean**2
     flat = (variance <= _FLAT**2).all(axis=1)
-    ids = rows["id"].to_numpy()
+    ids, patients = rows["id"].to_numpy(), groups.names(rows, "patient")
     return {
         "digest": digest(rows),
         "patches": len(rows),
@@ -220,6 +237,7 @@ def _describe(scan: _Scan) -> dict[str, Any]:
         "unknown_label": int((labels == UNLABELLED).sum()),
         "slides": len(sizes) or None,
         "patches_per_slide": np.quantile(sizes, (0, 0.5, 1)).tolist() if len(sizes) else None,
+        **_if_known("patients", patients[patients != ""].nunique() or None),
         "per_slide": {str(k): [int((v == 0).sum()), int((v == 1).sum())] for k, v in by_slide},
         "duplicates": int(pixel_hashes(rows).duplicated().sum()),
         "dark": _listed(ids[flat & (mean <= _DARK).all(axis=1)]),
@@ -235,14 +253,20 @@ def _listed(names: Iterable[str]) -> dict[str, Any]:
 
 def _compare(first: _Scan, second: _Scan) -> dict[str, Any]:
     """Returns what two subsets share, see `audit`; `identical` lists the ids of the first."""
-    shared = (set(first.table["slide"]) & set(second.table["slide"])) - {""}
-    is_known = bool(shared) or (first.knows_slides and second.knows_slides)
+    knows_patients = any(groups.is_named(scan.table, "patient") for scan in (first, second))
+    units = ("slide", "patient") if knows_patients else ("slide",)
     is_identical = pixel_hashes(first.table).isin(pixel_hashes(second.table))
     return {
         "identical": _listed(set(first.table["id"][is_identical])),
-        "shared_slides": _listed(shared) if is_known else None,
+        **{f"shared_{unit}s": _shared(first, second, unit) for unit in units},
         "near_duplicates": _near_duplicates(first, second),
     }
+
+
+def _shared(first: _Scan, second: _Scan, unit: str) -> dict[str, Any] | None:
+    shared = set(groups.names(first.table, unit)) & set(groups.names(second.table, unit)) - {""}
+    is_known = bool(shared) or (unit in first.known and unit in second.known)
+    return _listed(shared) if is_known else None
 
 
 def _near_duplicates(first: _Scan, second: _Scan) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def read_table(path: Path, rows: int, size: int) -> pd.DataFrame:
     Raises:
         DataError: it is corrupt.
     """
-    types = {"id": str, "slide": str, "sha1": str}
+    types = dict.fromkeys(("id", "slide", "patient", "path", "sha1"), str)
     try:
         table = pd.read_csv(path, dtype=types, na_values=[], keep_default_na=False)
     except ValueError:

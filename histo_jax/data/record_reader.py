@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from histo_jax.config import DataConfig
-from histo_jax.data import slide_map
+from histo_jax.data import groups, slide_map
 from histo_jax.data.loader import RandomAccessSource, Records
 from histo_jax.data.record_files import read_table
 from histo_jax.run import files
@@ -73,7 +73,7 @@ class Prepared:
             for split, info in self._builder.info.splits.items()
         }
         self.tables["train"] = slide_map.fill_in(self.tables["train"], data, directory)
-        self.tables = slide_map.unify(self.tables)
+        self.tables = groups.unify(self.tables)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{split}: {len(table)}" for split, table in self.tables.items())

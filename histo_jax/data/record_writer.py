@@ -39,6 +39,8 @@ log = logging.getLogger("histo_jax")
 
 _SHARD = 8192 * 96 * 96  # pixels per file: 230 MB
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
+_OPTIONAL = ("patient", "path")  # columns of tables in which a patch has one
+_COLUMNS = ("id", "label", "slide", *_OPTIONAL)
 _ABANDONED_SECONDS = 24 * 3600
 
 
@@ -202,11 +204,16 @@ def _write_split(
     with progress.bar(f"preparing {template.split}", total, unit=" img") as bar:
         for example in signals.stopping(progress.counted(bar, examples)):
             shards.add(serializer(template.split, example), math.prod(example.image.shape[:2]))
-            rows.append((example.id, example.label, example.slide, *_sums(example.image)))
+            rows.append((*(getattr(example, name) for name in _COLUMNS), *_sums(example.image)))
             if not has_sha1_ids:
                 rows[-1] += (hashlib.sha1(example.image.tobytes()).hexdigest(),)
-    columns = ["id", "label", "slide", *SUMS, *SQUARES, *([] if has_sha1_ids else ["sha1"])]
-    pd.DataFrame(rows, columns=columns).to_csv(folder / f"{template.split}.csv", index=False)
+    columns = [*_COLUMNS, *SUMS, *SQUARES, *([] if has_sha1_ids else ["sha1"])]
+    table = pd.DataFrame(rows, columns=columns)
+    unused = [name for name in _OPTIONAL if (table[name] == "").all()]
+    # Names of files may have bytes that are no text.
+    table.drop(columns=unused).to_csv(
+        folder / f"{template.split}.csv", index=False, errors="backslashreplace"
+    )
     return shards.finish()
 
 

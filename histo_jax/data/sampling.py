@@ -33,32 +33,45 @@ def sample(labels: np.ndarray, per_class: int | None, seed: int) -> np.ndarray:
 
 
 def select_validation(
-    labels: np.ndarray, slides: np.ndarray | None, data: DataConfig, seed: int
+    labels: np.ndarray, groups: np.ndarray | None, unit: str, data: DataConfig, seed: int
 ) -> np.ndarray:
-    """Returns bool[n], true for validation; by slide where `slides` are given."""
+    """Selects the examples for validation.
+
+    Args:
+        labels: int[n], 0 or 1.
+        groups: the group of each example, which is not divided; None divides by image.
+        unit: what a group is, 'slide' or 'patient'.
+        data: `validation_fraction` and `fold`.
+        seed: of the division.
+
+    Returns:
+        bool[n], true for validation.
+    """
     if data.fold:
-        return _fold(labels, slides, data.fold, seed)
-    if slides is None:
+        return _fold(labels, groups, unit, data.fold, seed)
+    if groups is None:
         return _validation_by_image(labels, data.validation_fraction, seed)
-    return _validation_by_slide(labels, slides, data.validation_fraction, seed)
+    return _validation_by_group(labels, groups, unit, data.validation_fraction, seed)
 
 
-def _fold(labels: np.ndarray, slides: np.ndarray | None, fold: str, seed: int) -> np.ndarray:
+def _fold(
+    labels: np.ndarray, groups: np.ndarray | None, unit: str, fold: str, seed: int
+) -> np.ndarray:
     """Returns bool[n], true in one fold; checks all folds, so that no later run of them fails."""
     number, folds = parse_fold(fold)
     counts = {"patches without": (labels == 0).sum(), "patches with tumour": (labels == 1).sum()}
-    if slides is not None:
-        counts["slides"] = len(np.unique(slides))
+    if groups is not None:
+        counts[f"{unit}s"] = len(np.unique(groups))
     for what, count in counts.items():
         if count < folds:
             raise DataError(
                 f"config.data.fold = {fold!r} needs {folds} {what}, and there are {count}: choose "
                 "fewer folds"
             )
-    splitter = (StratifiedKFold if slides is None else StratifiedGroupKFold)(
+    splitter = (StratifiedKFold if groups is None else StratifiedGroupKFold)(
         folds, shuffle=True, random_state=seed
     )
-    divided = [rows for _, rows in splitter.split(labels, labels, slides)]
+    divided = [rows for _, rows in splitter.split(labels, labels, groups)]
     for other, rows in enumerate(divided, start=1):
         if len(np.unique(labels[rows])) < 2:
             raise DataError(
@@ -83,16 +96,22 @@ def _validation_by_image(labels: np.ndarray, fraction: float, seed: int) -> np.n
     return inside
 
 
-def _validation_by_slide(
-    labels: np.ndarray, slides: np.ndarray, fraction: float, seed: int
+def _validation_by_group(
+    labels: np.ndarray, groups: np.ndarray, unit: str, fraction: float, seed: int
 ) -> np.ndarray:
-    """Returns bool[n], true for whole slides: about `fraction` of the patches, classes balanced.
+    """Returns bool[n], true for whole groups: about `fraction` of the patches, classes balanced.
 
     scikit-learn makes equal folds only, so `fraction` is approximated by some of several folds.
     """
-    count = len(np.unique(slides))
+    count = len(np.unique(groups))
     if count < 2:
-        raise DataError(f"all patches come from {count} slide: set --config.data.split_by=image")
+        raise DataError(
+            {
+                "slide": "all patches come from 1 slide: set --config.data.split_by=image",
+                "patient": "all patches come from 1 patient, or from patients that share slides: "
+                "set --config.data.split_by=slide, or image",
+            }[unit]
+        )
     _, folds, used = min(
         (abs(used / folds - fraction), folds, used)
         for folds in range(2, min(20, count) + 1)
@@ -100,6 +119,6 @@ def _validation_by_slide(
     )
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     inside = np.zeros(len(labels), bool)
-    for _, rows in list(splitter.split(labels, labels, slides))[:used]:
+    for _, rows in list(splitter.split(labels, labels, groups))[:used]:
         inside[rows] = True
     return inside

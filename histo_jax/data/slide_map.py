@@ -1,7 +1,6 @@
 """Adds the slides of patches whose source does not name them."""
 
 import contextlib
-import functools
 import hashlib
 import logging
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from histo_jax.config import DataConfig
-from histo_jax.data.names import clean, clean_column, identity
+from histo_jax.data.names import clean_column, identity
 from histo_jax.data.record_files import pixel_hashes
 from histo_jax.data.sources import pcam
 from histo_jax.data.sources.kaggle import clean_id
@@ -64,37 +63,6 @@ def fill_in(table: pd.DataFrame, data: DataConfig, cache: Path) -> pd.DataFrame:
             )
         log.warning("%s; the other %d are left out of training and validation", summary, missing)
     return table.assign(slide=slides)
-
-
-def unify(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Returns the tables with one spelling of each slide in all of them, the first one.
-
-    Args:
-        tables: each with a column `slide`; '' and the words of `names.UNKNOWN` = not known.
-    """
-    first: dict[str, str] = {}
-    spellings: dict[str, set[str]] = {}
-    for table in tables.values():
-        for name in table["slide"].unique():
-            key = identity(name)
-            first.setdefault(key, clean(name))
-            spellings.setdefault(key, set()).add(name)
-    several = [key for key, names in spellings.items() if key and len(names) > 1]
-    if several:
-        examples = ", ".join(map(repr, sorted(spellings[several[0]])[:3]))
-        _warn_once(
-            f"{len(several)} slides have several spellings, such as {examples}; each counts as one "
-            "slide"
-        )
-    renamed = {name: first[key] for key, names in spellings.items() for name in names}
-    return {
-        split: table.assign(slide=table["slide"].map(renamed)) for split, table in tables.items()
-    }
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
 
 
 def _from_csv(path: Path) -> pd.Series:

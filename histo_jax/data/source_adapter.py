@@ -257,6 +257,8 @@ def check_layout(data: DataConfig) -> None:
     raw_dir = files.expand(data.raw_dir, "--config.data.raw_dir")
     if not raw_dir.is_dir():
         raise DataError(f"{raw_dir}: no such folder; set --config.data.raw_dir")
+    if data.source == "images" and data.table:  # which names the files, in any layout
+        return
     recognizes = getattr(SOURCES.get(data.source), "recognizes", None)
     if recognizes is None or recognizes(raw_dir):
         return
@@ -294,8 +296,10 @@ def _problem(example: Any, split: str) -> str | None:
     if not isinstance(label, int | np.integer) or label not in labels:
         known = "0, 1, or -1 where it is not known" if split == "test" else "0 or 1"
         return f"has label {label!r}; the label must be {known}, as an int"
-    if not isinstance(example.slide, str):
-        return f"has a slide of type {type(example.slide).__name__}; give a str, '' = not known"
+    for name in ("slide", "patient", "path"):
+        value = getattr(example, name)
+        if not isinstance(value, str):
+            return f"has a {name} of type {type(value).__name__}; give a str, '' = not known"
     return None
 
 

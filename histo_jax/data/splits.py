@@ -3,16 +3,15 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from histo_jax.config import DataConfig
-from histo_jax.data import sampling
-from histo_jax.data.names import identity
-from histo_jax.data.record_files import SQUARES, SUMS, pixel_hashes
+from histo_jax.data import groups, overlap, sampling
+from histo_jax.data.record_files import SQUARES, SUMS
 from histo_jax.errors import DataError
 
 log = logging.getLogger("histo_jax")
@@ -38,10 +37,12 @@ class Subsets:
         train: examples to train on.
         validation: examples that choose the checkpoint; none of them is in `train`.
         test: examples to predict; None where the data has none.
-        by: 'slide' where training and validation share no slide, 'image' where they only share no
-            image, 'official' where the data's own split was kept and its slides are not all known.
+        by: 'patient' or 'slide' where training and validation share none, 'image' where they only
+            share no image, 'official' where the data's own split was kept and its slides are not
+            all known.
         slide_disjoint: whether training and validation share no slide; None = not known. A random
             split by image is taken to share slides.
+        patient_disjoint: whether they share no patient; None = not known.
     """
 
     train: Subset
@@ -49,6 +50,7 @@ class Subsets:
     test: Subset | None
     by: str
     slide_disjoint: bool | None
+    patient_disjoint: bool | None = None
 
     @property
     def division(self) -> str:
@@ -57,59 +59,72 @@ class Subsets:
             return f"by {self.by}"
         if self.by == "official":
             return "by the data's own split, slides not checked"
-        return "by image, because each patch names a slide of its own"
+        return "by image, because each patch names a slide of its own, or a patient"
 
-
-UNCHECKED = (
-    "whether training and evaluation share slides was not checked: not all patches name their "
-    "slide, or each names one of its own"
-)
-OPTIMISTIC = (
-    "the score is optimistic: evaluated patches may be neighbours of training patches on the same "
-    "slides"
-)
-
-
-def caveat(slide_disjoint: bool | None) -> str:
-    """Returns the caveat that belongs beside a score; '' where there is none."""
-    return "" if slide_disjoint else UNCHECKED if slide_disjoint is None else OPTIMISTIC
-
-
-def combine(slide_disjoint: Iterable[bool | None]) -> bool | None:
-    """Returns the value for all together: false if any is false, else None if any is None."""
-    values = list(slide_disjoint)
-    return False if False in values else None if None in values else True
+    @property
+    def caveat(self) -> str:
+        """The caveat that belongs beside a validation score; '' where there is none."""
+        return overlap.caveat(self.slide_disjoint, self.patient_disjoint)
 
 
 def make_subsets(tables: dict[str, pd.DataFrame], data: DataConfig, seed: int) -> Subsets:
     """Draws the balanced sample and divides it; official splits are kept.
 
     Args:
-        tables: per split the columns `id`, `label` (0 or 1) and `slide` ('' = not known); see
-            `record_reader.Prepared`. A 'validation' split is used as a whole, unless `data.fold`
-            divides the training patches instead.
+        tables: per split the columns `id`, `label` (0 or 1), `slide` and, where known, `patient`
+            ('' = not known); see `record_reader.Prepared`. A 'validation' split is used as a
+            whole, unless `data.fold` divides the training patches instead.
         data: `samples_per_class`, `validation_fraction`, `split_by` and `fold`.
         seed: of the sample and the division, `Config.data_seed`.
 
     Raises:
-        DataError: `split_by` is 'slide' but no slides are known, or a subset lacks a class.
+        DataError: `split_by` is 'slide' or 'patient' but none is known, or a subset lacks a class.
     """
-    table, by = tables["train"], _unit(tables, data)
+    table, unit = tables["train"], _unit(tables, data)
     sample = draw_sample(tables, data, seed)
-    if by == "official":
+    if unit == "official":
         train, validation = sample, Subset("validation", np.arange(len(tables["validation"])))
-        slide_disjoint = disjoint((table, train.rows), (tables["validation"], validation.rows))
-        by = {True: "slide", False: "image", None: "official"}[slide_disjoint]
     else:
-        labels, slides = (table[name].to_numpy()[sample.rows] for name in ("label", "slide"))
-        inside = sampling.select_validation(labels, slides if by == "slide" else None, data, seed)
+        labels = table["label"].to_numpy()[sample.rows]
+        names = _groups(table, unit)
+        own = None if names is None else names[sample.rows]
+        inside = sampling.select_validation(labels, own, unit, data, seed)
         train, validation = (Subset("train", sample.rows[rows]) for rows in (~inside, inside))
-        slide_disjoint = by == "slide"
-        if slide_disjoint and not has_slide_names(table):
-            by, slide_disjoint = "image", None
     _check_classes(tables, train, validation)
     test = Subset("test", np.arange(len(tables["test"]))) if "test" in tables else None
-    return Subsets(train, validation, test, by, slide_disjoint)
+    return Subsets(train, validation, test, *_describe(tables, unit, train, validation))
+
+
+def _groups(table: pd.DataFrame, unit: str) -> np.ndarray | None:
+    """Returns the group of each patch that is not divided; None = each patch is its own."""
+    if unit == "patient":
+        return groups.connect(table)
+    return table["slide"].to_numpy() if unit == "slide" else None
+
+
+def _describe(
+    tables: dict[str, pd.DataFrame], unit: str, train: Subset, validation: Subset
+) -> tuple[str, bool | None, bool | None]:
+    """Returns `by`, `slide_disjoint` and `patient_disjoint` of `Subsets`."""
+    first, second = ((tables[subset.records], subset.rows) for subset in (train, validation))
+    table = tables["train"]
+    patient_disjoint = overlap.disjoint_patients(first, second)
+    slide_disjoint: bool | None = False
+    if unit == "official":
+        slide_disjoint = overlap.disjoint(first, second)
+    elif unit == "slide":
+        slide_disjoint = groups.has_names(table, "slide") or None
+    elif unit == "patient":
+        patient_disjoint = groups.has_names(table, "patient") or None
+        drawn = [table.iloc[rows] for table, rows in (first, second)]
+        are_known = all((groups.names(rows, "slide") != "").all() for rows in drawn)
+        knows_slides = are_known and groups.has_names(table, "slide")
+        slide_disjoint = patient_disjoint or knows_slides or None
+    if patient_disjoint and unit in ("patient", "official"):
+        return "patient", slide_disjoint, patient_disjoint
+    if unit == "official" and slide_disjoint is None:
+        return unit, slide_disjoint, patient_disjoint
+    return "slide" if slide_disjoint else "image", slide_disjoint, patient_disjoint
 
 
 def _check_classes(tables: dict[str, pd.DataFrame], train: Subset, validation: Subset) -> None:
@@ -125,79 +140,48 @@ def _check_classes(tables: dict[str, pd.DataFrame], train: Subset, validation: S
 
 
 def _unit(tables: dict[str, pd.DataFrame], data: DataConfig) -> str:
-    """Returns the unit of division: 'official' = the data's own split, 'slide' or 'image'."""
+    """Returns the unit of division: 'official' = the data's own split, or one of `split_by`."""
     is_official = "validation" in tables and data.fold is None
-    slides_known = bool((tables["train"]["slide"] != "").any())
-    if data.split_by == "slide" and not (slides_known or is_official):
+    known = [unit for unit in groups.UNITS if groups.is_named(tables["train"], unit)]
+    if data.split_by in groups.UNITS and data.split_by not in known and not is_official:
+        source = "config.data.slide_map" if data.split_by == "slide" else "a source that names them"
         raise DataError(
-            "config.data.split_by = 'slide', but this data names no slides: give "
-            "config.data.slide_map, or use 'auto' or 'image'"
+            f"config.data.split_by = {data.split_by!r}, but this data names no {data.split_by}s: "
+            f"give {source}, or use 'auto' or 'image'"
         )
     if is_official:
         return "official"
-    return "slide" if slides_known and data.split_by != "image" else "image"
+    return [*known, "image"][0] if data.split_by == "auto" else data.split_by
 
 
 def draw_sample(tables: dict[str, pd.DataFrame], data: DataConfig, seed: int) -> Subset:
     """Returns the training patches that are drawn before they are divided; see `make_subsets`."""
-    labels, slides = (tables["train"][name].to_numpy() for name in ("label", "slide"))
-    # An example whose slide is not known may share its slide with any other.
-    is_safe = slides != "" if _unit(tables, data) == "slide" else np.ones(len(labels), bool)
-    rows = np.flatnonzero(is_safe)
-    return Subset("train", rows[sampling.sample(labels[rows], data.samples_per_class, seed)])
+    rows = np.flatnonzero(_is_safe(tables, data))
+    labels = tables["train"]["label"].to_numpy()[rows]
+    return Subset("train", rows[sampling.sample(labels, data.samples_per_class, seed)])
 
 
-def has_slide_names(table: pd.DataFrame) -> bool:
-    """Whether most patches share the name in `slide` with another patch.
+def _is_safe(tables: dict[str, pd.DataFrame], data: DataConfig) -> np.ndarray:
+    """Returns bool[n], false for training patches that cannot be divided by slide or patient.
 
-    If not, the column holds another identifier, and dividing by it separates no slides.
+    An example whose slide (patient) is not known may share it with any other.
     """
-    counts = table["slide"][table["slide"] != ""].value_counts()
-    return bool((counts == 1).sum() <= counts.sum() / 2)
+    table, unit = tables["train"], _unit(tables, data)
+    if unit not in groups.UNITS:
+        return np.ones(len(table), bool)
+    return (groups.names(table, unit) != "").to_numpy()
 
 
-def disjoint(
-    first: tuple[pd.DataFrame, np.ndarray], second: tuple[pd.DataFrame, np.ndarray]
-) -> bool | None:
-    """Returns whether two subsets share no slide and no pixels; None = not all slides are known.
-
-    Args:
-        first: the whole table of its split, and the rows of the subset.
-        second: likewise.
-    """
-    subsets = [table.iloc[rows] for table, rows in (first, second)]
-    if share(*subsets):
-        return False
-    are_known = all((subset["slide"] != "").all() for subset in subsets)
-    are_names = all(has_slide_names(table) for table, _ in (first, second))
-    return True if are_known and are_names else None
-
-
-def share(first: pd.DataFrame, second: pd.DataFrame) -> bool:
-    """Returns whether two parts of tables share a slide, or pixels of more than one colour.
-
-    Args:
-        first: columns as in `make_subsets`.
-        second: likewise.
-    """
-    slides = set(slide_identities(first)) & set(slide_identities(second)) - {""}
-    return bool(slides) or not shared_ids(first, second).empty
-
-
-def slide_identities(table: pd.DataFrame) -> pd.Series:
-    """Returns for each patch the `identity` of its slide, equal for all spellings."""
-    return table["slide"].map({name: identity(name) for name in table["slide"].unique()})
-
-
-def shared_ids(first: pd.DataFrame, second: pd.DataFrame) -> pd.Series:
-    """Returns the ids of `first` whose pixels `second` has, too, except patches of one colour.
-
-    Empty glass of two slides can be equal by chance. For the arguments see `share`.
-    """
-    shared = first[pixel_hashes(first).isin(pixel_hashes(second))]
-    sums, squares = (shared[list(names)].to_numpy() for names in (SUMS, SQUARES))
-    one_colour = (sums**2 == shared[["pixels"]].to_numpy() * squares).all(axis=1)
-    return shared["id"][~one_colour]
+def left_out(tables: dict[str, pd.DataFrame], data: DataConfig) -> str:
+    """Returns which patches are left out because their slide or patient is not known; '' = none."""
+    count, unit = int((~_is_safe(tables, data)).sum()), _unit(tables, data)
+    if not count:
+        return ""
+    smaller = "slide, or image" if unit == "patient" else "image"
+    return (
+        f"{count} of {len(tables['train'])} training patches do not name their {unit} and are left "
+        f"out: name it, or set --config.data.split_by={smaller}"
+    )
 
 
 def channel_stats(table: pd.DataFrame, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -270,20 +254,42 @@ def check_size(expected: int, actual: int, tfds_dir: str) -> None:
 
 
 def refuse_leak(tables: dict[str, pd.DataFrame], subsets: Subsets, allow: bool) -> None:
-    """Refuses to train on pixels that are also in the test set, patches of one colour excepted.
+    """Refuses to train on pixels of the test set, and on patients of the data's own splits.
+
+    Patches of one colour are excepted.
 
     Raises:
         DataError: there are some, and `allow` is false.
     """
-    if subsets.test is None:
-        return
     train = tables[subsets.train.records].iloc[subsets.train.rows]
-    shared = shared_ids(train, tables[subsets.test.records].iloc[subsets.test.rows])
-    if shared.empty:
-        return
-    leak = f"{len(shared)} training patches are also test patches, the first is {shared.iloc[0]}"
-    if not allow:
-        raise DataError(
-            f"{leak}: remove them, or set --config.data.allow_leak=true and trust no test score"
+    for leak, fix in _leaks(tables, subsets, train):
+        if not allow:
+            raise DataError(
+                f"{leak}: {fix}, or set --config.data.allow_leak=true and trust no test score"
+            )
+        log.warning(
+            "LEAK: %s; config.data.allow_leak is set, so no test score can be trusted", leak
         )
-    log.warning("LEAK: %s; config.data.allow_leak is set, so no test score can be trusted", leak)
+
+
+def _leaks(
+    tables: dict[str, pd.DataFrame], subsets: Subsets, train: pd.DataFrame
+) -> Iterator[tuple[str, str]]:
+    """Yields what the data's own splits share with the training patches, each with its fix."""
+    for other in (subsets.validation, subsets.test):
+        if other is None or other.records == "train":
+            continue
+        evaluated = tables[other.records].iloc[other.rows]
+        if shared := sorted(overlap.shared_names(train, evaluated, "patient")):
+            yield (
+                f"{len(shared)} patients have patches in the train and in the {other.records} "
+                f"split, the first is {shared[0]!r}",
+                "correct the splits",
+            )
+    if subsets.test is not None:
+        ids = overlap.shared_ids(train, tables[subsets.test.records].iloc[subsets.test.rows])
+        if not ids.empty:
+            yield (
+                f"{len(ids)} training patches are also test patches, the first is {ids.iloc[0]}",
+                "remove them",
+            )

@@ -78,7 +78,8 @@ def check_records(config: Config, tables: dict[str, pd.DataFrame]) -> None:
         return
     records = hashlib.sha256()
     for split, table in sorted(tables.items()):
-        rows = pd.util.hash_pandas_object(table[["id", "label", "slide"]], index=False)
+        columns = [name for name in ("id", "label", "slide", "patient") if name in table]
+        rows = pd.util.hash_pandas_object(table[columns], index=False)
         records.update(split.encode() + rows.to_numpy().tobytes())
     _refuse_different(
         f"records in {config.data.tfds_dir}",

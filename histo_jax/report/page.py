@@ -70,12 +70,14 @@ class Audit:
         has_leak: whether splits share patches or slides.
         knows_slides: whether shared slides could be checked.
         color_auc: validation AUC of the colour-histogram baseline.
+        knows_patients: whether shared patients could be checked.
     """
 
     text: str
     has_leak: bool
     knows_slides: bool
     color_auc: float
+    knows_patients: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Patch(NamedTuple):
         image: its pixels.
         attribution: the patch in grey, orange where pixels raise the logit and blue where they
             lower it; None = not computed.
+        path: the file that holds it; '' = none.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Patch(NamedTuple):
     probability: float
     image: Pixels
     attribution: Pixels | None
+    path: str = ""
 
 
 def galleries(table: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
@@ -96,9 +98,10 @@ def gather(
     assert logits is not None
     table = prepared.tables[split].iloc[rows]
     columns = (table[name].tolist() for name in ("id", "slide", "label"))
+    paths = table["path"] if "path" in table else [""] * len(rows)
     return [
         Patch(*patch)
-        for patch in zip(*columns, expit(logits).tolist(), images, pictures, strict=True)
+        for patch in zip(*columns, expit(logits).tolist(), images, pictures, paths, strict=True)
     ]
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from histo_jax import command, ensemble, evaluation_files
 from histo_jax.config import Config
-from histo_jax.data import leakage, splits
+from histo_jax.data import groups, leakage, splits
 from histo_jax.data.records import Prepared, prepare
 from histo_jax.data.source_adapter import patch_spec
 from histo_jax.distributed import runtime
@@ -126,7 +126,7 @@ def _collect(
         split=split,
         scores=scores,
         table=table,
-        has_slides=evaluation_files.slides(table) is not None,
+        has_slides=groups.are_known(table, "slide"),
         date=_date(folder / f"evaluation_{split}.json"),
         history=pd.read_csv(history) if history and history.exists() else None,
         galleries=_gather_galleries(config, evaluation, predictor),
@@ -184,6 +184,7 @@ def _summarise_audit(audit: dict[str, Any]) -> page.Audit:
         text=leakage.table(audit | {"note": ""}),
         has_leak=leakage.has_leak(audit),
         knows_slides=all(pair["shared_slides"] for pair in audit["pairs"].values()),
+        knows_patients=all(pair.get("shared_patients") for pair in audit["pairs"].values()),
         color_auc=audit["colour_histogram_baseline"]["validation_auc"],
     )
 

@@ -16,9 +16,10 @@ from scipy.ndimage import gaussian_filter
 import histo_jax
 from histo_jax.config import Config
 from histo_jax.data import leakage
+from histo_jax.data.overlap import OPTIMISTIC
 from histo_jax.data.record_files import SQUARES, SUMS
 from histo_jax.data.record_reader import Prepared
-from histo_jax.data.splits import OPTIMISTIC, Subset, Subsets, make_subsets
+from histo_jax.data.splits import Subset, Subsets, make_subsets
 from histo_jax.run import signals
 
 
@@ -114,6 +115,25 @@ def test_disjoint_subsets_pass(clean, capsys):
     # Every image is read once, and the progress bar keeps quiet off a terminal.
     assert all((records.reads == 1).all() for records in clean.sources.values())
     assert capsys.readouterr().err == ""
+
+
+def test_shared_patients_are_a_leak(clean):
+    for split, table in clean.tables.items():
+        assert "patients" not in leakage.audit(clean, clean.subsets("slide"), 0)["subsets"][split]
+        clean.tables[split] = table.assign(patient="p" + table["slide"])
+    report = leakage.audit(clean, clean.subsets("slide"), seed=0)
+    assert counts(report, "shared_patients") == [0, 0, 0]
+    assert report["subsets"]["train"]["patients"] == 12
+    assert not leakage.has_leak(report)
+    clean.tables["test"].loc[:4, "patient"] = "ptrain-3"
+    report = leakage.audit(clean, clean.subsets("slide"), seed=0)
+    assert counts(report, "shared_patients") == [0, 1, 0]
+    assert leakage.has_leak(report)
+    assert "LEAK: shared patients (leak), train/test: ptrain-3" in leakage.table(report)
+    clean.tables["test"].loc[:4, "patient"] = ""
+    report = leakage.audit(clean, clean.subsets("slide"), seed=0)
+    assert report["pairs"]["train/test"]["shared_patients"] is None
+    assert "patients: not all known" in leakage.table(report)
 
 
 def test_an_identical_patch_is_a_leak(clean):

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from histo_jax.config import DataConfig
-from histo_jax.data import slide_map
+from histo_jax.data import groups, slide_map
 from histo_jax.data.sources import pcam
 from histo_jax.errors import UserError
 
@@ -68,7 +68,7 @@ def test_a_wrong_map_is_one_line(tmp_path, rows, header, words):
 def test_other_forms_of_a_map(tmp_path, text):
     (tmp_path / "map.csv").write_bytes(text.encode())
     data = DataConfig(slide_map=str(tmp_path / "map.csv"))
-    tables = slide_map.unify({"train": slide_map.fill_in(make_table(), data, tmp_path)})
+    tables = groups.unify({"train": slide_map.fill_in(make_table(), data, tmp_path)})
     assert [name.lower() for name in tables["train"]["slide"]] == ["s0", "s1"] * 3
     assert tables["train"]["slide"].nunique() == 2
 
@@ -97,7 +97,7 @@ def test_one_slide_has_one_name_in_all_tables(messages):
         "test": pd.DataFrame({"slide": ["SLIDE_01", ""]}),
     }
     for _ in range(2):
-        unified = slide_map.unify(tables)
+        unified = groups.unify(tables)
     assert unified["train"].to_dict("list") == {
         "slide": ["Slide_01", "b", "", "7"],
         "label": [0] * 4,

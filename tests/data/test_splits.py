@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histo_jax.config import Config, DataConfig
-from histo_jax.data import splits
+from histo_jax.data import overlap, splits
 from histo_jax.data.record_files import SQUARES, SUMS
 from histo_jax.errors import UserError
 
@@ -141,6 +141,96 @@ def test_slides_stay_apart_for_any_seed(seed, slides, share):
     assert 0 < len(subsets.validation.rows) < len(subsets.train.rows)
 
 
+def with_patients(table: pd.DataFrame, patients: int) -> pd.DataFrame:
+    """Names the patient of each slide."""
+    number = table["slide"].str[1:].astype(int)
+    return table.assign(patient=[f"p{k % patients}" for k in number])
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 2**31 - 1), patients=st.integers(4, 30), share=st.floats(0.2, 0.8),
+    fold=st.sampled_from([None, "2/3"]), mixed=st.booleans(),
+)  # fmt: skip
+def test_neither_patients_nor_slides_are_divided(seed, patients, share, fold, mixed):
+    table, config = make_table(300, 3 * patients, share), Config(seed=seed)
+    table = with_patients(table, patients)
+    config.data.fold = fold
+    if mixed:  # a slide of two patients, spelled differently, and one of none
+        slides = table["slide"].unique()
+        mixed_slide = table["slide"] == slides[0]
+        table.loc[mixed_slide, "patient"] = (["P0", "p1 "] * 150)[: mixed_slide.sum()]
+        table.loc[table["slide"] == slides[1], "patient"] = ""
+    subsets = make_split(table, config)
+    assert (subsets.by, subsets.slide_disjoint, subsets.patient_disjoint) == ("patient", True, True)
+    parts = [table.iloc[subset.rows] for subset in both_of(subsets)]
+    for unit in ("patient", "slide"):
+        assert not overlap.shared_names(*parts, unit)
+    assert all((part["patient"] != "").all() and part["label"].nunique() == 2 for part in parts)
+    assert sum(map(len, parts)) == (table["patient"] != "").sum()
+    again = make_split(table, config)
+    np.testing.assert_array_equal(again.validation.rows, subsets.validation.rows)
+
+
+def test_patches_of_unknown_patients_are_left_out_with_a_warning():
+    table = with_patients(make_table(slides=20), 10)
+    table.loc[:99, ["patient", "slide"]] = "", ""
+    subsets = make_split(table, Config())
+    assert sorted(np.concatenate([s.rows for s in both_of(subsets)])) == list(range(100, 400))
+    missing = splits.left_out({"train": table}, DataConfig())
+    assert "100 of 400 training patches do not name their patient" in missing
+    assert splits.left_out({"train": table}, DataConfig(split_by="image")) == ""
+
+
+def test_patients_are_divided_only_on_request_with_a_caveat():
+    table, config = with_patients(make_table(slides=20), 4), Config()
+    assert make_split(table, config).by == "patient"
+    for by, slide_disjoint in (("slide", True), ("image", False)):
+        config.data.split_by = by
+        subsets = make_split(table, config)
+        assert (subsets.by, subsets.slide_disjoint) == (by, slide_disjoint)
+        assert subsets.patient_disjoint is False
+        assert "optimistic" in subsets.caveat
+
+
+def test_patients_without_slides_and_names_that_no_two_patches_share():
+    table = make_table()
+    config = Config()
+    config.data.split_by = "patient"
+    with pytest.raises(UserError, match="names no patients"):
+        make_split(table, config)
+    table["patient"] = [f"p{k // 20}" for k in range(400)]
+    subsets = make_split(table, config)  # patients imply slides
+    assert (subsets.by, subsets.slide_disjoint, subsets.patient_disjoint) == ("patient", True, True)
+    table["patient"] = table["id"]
+    subsets = make_split(table, config)
+    assert (subsets.by, subsets.slide_disjoint, subsets.patient_disjoint) == ("image", None, None)
+    with pytest.raises(UserError, match="all patches come from 1 patient"):
+        make_split(table.assign(patient="p"), config)
+
+
+def test_official_splits_that_share_a_patient_are_refused(messages):
+    tables = {
+        split: with_patients(make_table(slides=12), 6).assign(id=lambda t, s=split: s + t["id"])
+        for split in ("train", "validation", "test")
+    }
+    for split in ("validation", "test"):
+        for column in ("slide", "patient"):
+            tables[split][column] = split + tables[split][column]
+    subsets = splits.make_subsets(tables, DataConfig(), 0)
+    assert (subsets.by, subsets.slide_disjoint, subsets.patient_disjoint) == ("patient", True, True)
+    splits.refuse_leak(tables, subsets, allow=False)
+    for split in ("validation", "test"):
+        shared = tables | {split: tables[split].copy()}
+        shared[split].loc[3, "patient"] = "P3 "
+        subsets = splits.make_subsets(shared, DataConfig(), 0)
+        assert subsets.patient_disjoint is (split != "validation")
+        with pytest.raises(UserError, match=f"1 patients .* {split} split, the first is 'p3': cor"):
+            splits.refuse_leak(shared, subsets, allow=False)
+        splits.refuse_leak(shared, subsets, allow=True)
+    assert "LEAK: 1 patients" in "\n".join(messages)
+
+
 def test_official_splits_are_kept():
     tables = {"train": make_table(100), "validation": make_table(40), "test": make_table(30)}
     tables["validation"]["id"] = "validation " + tables["validation"]["id"]
@@ -213,7 +303,7 @@ def test_slide_names_that_no_two_patches_share_are_not_slides():
     subsets = make_split(table, Config())
     assert (subsets.by, subsets.slide_disjoint) == ("image", None)
     assert "each patch names a slide of its own" in subsets.division
-    assert "checked" in splits.caveat(subsets.slide_disjoint)
+    assert "checked" in overlap.caveat(subsets.slide_disjoint)
     table.loc[:24, "slide"] = "s"
     assert make_split(table, Config()).slide_disjoint
 
@@ -222,14 +312,14 @@ def test_two_spellings_of_a_slide_are_one_slide():
     one, other = make_table(slides=2), make_table(slides=2)
     other["id"] += "x"
     other["slide"] = other["slide"].str.upper() + " "
-    assert splits.share(one, other)
-    assert not splits.share(one, other.assign(slide="another"))
+    assert overlap.share(one, other)
+    assert not overlap.share(one, other.assign(slide="another"))
 
 
 def test_combine():
-    assert splits.combine([True, None, False]) is False
-    assert splits.combine([True, None]) is None
-    assert splits.combine([True, True]) is True
+    assert overlap.combine([True, None, False]) is False
+    assert overlap.combine([True, None]) is None
+    assert overlap.combine([True, True]) is True
 
 
 @pytest.mark.parametrize("slides", [0, 12])
@@ -297,4 +387,4 @@ def test_a_leak_is_found_by_pixels_where_ids_are_names():
     test.loc[3, "sha1"] = "a"
     with pytest.raises(UserError, match="training patches are also test patches"):
         splits.refuse_leak(tables, subsets, allow=False)
-    assert splits.disjoint((train, np.arange(9)), (test, np.arange(9))) is False
+    assert overlap.disjoint((train, np.arange(9)), (test, np.arange(9))) is False

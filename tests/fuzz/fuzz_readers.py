@@ -31,7 +31,7 @@ import pandas as pd
 from PIL import Image
 
 from histo_jax.config import DataConfig
-from histo_jax.data import gzips, names, slide_map
+from histo_jax.data import groups, gzips, names, slide_map
 from histo_jax.data.example import Example
 from histo_jax.data.sources import kaggle, pcam
 from histo_jax.errors import UserError
@@ -115,7 +115,7 @@ def feed_map(folder: Path, content: bytes) -> Iterator[Example]:
     table = pd.DataFrame({"id": IDS, "slide": ""})
     for on_damaged in ("skip", "stop"):
         data = DataConfig(slide_map=str(path), on_damaged=on_damaged)
-        filled = slide_map.unify({"train": slide_map.fill_in(table, data, folder)})["train"]
+        filled = groups.unify({"train": slide_map.fill_in(table, data, folder)})["train"]
         yield from map(Example, filled["id"], PATCHES, [0] * 3, filled["slide"])
 
 

@@ -16,7 +16,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 import histo_jax
 from histo_jax import evaluation_files
-from histo_jax.data import splits
+from histo_jax.data import overlap, splits
 from histo_jax.data.example import PatchSpec
 from histo_jax.data.leakage import audit
 from histo_jax.ensemble import check_evaluated
@@ -219,7 +219,7 @@ def test_each_caveat_is_stated_once(contents, words):
             "slide_disjoint": False,
             "interval_over": "patches",
             "resampled": 40,
-            "note": f"{splits.OPTIMISTIC}; these patches selected the checkpoint",
+            "note": f"{overlap.OPTIMISTIC}; these patches selected the checkpoint",
         },
     )
     text = words(changed)

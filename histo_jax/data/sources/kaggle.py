@@ -4,15 +4,11 @@ Layout: `train/<id>.tif`, `test/<id>.tif`, `train_labels.csv` with the columns `
 `sample_submission.csv` with the column `id`; other columns and files are ignored.
 """
 
-import concurrent.futures
-import contextlib
 import hashlib
 import io
-import os
 import re
-import struct
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,26 +18,20 @@ from PIL import Image
 from histo_jax.config import DataConfig
 from histo_jax.data import raw_files
 from histo_jax.data.example import UNLABELLED, Example, SizedExamples
-from histo_jax.data.tables import read_csv
+from histo_jax.data.image_files import CORRUPTION
+from histo_jax.data.read_ahead import read_ahead, unreadable_files
+from histo_jax.data.tables import parse_label, read_csv
 from histo_jax.errors import DataError, one_line
 from histo_jax.registry import register_source
 from histo_jax.run.files import expand
 
 _SIZE = 96  # height and width of a patch, pixels
 _FORMAT = ("RGB", (_SIZE, _SIZE))
-# Images in memory at once: 14 MB.
-_CHUNK = 512
 # Bytes that are read of a file; a patch has 28 kB.
 _LARGEST = 2**24
 # An id becomes part of a path, so nothing but the 40 digits of a SHA-1 may pass.
 _ID = re.compile(r"[0-9a-f]{40}")
-_LABELS = {"false": 0, "true": 1}
 _FOLDERS = {"train": ("train", "train_labels.csv"), "test": ("test", "sample_submission.csv")}
-# What Pillow raises on corrupt files; anything else is a bug.
-_CORRUPTION = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError,
-    struct.error, Image.DecompressionBombError,
-)  # fmt: skip
 _OTHER_PIXELS = "is corrupt: the SHA-1 of its pixels is not its name"
 
 
@@ -170,7 +160,7 @@ def _read_rows(csv_path: Path, split: str) -> list[tuple[int, str, int]]:
     _check_rows(csv_path, ids.duplicated(), ids, "duplicate id {}", "remove")
     labels = pd.Series(UNLABELLED, table.index)
     if split == "train":
-        labels = table["label"].map({text: _label(text) for text in table["label"].unique()})
+        labels = table["label"].map({text: parse_label(text) for text in table["label"].unique()})
         _check_rows(csv_path, labels.isna(), table["label"], "label {!r} must be 0 or 1", "correct")
     return list(zip(table.index.tolist(), ids.tolist(), labels.astype(int).tolist(), strict=True))
 
@@ -193,14 +183,6 @@ def _check_rows(csv_path: Path, wrong: pd.Series, cells: pd.Series, problem: str
     raise DataError(
         f"{csv_path}, line {lines[0]}: {problem.format(cells[lines[0]][:60])}{count}; {fix} {rows}"
     )
-
-
-def _label(text: str) -> int | None:
-    """Returns 0 or 1 as tables write them (1, 1.0, True), or None."""
-    with contextlib.suppress(ValueError):
-        number = float(text)
-        return int(number) if number in (0, 1) else None
-    return _LABELS.get(text.lower())
 
 
 def _missing_error(folder: Path, csv_path: Path, missing: dict[str, int], listed: int) -> DataError:
@@ -246,19 +228,14 @@ def read(files: list[tuple[Path, int]], skip: bool, corrupt: dict[str, str]) -> 
         DataError: names the files that are not a 96x96 RGB TIFF, or whose pixels have changed; or
             a file that the system cannot read, which is not corrupt and never left out.
     """
-    # Reading, hashing and decoding release the interpreter's lock for most of their time.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings():
-        # Pillow warns about a truncated header before it raises.
-        warnings.filterwarnings("ignore", module="PIL")
-        for start in range(0, len(files), _CHUNK):
-            chunk = files[start : start + _CHUNK]
-            images = list(pool.map(_read_image, [path for path, _ in chunk]))
-            _check_readable(chunk, images)
-            for (path, label), image in zip(chunk, images, strict=True):
-                if isinstance(image, str):
-                    corrupt[str(path)] = image
-                elif isinstance(image, np.ndarray) and (skip or not corrupt):
-                    yield Example(id=path.stem, image=image, label=label, slide="")
+    results = read_ahead(_read_image, [path for path, _ in files])
+    for (path, label), image in zip(files, results, strict=True):
+        if isinstance(image, Exception):
+            raise unreadable_files(path, image, results)
+        if isinstance(image, str):
+            corrupt[str(path)] = image
+        elif skip or not corrupt:
+            yield Example(id=path.stem, image=image, label=label, slide="")
     if corrupt and (not skip or len(corrupt) == len(files)):
         raise _corrupt_error(files, corrupt)
 
@@ -268,20 +245,6 @@ def intact(corrupt: Iterable[str]) -> list[str]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         return [path for path in corrupt if isinstance(_read_image(Path(path)), np.ndarray)]
-
-
-def _check_readable(
-    chunk: list[tuple[Path, int]], images: Sequence[np.ndarray | str | Exception]
-) -> None:
-    """Refuses files that the system cannot read."""
-    failed = [
-        (path, image)
-        for (path, _), image in zip(chunk, images, strict=True)
-        if isinstance(image, Exception)
-    ]
-    if failed:
-        more = f", nor can {len(failed) - 1} more of {len(chunk)}" if len(failed) > 1 else ""
-        raise raw_files.unreadable(*failed[0], also=more)
 
 
 def _corrupt_error(files: list[tuple[Path, int]], corrupt: dict[str, str]) -> DataError:
@@ -311,7 +274,7 @@ def _read_image(path: Path) -> np.ndarray | str | Exception:
             pixels = np.asarray(image) if (mode, size) == _FORMAT else None
     except MemoryError as error:
         return error
-    except _CORRUPTION as error:
+    except CORRUPTION as error:
         reason = one_line(error).partition(" <_io.")[0] if content else "it is empty"
         return f"is not a readable TIFF ({reason})"
     if pixels is None:

@@ -19,6 +19,7 @@ from histo_jax.data import leakage, records
 from histo_jax.data.example import Example
 from histo_jax.data.splits import make_subsets
 from histo_jax.errors import DataError, UserError
+from histo_jax.metrics import Calibration
 from histo_jax.run.workdir import Workdir
 
 IMAGES = np.random.default_rng(0).integers(150, 230, (64, 96, 96, 3), np.uint8)
@@ -97,6 +98,45 @@ def test_a_source_of_a_config_file_goes_through_every_command(tmp_path):
     assert "png_folders" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_patients_and_paths_go_through_every_command(config, tmp_path, log, save_run):
+    def example(split, k):
+        slide, patient, path = f"{split}{k // 4}", f"{split} {k // 8}", f"{split}/{k}.png"
+        image = IMAGES[k + 48 * (split == "test")]
+        return Example(f"{split}{k}", image, k % 2, slide, patient * (k % 4 > 0), path)
+
+    register(lambda: {s: [example(s, k) for k in range(n)] for s, n in counts.items()})
+    counts = {"train": 48, "test": 16}
+    histo_jax.register_model("pixel")(Pixel)
+    config.model.name, config.data.validation_fraction = "pixel", 0.34
+    config.fit.batch_size, config.fit.epochs, config.predict.batch_size = 8, 1, 8
+    for number in range(3):
+        config.data.fold = f"{number + 1}/3"
+        save_run(config, tmp_path / f"fold{number}", Calibration())
+    config.data.fold = None
+    run = tmp_path / "run"
+    histo_jax.fit(config, run)
+    assert "split by patient" in log.text
+    scores = histo_jax.evaluate(config, run)
+    assert (scores["split_by"], scores["slide_disjoint"]) == ("patient", True)
+    assert (scores["patient_disjoint"], scores["interval_over"]) == (True, "patients")
+    assert scores["resampled"] == scores["count"] / 8
+    table = pd.read_csv(run / "predictions_validation.csv")
+    assert list(table) == ["id", "label", "slide", "logit", "patient", "path"]
+    assert table["patient"].nunique() == scores["resampled"]
+    histo_jax.report(config, run)
+    page = (run / "report.html").read_text()
+    assert "Patient-disjoint:" in page
+    assert table["path"][0] in page
+    assert histo_jax.predict(config, run)["path"].tolist() == [f"test/{k}.png" for k in range(16)]
+    assert list(pd.read_csv(run / "submission.csv")) == ["id", "label", "path"]
+    config.predict.checkpoints = ",".join(str(tmp_path / f"fold{k}") for k in range(3))
+    scores = histo_jax.evaluate(config, tmp_path / "folds")
+    assert (scores["count"], scores["resampled"], scores["out_of_fold"]) == (48, 6, True)
+    assert scores["patient_disjoint"] is True
+    config.evaluate.split = "test"
+    assert histo_jax.evaluate(config, tmp_path / "folds")["patient_disjoint"] is True
+
+
 def test_records_hold_what_the_source_yields(config):
     register(lambda: {"train": iter(examples(12)), "test": examples(3, 12, label=-1, slide="")})
     prepared = prepare(config)
@@ -105,6 +145,7 @@ def test_records_hold_what_the_source_yields(config):
     assert train["label"].tolist() == [0, 1] * 6
     assert train["slide"].tolist() == [f"s{k // 4}" for k in range(12)]
     assert test["label"].tolist() == [-1] * 3
+    assert not {"patient", "path"} & {*train, *test}
     np.testing.assert_array_equal(
         prepared.records("train", np.arange(12)).images(np.arange(12)), IMAGES[:12]
     )
