@@ -7,7 +7,7 @@ import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -125,7 +125,7 @@ def describe_conversions(conversions: dict[str, int], image_size: int | None) ->
     return "; ".join(parts)
 
 
-def _open(path: Path, file: IO[bytes]) -> ImageFormat.ImageFile:
+def _open(path: Path, file: Any) -> ImageFormat.ImageFile:
     by_suffix = _suffix_format(path.suffix.lower())
     return Image.open(file, formats=(*_FORMATS, by_suffix) if by_suffix else _FORMATS)
 

@@ -23,7 +23,7 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ class ImageList(NamedTuple):
         """Returns the file of each row."""
         return [self.folder / path for path in self.rows["path"]]
 
-    def place(self, row: int) -> str:
+    def place(self, row: Any) -> str:
         """Returns where an image is listed, for messages.
 
         Args:
@@ -240,7 +240,7 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
     return found
 
 
-def _read_parquet(path: Path, select: functools.partial[dict[str, int]]) -> pd.DataFrame:
+def _read_parquet(path: Path, select: Callable[[list[str]], dict[str, int]]) -> pd.DataFrame:
     """Returns columns of a Parquet file as text; see `read_columns`."""
     import pyarrow
     import pyarrow.parquet
