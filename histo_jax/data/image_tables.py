@@ -214,7 +214,7 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
     """Returns the position of each column that a table has, and logs their names.
 
     Raises:
-        DataError: no column has the paths, or a name that is needed stands twice.
+        DataError: no column has the paths, or a name that is needed occurs twice.
     """
     names = [re.sub(r"[ .-]+", "_", name.casefold()) for name in header]
     found = {}
@@ -255,7 +255,10 @@ def _read_parquet(path: Path, select: Callable[[list[str]], dict[str, int]]) -> 
     except (OSError, pyarrow.ArrowException, MemoryError) as error:
         if is_system_error(error) and not isinstance(error, MemoryError):
             raise unreadable(path, error) from None
-        raise DataError(f"{path} is not a readable Parquet file ({one_line(error)})") from None
+        reason = "".join(filter(str.isprintable, one_line(error)))  # may quote bytes of the file
+        raise DataError(
+            f"{path} is not a readable Parquet file ({reason}); save it again"
+        ) from None
     frame = pd.DataFrame(dict(zip(columns, cells, strict=True)), dtype=str)
     return frame.set_axis(range(1, len(frame) + 1))
 

@@ -3,7 +3,9 @@
 import hashlib
 import os
 import re
+import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ import pytest
 from PIL import Image
 
 import histo_jax
-from histo_jax.config import DataConfig
+from histo_jax.config import Config, DataConfig
 from histo_jax.data import image_tables
 from histo_jax.data.image_files import ImageFile, read_image
 from histo_jax.data.sources import kaggle
@@ -260,7 +262,7 @@ def test_reduced_pixels_are_means_over_areas(tmp_path, before, after):
     cover = np.minimum(edges[1:, None], row + 1) - np.maximum(edges[:-1, None], row)
     cover = np.clip(cover, 0, None) * after / before
     square = pixels[:, 4 : 4 + before].astype(float)
-    expected = np.einsum("ij,jkc,lk->ilc", cover, square, cover)
+    expected = np.einsum("ij,jkc,lk->ilc", cover, square, cover, optimize=True)
     result = read_image(tmp_path / "a.png", after)
     assert np.abs(result.pixels - expected).max() < 0.501
     assert result.conversions == ("cropped to the square in their centre", "reduced")
@@ -340,18 +342,20 @@ def test_a_large_folder_with_one_percent_of_every_fault(tmp_path):
 # --- with the other sources -----------------------------------------------------------------------
 
 
-def test_same_training_as_kaggle(make_tiny_config, kaggle_dir, tmp_path):
+def test_same_training_as_kaggle(make_tiny_config, kaggle_dir, tmp_path, unregister):
+    runpy.run_path(str(Path(__file__).parents[2] / "tiny_network.py"))
     files = kaggle.list_files(kaggle_dir, "train")
     test = [(path, "", "test") for path, _ in kaggle.list_files(kaggle_dir, "test")]
     rows = [(path, label, "train") for path, label in files] + test
     table = pd.DataFrame(rows, columns=["path", "label", "split"])
     table.to_csv(tmp_path / "images.csv", index=False)
-    histories = []
+    histories, default = [], Config().model
     for source in ("kaggle", "images"):
         config = make_tiny_config()
         config.data.source = source
         config.data.table = str(tmp_path / "images.csv") if source == "images" else None
-        config.fit.epochs = 1
+        config.model.features, config.model.dense = default.features, default.dense
+        config.model.name, config.fit.epochs = "tiny", 1
         histo_jax.fit(config, tmp_path / source)
         histories.append((tmp_path / source / "history.csv").read_bytes())
     assert histories[0] == histories[1]
