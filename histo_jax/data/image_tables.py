@@ -255,10 +255,8 @@ def _read_parquet(path: Path, select: Callable[[list[str]], dict[str, int]]) -> 
     except (OSError, pyarrow.ArrowException, MemoryError) as error:
         if is_system_error(error) and not isinstance(error, MemoryError):
             raise unreadable(path, error) from None
-        reason = "".join(filter(str.isprintable, one_line(error)))  # may quote bytes of the file
-        raise DataError(
-            f"{path} is not a readable Parquet file ({reason}); save it again"
-        ) from None
+        reason = "".join(filter(str.isprintable, one_line(error)))  # may quote bytes
+        raise DataError(f"{path} is not a readable Parquet file ({reason}): save it") from None
     frame = pd.DataFrame(dict(zip(columns, cells, strict=True)), dtype=str)
     return frame.set_axis(range(1, len(frame) + 1))
 
