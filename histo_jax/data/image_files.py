@@ -156,7 +156,7 @@ def _problem(image: ImageFormat.ImageFile, image_size: int | None) -> str | None
 
 
 def _is_deep(image: ImageFormat.ImageFile) -> bool:
-    """Whether a channel has 16 bits, of which Pillow drops half without a word."""
+    """Whether a channel has 16 bits, of which Pillow drops half silently."""
     for tile in image.tile:
         args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         if any(isinstance(arg, str) and ";16" in arg for arg in args):

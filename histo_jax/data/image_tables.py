@@ -23,7 +23,7 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ class ImageList(NamedTuple):
         """Returns the file of each row."""
         return [self.folder / path for path in self.rows["path"]]
 
-    def place(self, row: int) -> str:
+    def place(self, row: Any) -> str:
         """Returns where an image is listed, for messages.
 
         Args:
@@ -217,7 +217,7 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
     """Returns the position of each column that a table has, and logs their names.
 
     Raises:
-        DataError: no column has the paths, or a name that is needed stands twice.
+        DataError: no column has the paths, or a name that is needed occurs twice.
     """
     names = [re.sub(r"[ .-]+", "_", name.casefold()) for name in header]
     found = {}
@@ -243,7 +243,7 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
     return found
 
 
-def _read_parquet(path: Path, select: functools.partial[dict[str, int]]) -> pd.DataFrame:
+def _read_parquet(path: Path, select: Callable[[list[str]], dict[str, int]]) -> pd.DataFrame:
     """Returns columns of a Parquet file as text; see `read_columns`."""
     import pyarrow
     import pyarrow.parquet
@@ -258,7 +258,8 @@ def _read_parquet(path: Path, select: functools.partial[dict[str, int]]) -> pd.D
     except (OSError, pyarrow.ArrowException, MemoryError) as error:
         if is_system_error(error) and not isinstance(error, MemoryError):
             raise unreadable(path, error) from None
-        raise DataError(f"{path} is not a readable Parquet file ({one_line(error)})") from None
+        reason = "".join(filter(str.isprintable, one_line(error)))  # may quote bytes
+        raise DataError(f"{path} is not a readable Parquet file ({reason}): save it") from None
     frame = pd.DataFrame(dict(zip(columns, cells, strict=True)), dtype=str)
     return frame.set_axis(range(1, len(frame) + 1))
 

@@ -31,10 +31,10 @@ import pandas as pd
 from PIL import Image
 
 from histo_jax.config import DataConfig
-from histo_jax.data import groups, gzips, names, slide_map
+from histo_jax.data import groups, gzips, image_files, names, slide_map
 from histo_jax.data.example import Example
-from histo_jax.data.sources import kaggle, pcam
-from histo_jax.errors import UserError
+from histo_jax.data.sources import images, kaggle, pcam
+from histo_jax.errors import DataError, UserError
 
 MIB = 2**20
 MEMORY = 512 * MIB  # growth of the child process by one input
@@ -119,11 +119,51 @@ def feed_map(folder: Path, content: bytes) -> Iterator[Example]:
         yield from map(Example, filled["id"], PATCHES, [0] * 3, filled["slide"])
 
 
+def feed_images(name: str, folder: Path, content: bytes) -> Iterator[Example]:
+    """Reads `content` as the table of a folder of images."""
+    if not (folder / "0.png").exists():
+        for number, patch in enumerate(PATCHES):
+            Image.fromarray(patch).save(folder / f"{number}.png")
+    path = folder / name
+    path.write_bytes(content)
+    for positive in (None, "1"):
+        data = DataConfig(raw_dir=str(folder), table=str(path), positive=positive)
+        source = images.Images(data)
+        assert source.fingerprint()
+        for examples in source.splits().values():
+            yield from examples
+
+
+def feed_image(folder: Path, content: bytes) -> Iterator[Example]:
+    """Reads `content` as an image of any format, as it is and scaled."""
+    path = folder / "image.png"
+    path.write_bytes(content)
+    for size in (None, 96):
+        result = image_files.read_image(path, size)
+        if isinstance(result, image_files.ImageFile) and result.pixels.shape == (96, 96, 3):
+            yield Example(hashlib.sha1(result.pixels.tobytes()).hexdigest(), result.pixels, 0)
+        elif isinstance(result, Exception):
+            raise result
+        elif isinstance(result, str):
+            raise DataError(result)
+
+
 # --- files to start from -------------------------------------------------------------------------
 
 
 def tiff(image: np.ndarray, **options) -> bytes:
     Image.fromarray(image).save(buffer := io.BytesIO(), "TIFF", **options)
+    return buffer.getvalue()
+
+
+def encoded(kind: str, mode: str = "RGB", **options) -> bytes:
+    Image.fromarray(PATCHES[0]).convert(mode).save(buffer := io.BytesIO(), kind, **options)
+    return buffer.getvalue()
+
+
+def parquet() -> bytes:
+    rows = {"path": [f"{k}.png" for k in range(3)], "label": [0, 1, 1], "slide": ["a", "b", "b"]}
+    pd.DataFrame(rows).to_parquet(buffer := io.BytesIO())
     return buffer.getvalue()
 
 
@@ -198,6 +238,16 @@ KINDS = {
     "pcam.csv": Kind(
         tables("coord_x,wsi", [f"{i},slide_{i}" for i in range(3)]),
         functools.partial(feed_pcam, META), TEXT),
+    "images.csv": Kind(
+        tables("path,label,wsi", [f"{k}.png,{k % 2},s" for k in range(3)]),
+        functools.partial(feed_images, "images.csv"), [*TEXT, b"../", b"\\", b"/", b"0.png"]),
+    "images.parquet": Kind(
+        [parquet()], functools.partial(feed_images, "images.parquet"), numbers(1, 2, 4)),
+    "images.png": Kind(
+        [encoded("PNG"), encoded("PNG", "P"), encoded("PNG", "LA"), encoded("JPEG"),
+         encoded("JPEG", "CMYK"), encoded("GIF"), encoded("WEBP"), encoded("BMP"), encoded("PPM"),
+         encoded("JPEG2000"), FLAT],
+        feed_image, numbers(2, 4)),
     "map.csv": Kind(tables("id,wsi", [f"{i},s" for i in IDS]), feed_map, TEXT),
 }  # fmt: skip
 
@@ -244,11 +294,11 @@ def make(kind: str, seed: int, index: int) -> bytes:
 def check(kind: str, folder: Path, content: bytes) -> tuple[str, str]:
     """Returns 'ok', 'refused' or 'finding', and the message."""
     try:
-        for id_, image, label, slide in KINDS[kind].feed(folder, content):
+        for id_, image, label, slide, patient, _ in KINDS[kind].feed(folder, content):
             assert re.fullmatch("[0-9a-f]{40}", id_)
             assert (image.dtype, image.shape) == (np.uint8, (96, 96, 3))
             assert label in (-1, 0, 1)
-            assert slide == names.clean(slide)
+            assert (slide, patient) == (names.clean(slide), names.clean(patient))
     except UserError as error:
         # Memory that only the limit of the child refused would have been allocated without it.
         bad = not str(error).isprintable() or re.search("memory|allocate ", str(error), re.I)

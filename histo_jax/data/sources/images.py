@@ -152,7 +152,7 @@ class Images:
         """
         skip = self._data.on_damaged == "skip" and split == "train"
         refused: dict[str, str] = {}
-        seen: set[str] = set()
+        ids: set[str] = set()
         repeated: list[Path] = []
         files = images.files()
         results = read_images(files, self._data.image_size)
@@ -171,10 +171,10 @@ class Images:
             if refused and not skip:
                 continue  # read on, so that one error names all
             name = hashlib.sha1(result.pixels.data).hexdigest()
-            if split == "train" and name in seen:
+            if split == "train" and name in ids:
                 repeated.append(path)
                 continue
-            seen.add(name)
+            ids.add(name)
             conversions.update(result.conversions)
             yield Example(name, result.pixels, *row)
         if refused and (not skip or len(refused) == len(files)):
