@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 from histo_jax.data.example import Example
 from histo_jax.data.record_files import (
@@ -38,6 +39,9 @@ from histo_jax.run import files, progress, signals
 log = logging.getLogger("histo_jax")
 
 _SHARD = 8192 * 96 * 96  # pixels per file: 230 MB
+# A group per record, so that any one can be read without its neighbours. Compression makes tissue
+# smaller by a tenth at most, and writing several times as slow.
+_OPTIONS = "group_size:1,uncompressed"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 _OPTIONAL = ("patient", "path")  # columns of tables in which a patch has one
 _COLUMNS = ("id", "label", "slide", *_OPTIONAL)
@@ -141,17 +145,20 @@ class _Serializer:
         if not self._size:
             self._size = shape[0]
             self.features = features(self._size)
-            self._serializer = tfds.core.ExampleSerializer(self.features.get_serialized_info())
         if shape != (self._size, self._size, 3):
             raise DataError(
                 f"source {self._source!r}, {split} split: patch {example.id} has "
                 f"{shape[0]}x{shape[1]} pixels and the first one {self._size}x{self._size}: give "
                 "all patches one size"
             )
-        encoded = self.features.encode_example(
-            {name: getattr(example, name) for name in self.features}
-        )
-        return self._serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
+        # What TFDS's serializer makes of `features`, in a third of its time.
+        record = tf_example_pb2.Example()
+        values = record.features.feature
+        for name in ("id", "slide"):
+            values[name].bytes_list.value.append(getattr(example, name).encode())
+        values["image"].bytes_list.value.append(example.image.tobytes())
+        values["label"].int64_list.value.append(example.label)
+        return record.SerializeToString(deterministic=True)
 
 
 class _Shards:
@@ -168,8 +175,7 @@ class _Shards:
         if self._writer is None or self._lengths[-1] >= _SHARD // pixels:
             self._close()
             path = self._template.sharded_filepath(shard_index=len(self._lengths), num_shards=None)
-            # A group per record: any record can be read without its neighbours.
-            self._writer = ArrayRecordWriter(str(path), "group_size:1")
+            self._writer = ArrayRecordWriter(str(path), _OPTIONS)
             self._lengths.append(0)
         self._writer.write(record)
         self._lengths[-1] += 1
@@ -219,10 +225,10 @@ def _write_split(
 
 def _sums(image: np.ndarray) -> list[int]:
     """Returns for each channel the sum of its pixels, then for each the sum of their squares."""
-    # Exact in float64, and by a matrix product several times as fast as `sum`.
-    pixels = image.reshape(-1, 3).astype(np.float64)
-    sums = np.ones(len(pixels)) @ pixels
-    return [*map(int, sums), *map(int, np.einsum("ij,ij->j", pixels, pixels))]
+    # Over rows first, which are contiguous and fit into 32 bits: several times as fast.
+    rows = image.reshape(len(image), -1)
+    columns = rows.sum(0, dtype=np.uint32), np.square(rows, dtype=np.uint16).sum(0, dtype=np.uint32)
+    return [total for part in columns for total in part.reshape(-1, 3).sum(0, np.int64).tolist()]
 
 
 @contextlib.contextmanager
