@@ -329,8 +329,9 @@ def test_its_links_lead_somewhere(page):
 _FOREIGN = {
     "true", "false", "null", "x", "y", "n", "nohup", "pip", "pre-commit", "kubectl", "gcloud",
     "aws", "sbatch", "DataLoader", "import-linter", "jit", "lint-imports", "PATH",
-    "source", "activate",
+    "source", "activate", "flatbuffers",
 }  # fmt: skip
+_FILE_NAME = r"\.(py|sh|md|json|csv|html|svg|toml|yaml|png|gz|onnx|safetensors|stablehlo)$"
 _FOREIGN_MODULES = ("torch", "nn", "ml_collections", "np", "os", "mlflow", "wandb")
 _ENVIRONMENT = {"HISTO_JAX_SAMPLE", "HISTO_JAX_LONG", "XLA_FLAGS", "MLFLOW_TRACKING_URI"}
 
@@ -425,7 +426,7 @@ def problem(page: Path, word: str, in_command: bool) -> str | None:
         module = ROOT / "histo_jax" / part
         is_module = module.is_dir() or module.with_suffix(".py").exists()
         return None if is_module or hasattr(histo_jax, part) else "not in histo_jax"
-    if "/" in name or re.search(r"\.(py|sh|md|json|csv|html|svg|toml|yaml|png|gz)$", name):
+    if "/" in name or re.search(_FILE_NAME, name):
         if re.match(r"[A-Z_]{3,}/|runs/|\.h5", name):
             return None
         return None if exists(page, name) else "no such file"

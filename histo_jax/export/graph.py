@@ -1,6 +1,6 @@
 """A graph of ONNX operators while it is built, and its simplification.
 
-Nodes have one output each and stand in the order of their computation.
+Nodes have one output each and are kept in the order of their computation.
 """
 
 import collections

@@ -13,10 +13,10 @@ class ProcessError(Exception):
 
 
 def run(script: str, *arguments: object) -> None:
-    """Runs a script that stands beside this module.
+    """Runs a script and waits for it.
 
     Args:
-        script: name of its file.
+        script: name of its file, in the folder of this module.
         arguments: of the script.
 
     Raises:

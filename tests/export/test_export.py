@@ -80,7 +80,7 @@ def test_the_folder_works_anywhere_without_the_run(run, tmp_path):
     np.testing.assert_allclose(predictor(images), histo_jax.load(run)(images), rtol=1e-6)
     text = "".join((moved / name).read_text() for name in ("README.md", "config.json"))
     assert str(run.parent) not in text
-    # It stands beside runs in an ensemble.
+    # It may be part of an ensemble.
     both = histo_jax.load(moved, run, batch_size=8)
     np.testing.assert_allclose(both(images), predictor(images), rtol=1e-6)
 
