@@ -36,6 +36,7 @@ if typing.TYPE_CHECKING:
     from histo_jax.recipes import recipe
     from histo_jax.report import explain, report
     from histo_jax.training.callbacks import Callback
+    from histo_jax.wsi.heatmap import heatmap
 
 __version__ = VERSION
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "evaluate",
     "explain",
     "fit",
+    "heatmap",
     "load",
     "predict",
     "prepare",
@@ -75,6 +77,7 @@ _HOMES = {
     "explain": "histo_jax.report",
     "fit": "histo_jax.fitting",
     "evaluate": "histo_jax.evaluation",
+    "heatmap": "histo_jax.wsi.heatmap",
     "load": "histo_jax.predictor",
     "predict": "histo_jax.prediction",
     "prepare": "histo_jax.preparation",

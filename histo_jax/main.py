@@ -37,6 +37,7 @@ COMMANDS = {
     "audit": "histo_jax.auditing:audit",
     "compare": "histo_jax.comparison:compare",
     "explain": "histo_jax.report:explain",
+    "heatmap": "histo_jax.wsi.heatmap:run",
 }
 _LEAK_FOUND = 1
 _EXPECTED_FAILURE = 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
@@ -32,6 +33,9 @@ from histo_jax.training.checkpoints import Checkpoints
 Value = TypeVar("Value")
 
 _EXPECTED = f"uint8[n, {', '.join(map(str, IMAGE_SHAPE))}]"
+
+# Blocks of pixels that the windows of one batch may be in.
+_SLOTS = 4
 
 Batch = UInt8[np.ndarray, "batch 96 96 3"]
 # From a network to the function of its weights and of uint8 images that is to be computed.
@@ -234,15 +238,52 @@ class Predictor:
         )
         return [np.concatenate(by_batch)[: sum(counts)] for by_batch in flat]
 
-    def _program(self, make: MakeFunction, model: nn.Module) -> Any:
+    def window_logits(
+        self, blocks: Iterable[tuple[UInt8[np.ndarray, "height width 3"], np.ndarray]]
+    ) -> Iterator[Float32[np.ndarray, "networks n"]]:
+        """Yields the logits of windows that overlap, before calibration, a batch at a time.
+
+        A block of pixels is copied to the devices once, and its windows are cut there. At most
+        `_SLOTS` blocks are held at a time.
+
+        Args:
+            blocks: pixels, all of one size, and int[k, 2], y and x of the upper left corner of each
+                window in them.
+
+        Yields:
+            The logits of the next windows, in the order of the blocks.
+        """
+        devices = len(self._devices)
+        per_device = -(-self.batch_size // devices)
+        make = make_forward_tta if self.tta else make_forward
+        counts: list[int] = []
+
+        def dispatch() -> Iterator[list[jax.Array]]:
+            for slots, corners, count in _window_batches(blocks, devices * per_device):
+                counts.append(count)
+                parts = corners.reshape(devices, per_device, 3)
+                yield [
+                    self._program(make, t.model, cuts_windows=True)(t.weights, slots, parts)
+                    for t in self.trained
+                ]
+
+        with runtime.jax_defaults():
+            for number, outputs in enumerate(read_behind(dispatch())):
+                yield np.stack([output.reshape(-1)[: counts[number]] for output in outputs])
+
+    def _program(self, make: MakeFunction, model: nn.Module, cuts_windows: bool = False) -> Any:
         """Returns the compiled function; networks of one architecture share it."""
-        key: Any = make, model
+        key: Any = make, model, cuts_windows
         try:
             hash(key)
         except TypeError:  # the network has a field without a hash
-            key = make, id(model)
+            key = make, id(model), cuts_windows
         if key not in self._programs:
-            self._programs[key] = jax.pmap(make(model), in_axes=(None, 0), devices=self._devices)
+            function = make(model)
+            if cuts_windows:
+                function = _on_windows(function, IMAGE_SHAPE[0])
+            axes = (None, None, 0) if cuts_windows else (None, 0)
+            self._programs[key] = jax.pmap(function, in_axes=axes, devices=self._devices)
         return self._programs[key]
 
 
@@ -327,6 +368,53 @@ def _padded_batches(images: Any, size: int) -> Iterator[tuple[Batch, int]]:
     if count:
         batch[count:] = batch[count - 1]
         yield batch, count
+
+
+def _on_windows(function: Callable[[Weights, Any], Any], size: int) -> Callable[..., Any]:
+    """Returns the function of weights, blocks, and int32[n, 3], block, y and x of each window."""
+
+    def of_windows(weights: Weights, blocks: tuple[Any, ...], corners: Any) -> Any:
+        pixels = jnp.stack(blocks)
+
+        def cut(corner: Any) -> Any:
+            start = (*corner, 0)
+            return jax.lax.dynamic_slice(pixels, start, (1, size, size, 3))[0]
+
+        # One after the other: as a gather, the same copies take several times as long on a CPU.
+        return function(weights, jax.lax.map(cut, corners))
+
+    return of_windows
+
+
+def _window_batches(
+    blocks: Iterable[tuple[np.ndarray, np.ndarray]], size: int
+) -> Iterator[tuple[tuple[jax.Array, ...], np.ndarray, int]]:
+    """Yields blocks on the first device, `size` corners of windows, and how many are no padding.
+
+    Blocks with few windows share a batch.
+    """
+    slots: list[jax.Array] = []
+    corners, count = np.zeros((size, 3), np.int32), 0
+
+    def batch() -> tuple[tuple[jax.Array, ...], np.ndarray, int]:
+        return tuple(slots + slots[-1:] * (_SLOTS - len(slots))), corners, count
+
+    for pixels, own in blocks:
+        slots.append(jax.device_put(pixels, jax.local_devices()[0]))
+        start = 0
+        while start < len(own):
+            taken = own[start : start + size - count]
+            corners[count : count + len(taken)] = np.insert(taken, 0, len(slots) - 1, axis=1)
+            start, count = start + len(taken), count + len(taken)
+            if count == size:
+                yield batch()
+                slots = slots[-1:] if start < len(own) else []
+                corners, count = np.zeros((size, 3), np.int32), 0
+        if len(slots) == _SLOTS:
+            yield batch()
+            slots, corners, count = [], np.zeros((size, 3), np.int32), 0
+    if count:
+        yield batch()
 
 
 def _parts(images: Any) -> Iterator[Batch]:

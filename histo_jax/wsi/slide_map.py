@@ -1,0 +1,262 @@
+"""The map of one slide, from the file to its results."""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from histo_jax.data.example import IMAGE_SIZE, PatchSpec
+from histo_jax.data.source_adapter import patch_spec
+from histo_jax.distributed import runtime
+from histo_jax.errors import ConfigError
+from histo_jax.predictor import Predictor
+from histo_jax.run import files
+from histo_jax.wsi import (
+    libraries,
+    overlay,
+    probabilities,
+    pyramid,
+    reader,
+    regions,
+    resolution,
+    results,
+    tables,
+    tissue,
+)
+from histo_jax.wsi.grid import Grid, cell_size
+from histo_jax.wsi.scaling import thumbnail
+from histo_jax.wsi.search import SlideFile
+
+# Pixels of the longer side of the thumbnail, on which tissue is found and the map is shown.
+_THUMBNAIL = 2048
+
+
+class Settings(NamedTuple):
+    """How maps are made.
+
+    Attributes:
+        patch: size, labelled region and spacing of the network's patches.
+        stride: distance of two cells in target pixels.
+        threshold: at or above it a cell is positive.
+        threshold_source: where it comes from.
+        tissue: how tissue is found.
+        positive: name of the positive class.
+    """
+
+    patch: PatchSpec
+    stride: int
+    threshold: float
+    threshold_source: str
+    tissue: tissue.Options
+    positive: str
+
+    def inputs(self, predictor: Predictor, slide: SlideFile, name: str) -> dict[str, Any]:
+        """Returns everything that the results of a slide depend on, as JSON has it."""
+        stat = slide.path.stat()
+        mask = ""
+        if self.tissue.tissue not in ("auto", "all"):
+            file = tissue.mask_file(self.tissue.tissue, slide.path, name)
+            mask = hashlib.sha256(file.read_bytes()).hexdigest()
+        return {
+            "slide": [str(slide.path.resolve()), stat.st_size, stat.st_mtime_ns],
+            "mpp": slide.mpp,
+            "networks": weights_digests(predictor),
+            "tta": predictor.tta,
+            "prior": predictor.prior,
+            "patch": list(self.patch),
+            "stride": self.stride,
+            "threshold": self.threshold,
+            "tissue": [*self.tissue, mask],
+            "positive": self.positive,
+        }
+
+
+def predictor_patch(predictor: Predictor) -> PatchSpec:
+    """Returns size, labelled region and spacing of the patches of the networks.
+
+    Raises:
+        ConfigError: the networks differ, or their spacing is not known.
+    """
+    specs = {
+        trained.run: patch_spec(trained.config.data, IMAGE_SIZE) for trained in predictor.trained
+    }
+    first = next(iter(specs.values()))
+    for run, spec in specs.items():
+        if spec != first:
+            raise ConfigError(
+                f"{run} has patches of {spec}, and {next(iter(specs))} of {first}: the networks of "
+                "an ensemble must agree in size, data.label_region and data.mpp"
+            )
+        if spec.mpp is None:
+            raise ConfigError(
+                f"{run}: micrometres a pixel of its patches are not known: set "
+                "--config.data.mpp=... for this command or the run"
+            )
+    return first
+
+
+def weights_digests(predictor: Predictor) -> list[str]:
+    """Returns the SHA-256 of calibration and weights of each network."""
+    digests = []
+    for trained in predictor.trained:
+        digest = hashlib.sha256(repr(trained.calibration).encode())
+        for leaf in jax.tree.leaves(trained.weights):
+            digest.update(np.asarray(leaf).tobytes())
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def make(
+    predictor: Predictor,
+    slide_file: SlideFile,
+    settings: Settings,
+    folder: Path,
+    progress: Callable[[int, int], object],
+) -> dict[str, Any]:
+    """Makes the map of one slide and writes its results; they appear when all are complete.
+
+    Args:
+        predictor: the networks.
+        slide_file: the slide.
+        settings: how the map is made.
+        folder: of the results; its name is that of the slide.
+        progress: called with the number of cells that are done, and of all.
+
+    Returns:
+        What `slide.json` holds.
+
+    Raises:
+        DataError: the slide cannot be read, or lacks micrometres a pixel.
+        OSError: a file cannot be written.
+        Preempted: a signal has asked this process to stop.
+    """
+    seconds: dict[str, float] = {}
+    inputs = settings.inputs(predictor, slide_file, folder.name)
+    with reader.open_slide(slide_file.path) as slide:
+        with _timing(seconds, "tissue"):
+            spacing = resolution.slide_spacing(slide, slide_file.mpp)
+            assert settings.patch.mpp is not None
+            scale = resolution.choose_scale(slide, spacing, settings.patch.mpp)
+            grid = Grid.create(settings.patch, settings.stride, scale.full, slide.size)
+            step = max(1.0, max(slide.size) / _THUMBNAIL)
+            image = thumbnail(slide, _THUMBNAIL)
+            mask = tissue.find(slide, image, step, spacing, settings.tissue, folder.name)
+            is_tissue = grid.meeting(mask, step)
+        with _timing(seconds, "cells"):
+            count = int(is_tissue.sum())
+            progress(0, count)
+            values = probabilities.compute(
+                predictor, slide, scale, grid, is_tissue, lambda done: progress(done, count)
+            )
+        found = regions.find(values, settings.threshold, grid, spacing)
+        canvas = overlay.Canvas(image, step, step * (spacing.x + spacing.y) / 2)
+        with results.replacing(folder) as part:
+            with _timing(seconds, "outputs"):
+                _write(part, slide, canvas, mask, values, found, grid, spacing, settings, folder)
+            summary = {
+                "slide": str(slide_file.path.resolve()),
+                **_describe(slide, spacing, scale, grid, settings),
+                **_numbers(values, found, settings.threshold),
+                "tissue_mm2": float(mask.sum() * step**2 * spacing.x * spacing.y / 1e6),
+                "seconds": {name: round(value, 3) for name, value in seconds.items()},
+                **_networks(predictor),
+                "inputs": inputs,
+            }
+            files.write_json(part / results.SUMMARY, summary)
+    return summary
+
+
+def _write(
+    part: Path,
+    slide: reader.Slide,
+    canvas: overlay.Canvas,
+    mask: tissue.Mask,
+    values: np.ndarray,
+    found: list[regions.Region],
+    grid: Grid,
+    spacing: reader.Spacing,
+    settings: Settings,
+    folder: Path,
+) -> None:
+    """Writes everything but `slide.json`."""
+    name = folder.name
+    labels = tables.Labels(settings.threshold, settings.positive)
+    tables.write_cells(part, values, grid, labels, name, slide.offset)
+    tables.write_regions(part / "regions.geojson", found, labels, name, slide.offset)
+    pyramid.write(part / "heatmap.ome.tif", values, grid, spacing, name)
+    overlay.draw(canvas, mask, values, grid, settings.threshold, slide.path.name).save(
+        part / "overlay.png"
+    )
+    Image.fromarray(canvas.image).save(part / "thumbnail.jpg", quality=85)
+    overlay.map_picture(values).save(part / "map.png")
+
+
+def _describe(
+    slide: reader.Slide,
+    spacing: reader.Spacing,
+    scale: resolution.Scale,
+    grid: Grid,
+    settings: Settings,
+) -> dict[str, Any]:
+    return {
+        "width": slide.size[0],
+        "height": slide.size[1],
+        "vendor": slide.vendor,
+        "mpp_x": spacing.x,
+        "mpp_y": spacing.y,
+        "mpp_source": spacing.source,
+        "qupath_offset": list(slide.offset),
+        "target_mpp": settings.patch.mpp,
+        "level": scale.level,
+        "factor": list(scale.factor),
+        "pixel": list(scale.full),
+        "rows": grid.shape[0],
+        "columns": grid.shape[1],
+        "window": grid.window,
+        "cell": cell_size(settings.patch),
+        "stride": settings.stride,
+        "threshold": settings.threshold,
+        "threshold_source": settings.threshold_source,
+    }
+
+
+def _numbers(values: np.ndarray, found: list[regions.Region], threshold: float) -> dict[str, Any]:
+    """Returns the numbers of a map; None where it has no cells."""
+    known = np.sort(values[~np.isnan(values)].astype(np.float64))[::-1]
+    top = known[: max(1, round(0.01 * len(known)))]
+    return {
+        "cells": len(known),
+        "highest": float(known[0]) if len(known) else None,
+        "mean_top_percent": float(top.mean()) if len(known) else None,
+        "share_above": float((known >= np.float32(threshold)).mean()) if len(known) else None,
+        "regions": len(found),
+        "regions_mm2": sum(region.area for region in found),
+    }
+
+
+def _networks(predictor: Predictor) -> dict[str, Any]:
+    digests = weights_digests(predictor)
+    return {
+        "networks": [
+            {"run": trained.run, "step": trained.step, "weights_sha256": digest}
+            for trained, digest in zip(predictor.trained, digests, strict=True)
+        ],
+        "versions": {
+            **runtime.versions(),
+            "openslide": libraries.load("openslide").__library_version__,
+            "tifffile": libraries.load("tifffile").__version__,
+        },
+    }
+
+
+@contextlib.contextmanager
+def _timing(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    seconds[stage] = time.monotonic() - began
