@@ -349,10 +349,10 @@ class HeatmapConfig:
         LOCAL_PATH,
     )
     min_tissue_area: float = _option(
-        10_000.0, "auto: smallest piece of tissue in square micrometres", NOT_NEGATIVE
+        4_000.0, "auto: smallest piece of tissue in square micrometres", NOT_NEGATIVE
     )
     max_hole_area: float = _option(
-        10_000.0, "auto: largest hole in tissue that is filled, in square micrometres", NOT_NEGATIVE
+        4_000.0, "auto: largest hole in tissue that is filled, in square micrometres", NOT_NEGATIVE
     )
     threshold: float | None = _option(
         None,

@@ -17,8 +17,8 @@ from histo_jax.wsi.tissue import Mask
 _COLOURS = np.array(
     [(0, 34, 78), (67, 78, 108), (125, 124, 120), (188, 174, 108), (254, 232, 56)], np.float64
 )
-_OPACITY = 0.62
-_OUTLINE = (0, 0, 0)
+_OPACITY = 0.5
+_TISSUE, _POSITIVE = (0, 0, 0), (213, 94, 0)
 _MARGIN, _PANEL = 24, 150
 # Lengths of a scale bar in micrometres: the longest that fits a quarter of the picture.
 _SCALE_BARS = [factor * 10**power for power in range(1, 6) for factor in (1, 2, 5)]
@@ -70,9 +70,10 @@ def draw(
         title: name of the slide.
     """
     enlargement = max(1, round(600 / max(canvas.image.shape[:2])))
-    blended = _blend(canvas, probabilities, grid)
-    inner = scipy.ndimage.binary_erosion(mask, border_value=1)
-    blended[mask & ~inner] = _OUTLINE
+    values = _resample(probabilities, canvas, grid)
+    blended = _blend(canvas.image, values)
+    blended[_outline(mask, 1)] = _TISSUE
+    blended[_outline(values >= np.float32(threshold), 3)] = _POSITIVE
     picture = Image.fromarray(blended)
     size = picture.width * enlargement, picture.height * enlargement
     picture = picture.resize(size, Image.Resampling.NEAREST)
@@ -88,22 +89,29 @@ def draw(
     return sheet
 
 
-def _blend(canvas: Canvas, probabilities: np.ndarray, grid: Grid) -> Pixels:
-    """Returns the thumbnail in grey under the map in colour."""
-    height, width = canvas.image.shape[:2]
+def _resample(probabilities: np.ndarray, canvas: Canvas, grid: Grid) -> np.ndarray:
+    """Returns the probability of each pixel of the thumbnail."""
     rows, columns = (
         np.minimum(
             ((np.arange(side) + 0.5) * canvas.step / (grid.stride * full)).astype(int), count - 1
         )
-        for side, full, count in (
-            (height, grid.full[1], grid.shape[0]), (width, grid.full[0], grid.shape[1]),
+        for side, full, count in zip(
+            canvas.image.shape[:2], reversed(grid.full), grid.shape, strict=True
         )
-    )  # fmt: skip
-    values = probabilities[np.ix_(rows, columns)]
-    is_known = ~np.isnan(values)[..., None]
-    grey = canvas.image.mean(2, keepdims=True).repeat(3, axis=2)
+    )
+    return probabilities[np.ix_(rows, columns)]
+
+
+def _blend(image: Pixels, values: np.ndarray) -> Pixels:
+    """Returns the thumbnail in grey under the map in colour; in its own colours elsewhere."""
+    grey = image.mean(2, keepdims=True).repeat(3, axis=2)
     mixed = _OPACITY * colour(values) + (1 - _OPACITY) * grey
-    return np.where(is_known, mixed, canvas.image).round().astype(np.uint8)
+    return np.where(np.isnan(values)[..., None], image, mixed).round().astype(np.uint8)
+
+
+def _outline(mask: np.ndarray, width: int) -> np.ndarray:
+    """Returns the pixels of a mask at its border."""
+    return mask & ~scipy.ndimage.binary_erosion(mask, iterations=width, border_value=1)
 
 
 def _draw_colour_bar(
@@ -119,15 +127,15 @@ def _draw_colour_bar(
         pen.line((left + width, y, left + width + 5, y), fill="black")
         pen.text((left + width + 8, y), f"{value:g}", fill="black", font=_font(14), anchor="lm")
     y = top + (1 - threshold) * (length - 1)
-    pen.line((left - 8, y, left + width, y), fill=(213, 94, 0), width=3)
+    pen.line((left - 8, y, left + width, y), fill=_POSITIVE, width=3)
     text = f"threshold {threshold:.2g}"
-    pen.text((left, top + length + 8), text, fill=(213, 94, 0), font=_font(14))
+    pen.text((left, top + length + 8), text, fill=_POSITIVE, font=_font(14))
 
 
 def _draw_scale_bar(pen: ImageDraw.ImageDraw, size: tuple[int, int], mpp: float) -> None:
     fitting = [length for length in _SCALE_BARS if length / mpp <= size[0] / 4]
     length = fitting[-1] if fitting else _SCALE_BARS[0]
-    text = f"{length / 1000:g} mm" if length >= 1000 else f"{length} µm"
+    text = f"{length / 1000:g} mm"  # Pillow's font has no micro sign
     top, right = size[1] + _MARGIN + 22, _MARGIN + math.floor(length / mpp)
     pen.rectangle((_MARGIN, top, right, top + 6), fill="black")
     pen.text((right + 10, top + 3), text, fill="black", font=_font(14), anchor="lm")

@@ -4,8 +4,6 @@ import math
 
 import numpy as np
 import scipy.sparse
-from jaxtyping import Float32
-
 from histo_jax.wsi.reader import Pixels, Slide
 from histo_jax.wsi.resolution import Scale, coarse_scale
 
@@ -79,13 +77,13 @@ def _weights(start: int, count: int, factor: float) -> tuple[int, scipy.sparse.c
 
 def _apply(
     by_row: scipy.sparse.csr_array, by_column: scipy.sparse.csr_array, source: Pixels
-) -> Pixels:
-    """Scales rows, then columns."""
+) -> np.ndarray:
+    """Returns the pixels with rows and columns scaled."""
     height, width, channels = source.shape
     tall = by_row @ source.reshape(height, width * channels).astype(np.float32)
     count = tall.shape[0]
     turned = tall.reshape(count, width, channels).transpose(1, 0, 2).reshape(width, -1)
-    scaled: Float32[np.ndarray, "columns rows_channels"] = by_column @ turned
+    scaled = by_column @ turned
     rounded = (scaled + 0.5).astype(np.uint8)
     return rounded.reshape(-1, count, channels).transpose(1, 0, 2)
 

@@ -65,7 +65,10 @@ def find(paths: Sequence[str], mpp: float | None) -> list[SlideFile]:
             f"config.heatmap.slides: no slides in {', '.join(map(str, paths)) or 'an empty list'}: "
             "give slides, folders of slides, or a CSV with the columns slide,mpp"
         )
-    return list({slide.path.resolve(): slide for slide in reversed(slides)}.values())[::-1]
+    unique: dict[Path, SlideFile] = {}
+    for slide in slides:
+        unique.setdefault(slide.path.resolve(), slide)
+    return list(unique.values())
 
 
 def _search(folder: Path) -> list[Path]:
