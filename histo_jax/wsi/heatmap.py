@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
@@ -153,10 +154,13 @@ def _threshold(predictor: Predictor, given: float | None, folder: Path) -> tuple
         return _DEFAULT_THRESHOLD, "default"
     if predictor.prior is not None and 0 < threshold < 1:
         # Evaluation knows no prior: the threshold moves as the probabilities do.
-        calibrations = [trained.calibration for trained in predictor.trained]
-        shifts = [Calibration(prior=own.prior).apply(logit(threshold), predictor.prior)
-                  for own in calibrations]  # fmt: skip
-        threshold = float(expit(sum(shifts) / len(shifts)))
+        shifts = [
+            Calibration(prior=trained.calibration.prior).apply(
+                np.array([logit(threshold)]), predictor.prior
+            )
+            for trained in predictor.trained
+        ]
+        threshold = float(expit(np.mean(shifts)))
     return threshold, "95% specificity in validation"
 
 

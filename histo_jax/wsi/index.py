@@ -42,7 +42,7 @@ def _displayed(summary: dict[str, Any]) -> dict[str, Any]:
 
     The map's last cells may reach beyond the slide, which the thumbnail does not show.
     """
-    step = max(1.0, max(summary["width"], summary["height"]) / 2048)
+    step = summary["thumbnail_step"]
     width, height = (math.ceil(summary[side] / step) * step for side in ("width", "height"))
     stride, (pixel_x, pixel_y) = summary["stride"], summary["pixel"]
     return {

@@ -20,6 +20,8 @@ WHITE = 255
 _MAX_PICTURE_PIXELS = 200_000_000
 # A spacing outside this range (micrometres) is a default such as 72 dots per inch, not a scale.
 _PLAUSIBLE = (0.02, 50.0)
+# Pixels of a level that are read from one position where positions are not exact.
+_SQUARE = 512
 _UNITS = {"centimeter": 1e4, "inch": 25400.0}
 _OME_UNITS = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4}
 _COLOUR_MODES = ("RGB", "RGBA", "L", "LA", "P", "YCbCr", "1")
@@ -136,7 +138,22 @@ class _OpenSlide(Slide):
             self.offset = int(bounds[0]), int(bounds[1])
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        # OpenSlide divides the position by this number.
+        if self._slide.level_downsamples[level].is_integer():
+            return self._region(level, x, y, width, height)
+        # Read in squares of a fixed grid, so that a pixel does not depend on the region.
+        pixels = np.empty((height, width, 3), np.uint8)
+        right, bottom = x + width, y + height
+        for top in range(y - y % _SQUARE, bottom, _SQUARE):
+            for left in range(x - x % _SQUARE, right, _SQUARE):
+                ends = min(left + _SQUARE, right), min(top + _SQUARE, bottom)
+                square = self._region(level, left, top, ends[0] - left, ends[1] - top)
+                place = slice(max(top, y) - y, ends[1] - y), slice(max(left, x) - x, ends[0] - x)
+                pixels[place] = square[max(y - top, 0) :, max(x - left, 0) :]
+        return pixels
+
+    def _region(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        # OpenSlide divides the position by this number and interpolates between pixels. The number
+        # is the mean of both axes, and seldom whole: a level has whole pixels.
         factor = self._slide.level_downsamples[level]
         corner = round(x * factor), round(y * factor)
         return _on_white(self._slide.read_region(corner, level, (width, height)))

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import scipy.sparse
+
 from histo_jax.wsi.reader import Pixels, Slide
 from histo_jax.wsi.resolution import Scale, coarse_scale
 
@@ -88,12 +89,11 @@ def _apply(
     return rounded.reshape(-1, count, channels).transpose(1, 0, 2)
 
 
-def thumbnail(slide: Slide, longest: int) -> Pixels:
-    """Returns the whole slide, at most `longest` pixels wide and high.
+def thumbnail(slide: Slide, step: float) -> Pixels:
+    """Returns the whole slide; each pixel is `step` pixels of level 0 wide and high.
 
     Raises:
         DataError: the file is corrupt.
     """
-    step = max(1.0, max(slide.size) / longest)
     width, height = (max(1, math.ceil(side / step)) for side in slide.size)
     return read_scaled(slide, coarse_scale(slide, (step, step)), 0, 0, width, height)

@@ -29,7 +29,7 @@ from histo_jax.wsi import (
     tables,
     tissue,
 )
-from histo_jax.wsi.grid import Grid, cell_size
+from histo_jax.wsi.grid import Grid
 from histo_jax.wsi.scaling import thumbnail
 from histo_jax.wsi.search import SlideFile
 
@@ -137,34 +137,28 @@ def make(
         Preempted: a signal has asked this process to stop.
     """
     seconds: dict[str, float] = {}
-    inputs = settings.inputs(predictor, slide_file, folder.name)
+    name = folder.name
     with reader.open_slide(slide_file.path) as slide:
+        inputs = settings.inputs(predictor, slide_file, name)
         with _timing(seconds, "tissue"):
-            spacing = resolution.slide_spacing(slide, slide_file.mpp)
-            assert settings.patch.mpp is not None
-            scale = resolution.choose_scale(slide, spacing, settings.patch.mpp)
-            grid = Grid.create(settings.patch, settings.stride, scale.full, slide.size)
-            step = max(1.0, max(slide.size) / _THUMBNAIL)
-            image = thumbnail(slide, _THUMBNAIL)
-            mask = tissue.find(slide, image, step, spacing, settings.tissue, folder.name)
-            is_tissue = grid.meeting(mask, step)
+            view = _view(slide, slide_file, settings, name)
+            is_tissue = view.grid.meeting(view.mask, view.canvas.step)
         with _timing(seconds, "cells"):
             count = int(is_tissue.sum())
             progress(0, count)
             values = probabilities.compute(
-                predictor, slide, scale, grid, is_tissue, lambda done: progress(done, count)
-            )
-        found = regions.find(values, settings.threshold, grid, spacing)
-        canvas = overlay.Canvas(image, step, step * (spacing.x + spacing.y) / 2)
+                predictor, slide, view.scale, view.grid, is_tissue,
+                lambda done: progress(done, count),
+            )  # fmt: skip
+        found = regions.find(values, settings.threshold, view.grid, view.spacing)
         with results.replacing(folder) as part:
             with _timing(seconds, "outputs"):
-                _write(part, slide, canvas, mask, values, found, grid, spacing, settings, folder)
+                _write(part, view, values, found, settings, name)
             summary = {
                 "slide": str(slide_file.path.resolve()),
-                **_describe(slide, spacing, scale, grid, settings),
+                **_describe(view, settings),
                 **_numbers(values, found, settings.threshold),
-                "tissue_mm2": float(mask.sum() * step**2 * spacing.x * spacing.y / 1e6),
-                "seconds": {name: round(value, 3) for name, value in seconds.items()},
+                "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
                 **_networks(predictor),
                 "inputs": inputs,
             }
@@ -172,38 +166,62 @@ def make(
     return summary
 
 
+class _View(NamedTuple):
+    """What is known of a slide before its cells are computed.
+
+    Attributes:
+        slide: open.
+        spacing: of level 0.
+        scale: of target pixels.
+        grid: the cells.
+        canvas: the thumbnail.
+        mask: tissue on it.
+    """
+
+    slide: reader.Slide
+    spacing: reader.Spacing
+    scale: resolution.Scale
+    grid: Grid
+    canvas: overlay.Canvas
+    mask: tissue.Mask
+
+
+def _view(slide: reader.Slide, slide_file: SlideFile, settings: Settings, name: str) -> _View:
+    spacing = resolution.slide_spacing(slide, slide_file.mpp)
+    assert settings.patch.mpp is not None
+    scale = resolution.choose_scale(slide, spacing, settings.patch.mpp)
+    grid = Grid.create(settings.patch, settings.stride, scale.full, slide.size)
+    step = max(1.0, max(slide.size) / _THUMBNAIL)
+    image = thumbnail(slide, step)
+    mask = tissue.find(slide, image, step, spacing, settings.tissue, name)
+    canvas = overlay.Canvas(image, step, step * (spacing.x + spacing.y) / 2)
+    return _View(slide, spacing, scale, grid, canvas, mask)
+
+
 def _write(
     part: Path,
-    slide: reader.Slide,
-    canvas: overlay.Canvas,
-    mask: tissue.Mask,
+    view: _View,
     values: np.ndarray,
     found: list[regions.Region],
-    grid: Grid,
-    spacing: reader.Spacing,
     settings: Settings,
-    folder: Path,
+    name: str,
 ) -> None:
     """Writes everything but `slide.json`."""
-    name = folder.name
+    grid, slide = view.grid, view.slide
     labels = tables.Labels(settings.threshold, settings.positive)
     tables.write_cells(part, values, grid, labels, name, slide.offset)
     tables.write_regions(part / "regions.geojson", found, labels, name, slide.offset)
-    pyramid.write(part / "heatmap.ome.tif", values, grid, spacing, name)
-    overlay.draw(canvas, mask, values, grid, settings.threshold, slide.path.name).save(
-        part / "overlay.png"
-    )
-    Image.fromarray(canvas.image).save(part / "thumbnail.jpg", quality=85)
+    pyramid.write(part / "heatmap.ome.tif", values, grid, view.spacing, name)
+    title = slide.path.name
+    picture = overlay.draw(view.canvas, view.mask, values, grid, settings.threshold, title)
+    picture.save(part / "overlay.png")
+    Image.fromarray(view.canvas.image).save(part / "thumbnail.jpg", quality=85)
     overlay.map_picture(values).save(part / "map.png")
 
 
-def _describe(
-    slide: reader.Slide,
-    spacing: reader.Spacing,
-    scale: resolution.Scale,
-    grid: Grid,
-    settings: Settings,
-) -> dict[str, Any]:
+def _describe(view: _View, settings: Settings) -> dict[str, Any]:
+    slide, spacing, scale, grid = view.slide, view.spacing, view.scale, view.grid
+    tissue_pixels = float(view.mask.sum()) * view.canvas.step**2
     return {
         "width": slide.size[0],
         "height": slide.size[1],
@@ -216,11 +234,13 @@ def _describe(
         "level": scale.level,
         "factor": list(scale.factor),
         "pixel": list(scale.full),
+        "thumbnail_step": view.canvas.step,
+        "tissue_mm2": tissue_pixels * spacing.x * spacing.y / 1e6,
         "rows": grid.shape[0],
         "columns": grid.shape[1],
         "window": grid.window,
-        "cell": cell_size(settings.patch),
-        "stride": settings.stride,
+        "cell": grid.cell,
+        "stride": grid.stride,
         "threshold": settings.threshold,
         "threshold_source": settings.threshold_source,
     }

@@ -1,5 +1,7 @@
 """A network whose probability follows the darkness of the cell, and small made-up slides."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,13 @@ import pytest
 
 import histo_jax
 from histo_jax import registry
+from histo_jax.config import Config
 from histo_jax.metrics import Calibration
+from histo_jax.models import create_model
+from histo_jax.run.workdir import Workdir
+from histo_jax.training.checkpoints import Checkpoint, Checkpoints
+from histo_jax.training.optimizer import create_optimizer
+from histo_jax.training.state import EarlyStopping, create_state
 
 PINK, GLASS = (200, 130, 180), (244, 244, 244)
 
@@ -25,14 +33,25 @@ class Darkness(nn.Module):
 
 
 @pytest.fixture(scope="package")
-def run(make_tiny_config, save_run, tmp_path_factory):
-    """A run with this network; it must not be changed."""
+def run(tmp_path_factory):
+    """A run with this network, without records, which maps do not need."""
     pytest.importorskip("openslide", reason="the extra slides is not installed")
     histo_jax.register_model("darkness")(Darkness)
-    config = make_tiny_config()
+    config = Config()
+    config.data.source = "kaggle"
     config.model.name = "darkness"
     config.predict.batch_size = 32
-    yield save_run(config, tmp_path_factory.mktemp("wsi") / "run", Calibration(2.0, -1.0))
+    folder = tmp_path_factory.mktemp("wsi")
+    Workdir(folder).save_config(config)
+    statistics = np.full(3, 0.7), np.full(3, 0.2)
+    state = create_state(
+        create_model(config.model), create_optimizer(config.optimizer), 0, *statistics, False
+    )
+    data = {"fingerprint": "", "calibration": dataclasses.asdict(Calibration(2.0, -1.0))}
+    early_stopping = EarlyStopping.create(config.early_stopping)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(Checkpoint(state, early_stopping, data, []), 0.5)
+    yield folder
     del registry.MODELS._entries["darkness"]
 
 
