@@ -12,6 +12,8 @@ from histo_jax.run import files
 
 SUMMARY = "slide.json"
 FAILURES = ".failed"
+# Of `slide.json`; results of another one are made again.
+FORMAT = 1
 
 
 @contextlib.contextmanager
@@ -42,12 +44,12 @@ def remove_leftovers(parent: Path, name: str) -> None:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Returns what `slide.json` holds, None if it is missing or corrupt."""
+    """Returns what `slide.json` holds, None if it is missing, corrupt or of another format."""
     try:
         values = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return values if isinstance(values, dict) and "inputs" in values else None
+    return values if isinstance(values, dict) and values.get("format") == FORMAT else None
 
 
 def read_all(parent: Path) -> dict[str, dict[str, Any]]:

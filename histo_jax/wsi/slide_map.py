@@ -155,6 +155,7 @@ def make(
             with _timing(seconds, "outputs"):
                 _write(part, view, values, found, settings, name)
             summary = {
+                "format": results.FORMAT,
                 "slide": str(slide_file.path.resolve()),
                 **_describe(view, settings),
                 **_numbers(values, found, settings.threshold),

@@ -310,7 +310,7 @@ def test_a_kill_leaves_the_old_results_or_the_new(number, tmp_path):
     """An exception that nothing handles, at each step of the replacement, stands for SIGKILL."""
     folder = tmp_path / "a"
     with results.replacing(folder) as part:
-        (part / "slide.json").write_text('{"inputs": 1}')
+        (part / "slide.json").write_text('{"format": 1, "inputs": 1}')
     pid = os.fork()
     if not pid:
         count = 0
@@ -326,7 +326,7 @@ def test_a_kill_leaves_the_old_results_or_the_new(number, tmp_path):
 
         sys.addaudithook(die)
         with results.replacing(folder) as part:
-            (part / "slide.json").write_text('{"inputs": 2}')
+            (part / "slide.json").write_text('{"format": 1, "inputs": 2}')
             (part / "cells.csv").write_text("x")
         os._exit(0)
     os.waitpid(pid, 0)
