@@ -43,6 +43,11 @@ def acquire(run: Workdir, config: Config, prepared: Prepared) -> None:
         run.update_status(records=prepared.name)
 
 
+def check_size(predictor: Predictor, config: Config, prepared: Prepared) -> None:
+    """Refuses records whose patches have another size than those of the networks."""
+    splits.check_size(predictor.patch.size, prepared.image_size, config.data.tfds_dir)
+
+
 def check_evaluated(trained: Sequence[TrainedModel], scores: dict[str, Any], split: str) -> None:
     """Refuses networks other than those that were evaluated, such as a run trained further since.
 

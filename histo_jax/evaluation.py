@@ -69,6 +69,7 @@ def evaluate_in(run: Workdir, config: Config) -> dict[str, Any]:
     network = type(predictor.trained[0].model)
     provenance.warn_of_changed_network(run, network, config.config_file)
     prepared = prepare(config.data, config.data_seed, run.path, raw_may_be_gone=True)
+    ensemble.check_size(predictor, config, prepared)
     consensus.check_records(config, prepared.tables)
     task = _plan(predictor, config, prepared)
     ensemble.acquire(run, config, prepared)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from histo_jax import command, provenance
 from histo_jax.config import Config, FitConfig
-from histo_jax.data import loader, splits
+from histo_jax.data import loader, source_adapter, splits
 from histo_jax.data.records import Prepared, prepare
 from histo_jax.distributed import consensus, mesh, runtime
 from histo_jax.errors import ConfigError, DataError
@@ -33,7 +33,7 @@ from histo_jax.training.epoch_log import follow_up_passes
 from histo_jax.training.events import TensorBoard
 from histo_jax.training.loop import Components, Plan, Trainer
 from histo_jax.training.optimizer import create_optimizer, create_schedule
-from histo_jax.training.parts import Parts, build_parts
+from histo_jax.training.parts import Parts, build_parts, check_parts
 from histo_jax.training.patch_sheet import draw_patch_sheet
 from histo_jax.training.state import EarlyStopping, TrainState, abstract_state, create_state
 
@@ -137,7 +137,12 @@ class _Setup(NamedTuple):
 def _set_up(run: Workdir, config: Config) -> _Setup:
     """Builds and checks what does not depend on checkpoints, and acquires the folder."""
     parts = build_parts(config.model, config.augment, config.fit)
+    known_size = source_adapter.known_size(config.data)
+    if known_size:  # a mistake shows before the data is read
+        check_parts(parts, config.model, config.augment, config.fit, known_size)
     prepared = prepare(config.data, config.data_seed, run.path)
+    if prepared.image_size != known_size:
+        check_parts(parts, config.model, config.augment, config.fit, prepared.image_size)
     subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
     consensus.check_records(config, prepared.tables)
     _check_subsets(config, prepared, subsets)
@@ -214,24 +219,27 @@ def _restore(setup: _Setup, checkpoints: Checkpoints) -> Checkpoint:
     """Returns the newest valid checkpoint, or the state before the first step."""
     config, parts, optimizer = setup.config, setup.parts, setup.optimizer
     tables, subsets = setup.prepared.tables, setup.subsets
+    image_size = setup.prepared.image_size
     replicated = mesh.replicated(setup.batch_sharding)
     early_stopping = EarlyStopping.create(config.early_stopping)
     has_ema = config.optimizer.ema_decay > 0
-    shapes = abstract_state(parts.model, optimizer, replicated, has_ema)
+    shapes = abstract_state(parts.model, optimizer, image_size, replicated, has_ema)
     checkpoint = checkpoints.restore_latest(shapes, early_stopping)
     fingerprint = splits.fingerprint(tables, subsets, config.seed, config.fit.batch_size)
     if checkpoint is not None:
         splits.check_fingerprint(checkpoint.data["fingerprint"], fingerprint, config.data.tfds_dir)
+        splits.check_size(checkpoint.image_size, image_size, config.data.tfds_dir)
         log.info("resumed from step %d", checkpoint.state.step)
         return checkpoint
     mean, std = splits.channel_stats(tables[subsets.train.records], subsets.train.rows)
 
     def create() -> TrainState:
-        return create_state(parts.model, optimizer, config.seed, mean, std, has_ema)
+        return create_state(parts.model, optimizer, config.seed, mean, std, image_size, has_ema)
 
+    data = {"fingerprint": fingerprint, "image_size": image_size}
     # On all devices at once: a process cannot copy its arrays to the devices of others.
     state = jax.jit(create, out_shardings=replicated)()
-    return Checkpoint(state, early_stopping, {"fingerprint": fingerprint}, [])
+    return Checkpoint(state, early_stopping, data, [])
 
 
 def _record_start(run: Workdir, setup: _Setup, start: Checkpoint) -> None:
@@ -272,6 +280,7 @@ def _make_components(setup: _Setup) -> Components:
     train, validation = placement.place(
         config.data.placement,
         [setup.prepared.records(*subset) for subset in (subsets.train, subsets.validation)],
+        setup.prepared.image_size,
         setup.batch_sharding,
     )
     order = loader.training_order(len(subsets.train.rows), config.fit.batch_size, config.seed)

@@ -33,13 +33,15 @@ def raw_logits(
     first = share * jax.process_index()
     own = rows[np.minimum(np.arange(first, first + share), len(rows) - 1)]
     size = min(predictor.batch_size, share)
-    batches = signals.stopping(loader.ordered_batches(source, own, size))
+    # Large batches are read in parts, of which several are in memory at once.
+    read = min(size, loader.read_size(predictor.patch.size))
+    batches = signals.stopping(loader.ordered_batches(source, own, read))
     with progress.bar(
         description, share, unit=" img", leave=False, is_shown=processes.is_primary()
     ) as bar:
         images = (
             batch["image"][: batch["mask"].sum()]
-            for batch in progress.counted(bar, batches, size, share)
+            for batch in progress.counted(bar, batches, read, share)
         )
         logits = predictor.raw_logits(images, size)
     if jax.process_count() == 1:

@@ -51,6 +51,7 @@ def predict_in(run: Workdir, config: Config) -> pd.DataFrame:
     network = type(predictor.trained[0].model)
     provenance.warn_of_changed_network(run, network, config.config_file)
     prepared = prepare(config.data, config.data_seed, run.path, raw_may_be_gone=True)
+    ensemble.check_size(predictor, config, prepared)
     consensus.check_records(config, prepared.tables)
     if "test" not in prepared.tables:
         raise NoTestPatchesError(

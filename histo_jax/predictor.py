@@ -4,13 +4,13 @@ Everything that uses trained networks uses them through `Predictor`, and only th
 `jax.pmap`. It reads checkpoints, and knows nothing else of training.
 """
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import SingleDeviceSharding
@@ -20,11 +20,12 @@ from scipy.special import expit
 from histo_jax import environment
 from histo_jax.config import Config
 from histo_jax.config_values import folders
-from histo_jax.data.example import IMAGE_SHAPE
+from histo_jax.data.example import PatchSpec
+from histo_jax.data.source_adapter import patch_spec
 from histo_jax.distributed import runtime
 from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration
-from histo_jax.models import create_model
+from histo_jax.models import create_model, windows
 from histo_jax.models.forward import Weights, make_forward, read_behind
 from histo_jax.run import files
 from histo_jax.settings import load_run_config
@@ -32,12 +33,10 @@ from histo_jax.training.checkpoints import Checkpoints
 
 Value = TypeVar("Value")
 
-_EXPECTED = f"uint8[n, {', '.join(map(str, IMAGE_SHAPE))}]"
+# Scales of networks that may work together: published ones of the same scanner differ by a percent.
+_SCALE_TOLERANCE = 0.1
 
-# Blocks of pixels that the windows of one batch may be in.
-_SLOTS = 4
-
-Batch = UInt8[np.ndarray, "batch 96 96 3"]
+Batch = UInt8[np.ndarray, "batch size size 3"]
 # From a network to the function of its weights and of uint8 images that is to be computed.
 MakeFunction = Callable[[nn.Module], Callable[[Weights, Any], Any]]
 
@@ -53,6 +52,7 @@ class TrainedModel(NamedTuple):
         calibration: fitted to these weights.
         step: training step of the checkpoint.
         fingerprint: of the training and validation examples, see `splits.fingerprint`.
+        patch: size and scale of the patches that it was trained on.
     """
 
     run: str
@@ -62,6 +62,7 @@ class TrainedModel(NamedTuple):
     calibration: Calibration
     step: int
     fingerprint: str
+    patch: PatchSpec
 
 
 def read_best(run: Path, config: Config, read_only: bool = True) -> TrainedModel:
@@ -85,6 +86,7 @@ def read_best(run: Path, config: Config, read_only: bool = True) -> TrainedModel
         calibration=Calibration(**best.data.get("calibration", {})),
         step=int(best.state.step),
         fingerprint=best.data["fingerprint"],
+        patch=patch_spec(config.data, best.image_size),
     )
 
 
@@ -119,7 +121,7 @@ class Predictor:
 
     Example:
         >>> predictor = histo_jax.load("runs/a", "runs/b")
-        >>> predictor(images)  # uint8[3, 96, 96, 3]
+        >>> predictor(images)  # uint8[3, size, size, 3]
         array([0.02, 0.97, 0.51])
 
     Args:
@@ -135,8 +137,10 @@ class Predictor:
         tta: as given.
         prior: as given.
         batch_size: as given.
+        patch: size and scale of the patches that the networks take.
 
     Raises:
+        UserError: the networks take patches of different sizes or scales.
         ValueError: `prior` or `batch_size` is out of range.
     """
 
@@ -154,6 +158,7 @@ class Predictor:
             raise ValueError(f"batch_size = {batch_size} must be at least 1")
         self.trained, self.batch_size = tuple(trained), batch_size
         self.tta, self.prior = tta, prior
+        self.patch = _common_patch(self.trained)
         self._devices = jax.local_devices()
         self._programs: dict[Any, Any] = {}
 
@@ -164,7 +169,8 @@ class Predictor:
         """Returns the calibrated probabilities of tumour, float64[n].
 
         Args:
-            images: uint8[n, 96, 96, 3], RGB, or an iterable of such batches of any sizes.
+            images: uint8[n, size, size, 3], RGB, of the size that `patch` names; or an iterable of
+                such batches of any lengths.
 
         Raises:
             ValueError: images of another shape or dtype.
@@ -208,7 +214,7 @@ class Predictor:
         """Computes a function of each network over all images.
 
         Args:
-            make: returns, for a network, the function `(weights, uint8[batch, 96, 96, 3]) ->
+            make: returns, for a network, the function `(weights, uint8[batch, size, size, 3]) ->
                 array[batch, ...]`. A program is compiled for each pair of `make` and network.
             images: see `__call__`.
             batch_size: instead of the predictor's own.
@@ -216,21 +222,21 @@ class Predictor:
         Returns:
             For each network array[n, ...].
         """
-        devices = len(self._devices)
+        devices, size = len(self._devices), self.patch.size
         per_device = -(-(batch_size or self.batch_size) // devices)
         counts: list[int] = []
 
         def dispatch() -> Iterator[list[jax.Array]]:
-            for batch, count in _padded_batches(images, devices * per_device):
+            for batch, count in _padded_batches(images, devices * per_device, size):
                 counts.append(count)
-                parts = batch.reshape(devices, per_device, *IMAGE_SHAPE)
+                parts = batch.reshape(devices, per_device, size, size, 3)
                 # The weights are passed as they are: replicated ones would be copied each time.
                 yield [self._program(make, t.model)(t.weights, parts) for t in self.trained]
 
         with runtime.jax_defaults():
             outputs = list(read_behind(dispatch()))
             if not outputs:
-                return [_empty(make(t.model), t.weights) for t in self.trained]
+                return [_empty(make(t.model), t.weights, size) for t in self.trained]
         flat = (
             # pmap returns [devices, per_device, ...].
             [output.reshape(-1, *output.shape[2:]) for output in by_batch]
@@ -240,11 +246,11 @@ class Predictor:
 
     def window_logits(
         self, blocks: Iterable[tuple[UInt8[np.ndarray, "height width 3"], np.ndarray]]
-    ) -> Iterator[Float32[np.ndarray, "networks n"]]:
+    ) -> Generator[Float32[np.ndarray, "networks n"], None, None]:
         """Yields the logits of windows that overlap, before calibration, a batch at a time.
 
         A block of pixels is copied to the devices once, and its windows are cut there. At most
-        `_SLOTS` blocks are held at a time.
+        `windows.SLOTS` blocks are held at a time.
 
         Args:
             blocks: pixels, all of one size, and int[k, 2], y and x of the upper left corner of each
@@ -259,7 +265,7 @@ class Predictor:
         counts: list[int] = []
 
         def dispatch() -> Iterator[list[jax.Array]]:
-            for slots, corners, count in _window_batches(blocks, devices * per_device):
+            for slots, corners, count in windows.batches(blocks, devices * per_device):
                 counts.append(count)
                 parts = corners.reshape(devices, per_device, 3)
                 yield [
@@ -273,15 +279,16 @@ class Predictor:
 
     def _program(self, make: MakeFunction, model: nn.Module, cuts_windows: bool = False) -> Any:
         """Returns the compiled function; networks of one architecture share it."""
-        key: Any = make, model, cuts_windows
+        use = ("windows",) if cuts_windows else ()
+        key: Any = make, model, *use
         try:
             hash(key)
         except TypeError:  # the network has a field without a hash
-            key = make, id(model), cuts_windows
+            key = make, id(model), *use
         if key not in self._programs:
             function = make(model)
             if cuts_windows:
-                function = _on_windows(function, IMAGE_SHAPE[0])
+                function = windows.on_windows(function, self.patch.size)
             axes = (None, None, 0) if cuts_windows else (None, 0)
             self._programs[key] = jax.pmap(function, in_axes=axes, devices=self._devices)
         return self._programs[key]
@@ -297,7 +304,7 @@ def load(
 
     Example:
         >>> predictor = histo_jax.load("runs/kaggle")
-        >>> probabilities = predictor(images)  # uint8[n, 96, 96, 3] to float64[n]
+        >>> probabilities = predictor(images)  # uint8[n, size, size, 3] to float64[n]
 
     Args:
         workdirs: folders of runs that `fit` has trained, or of ensembles that `evaluate` or
@@ -345,17 +352,38 @@ def make_forward_tta(model: nn.Module) -> Callable[[Weights, Any], Any]:
     return make_forward(model, tta=not getattr(model, "is_d4_invariant", False))
 
 
-def _empty(function: Callable[[Weights, Any], Any], weights: Weights) -> np.ndarray:
+def _common_patch(trained: Sequence[TrainedModel]) -> PatchSpec:
+    """Returns what all networks' patches have in common; the scale of the first that knows it."""
+    first = trained[0]
+    scaled = next((each for each in trained if each.patch.mpp), first)
+    for each in trained:
+        size, mpp = each.patch.size, each.patch.mpp
+        if size != first.patch.size:
+            raise UserError(
+                f"{first.run} takes patches of {first.patch.size} pixels and {each.run} of {size}: "
+                "use runs of one size together"
+            )
+        if mpp and not math.isclose(mpp, scaled.patch.mpp or mpp, rel_tol=_SCALE_TOLERANCE):
+            raise UserError(
+                f"{scaled.run} takes patches of {scaled.patch.mpp} micrometres per pixel and "
+                f"{each.run} of {mpp} (config.data.mpp): use runs of one scale together"
+            )
+    return first.patch._replace(mpp=scaled.patch.mpp)
+
+
+def _empty(
+    function: Callable[[Weights, Any], Any], weights: Weights, image_size: int
+) -> np.ndarray:
     """Returns the function's output for no images."""
-    images = jax.ShapeDtypeStruct((1, *IMAGE_SHAPE), np.uint8)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8)
     output = jax.eval_shape(function, weights, images)
     return np.zeros((0, *output.shape[1:]), output.dtype)
 
 
-def _padded_batches(images: Any, size: int) -> Iterator[tuple[Batch, int]]:
+def _padded_batches(images: Any, size: int, image_size: int) -> Iterator[tuple[Batch, int]]:
     """Yields batches of one size, each with the number of its images; the last is padded."""
-    batch, count = np.empty((size, *IMAGE_SHAPE), np.uint8), 0
-    for part in _parts(images):
+    batch, count = np.empty((size, image_size, image_size, 3), np.uint8), 0
+    for part in _parts(images, image_size):
         start = 0
         while start < len(part):
             taken = part[start : start + size - count]
@@ -370,77 +398,35 @@ def _padded_batches(images: Any, size: int) -> Iterator[tuple[Batch, int]]:
         yield batch, count
 
 
-def _on_windows(function: Callable[[Weights, Any], Any], size: int) -> Callable[..., Any]:
-    """Returns the function of weights, blocks, and int32[n, 3], block, y and x of each window."""
-
-    def of_windows(weights: Weights, blocks: tuple[Any, ...], corners: Any) -> Any:
-        pixels = jnp.stack(blocks)
-
-        def cut(corner: Any) -> Any:
-            start = (*corner, 0)
-            return jax.lax.dynamic_slice(pixels, start, (1, size, size, 3))[0]
-
-        # One after the other: as a gather, the same copies take several times as long on a CPU.
-        return function(weights, jax.lax.map(cut, corners))
-
-    return of_windows
-
-
-def _window_batches(
-    blocks: Iterable[tuple[np.ndarray, np.ndarray]], size: int
-) -> Iterator[tuple[tuple[jax.Array, ...], np.ndarray, int]]:
-    """Yields blocks on the first device, `size` corners of windows, and how many are no padding.
-
-    Blocks with few windows share a batch.
-    """
-    slots: list[jax.Array] = []
-    corners, count = np.zeros((size, 3), np.int32), 0
-
-    def batch() -> tuple[tuple[jax.Array, ...], np.ndarray, int]:
-        return tuple(slots + slots[-1:] * (_SLOTS - len(slots))), corners, count
-
-    for pixels, own in blocks:
-        slots.append(jax.device_put(pixels, jax.local_devices()[0]))
-        start = 0
-        while start < len(own):
-            taken = own[start : start + size - count]
-            corners[count : count + len(taken)] = np.insert(taken, 0, len(slots) - 1, axis=1)
-            start, count = start + len(taken), count + len(taken)
-            if count == size:
-                yield batch()
-                slots = slots[-1:] if start < len(own) else []
-                corners, count = np.zeros((size, 3), np.int32), 0
-        if len(slots) == _SLOTS:
-            yield batch()
-            slots, corners, count = [], np.zeros((size, 3), np.int32), 0
-    if count:
-        yield batch()
-
-
-def _parts(images: Any) -> Iterator[Batch]:
+def _parts(images: Any, size: int) -> Iterator[Batch]:
     """Yields the batches that a user gave, checked."""
     if hasattr(images, "__array__"):
-        yield _check_images(images)
+        yield _check_images(images, size)
         return
     if not isinstance(images, Iterable):
         raise ValueError(
-            f"images are of type {type(images).__name__}, expected {_EXPECTED}, or an iterable of "
-            "such batches"
+            f"images are of type {type(images).__name__}, expected {_expected(size)}, or an "
+            "iterable of such batches"
         )
-    yield from map(_check_images, images)
+    for batch in images:
+        yield _check_images(batch, size)
 
 
-def _hint(array: np.ndarray) -> str:
+def _expected(size: int) -> str:
+    return f"uint8[n, {size}, {size}, 3]"
+
+
+def _hint(array: np.ndarray, shape: tuple[int, ...]) -> str:
     """Returns how to convert what users often give."""
-    if array.dtype == np.uint8 and array.shape == IMAGE_SHAPE:
+    if array.dtype == np.uint8 and array.shape == shape:
         return "; for one image give images[None], for a list of images numpy.stack(images)"
     is_float = np.issubdtype(array.dtype, np.floating)
     return "; values are 0 to 255, not scaled" if is_float else ""
 
 
-def _check_images(images: Any) -> Batch:
-    array = np.asarray(images)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != IMAGE_SHAPE:
+def _check_images(images: Any, size: int) -> Batch:
+    array, shape = np.asarray(images), (size, size, 3)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != shape:
         received = f"{array.dtype}[{', '.join(map(str, array.shape))}]"
-        raise ValueError(f"images are {received}, expected {_EXPECTED}{_hint(array)}")
+        raise ValueError(f"images are {received}, expected {_expected(size)}{_hint(array, shape)}")
     return array

@@ -203,12 +203,14 @@ def _save_run(config: Config, folder: Path, calibration: Calibration) -> Path:
         create_optimizer(config.optimizer),
         config.seed,
         *splits.channel_stats(prepared.tables[subsets.train.records], subsets.train.rows),
+        prepared.image_size,
         config.optimizer.ema_decay > 0,
     )
     data = {
         "fingerprint": splits.fingerprint(
             prepared.tables, subsets, config.seed, config.fit.batch_size
         ),
+        "image_size": prepared.image_size,
         "calibration": dataclasses.asdict(calibration),
     }
     early_stopping = EarlyStopping.create(config.early_stopping)

@@ -13,6 +13,7 @@ from PIL import Image
 import histo_jax
 from histo_jax import ensemble, evaluation, prediction
 from histo_jax.data import leakage, records, splits
+from histo_jax.data.example import PatchSpec
 from histo_jax.data.splits import make_subsets
 from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration
@@ -152,7 +153,7 @@ def test_a_run_of_another_source_is_refused_where_it_was_trained_on_the_same_pix
     tables = prepare(theirs).tables
     subsets = make_subsets(tables, theirs.data, theirs.data_seed)
     fingerprint = splits.fingerprint(tables, subsets, theirs.seed, theirs.fit.batch_size)
-    trained = TrainedModel("run", theirs, None, None, None, 0, fingerprint)
+    trained = TrainedModel("run", theirs, None, None, None, 0, fingerprint, PatchSpec(96))
     prepared = prepare(ours)
     validation = make_subsets(prepared.tables, ours.data, ours.data_seed).validation
     with pytest.raises(UserError, match="run was trained on 10 of the 10 patches"):

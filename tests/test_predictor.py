@@ -11,6 +11,7 @@ from scipy.special import expit, logit
 
 import histo_jax
 from histo_jax.config import Config, ModelConfig
+from histo_jax.data.example import PatchSpec
 from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration
 from histo_jax.models import create_model
@@ -45,9 +46,11 @@ def _nothing_traced():
 
 def make_trained(seed, model=None):
     model = model or Tiny()
-    weights = init_weights(model, jax.random.key(seed), np.full(3, 0.5), np.full(3, 0.25))
+    weights = init_weights(model, jax.random.key(seed), np.full(3, 0.5), np.full(3, 0.25), 96)
     calibration = CALIBRATIONS[seed % 2]
-    return TrainedModel(f"run{seed}", Config(), model, weights, calibration, seed, "")
+    return TrainedModel(
+        f"run{seed}", Config(), model, weights, calibration, seed, "", PatchSpec(96)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +161,7 @@ def test_tta_is_left_out_for_networks_that_are_invariant(name, is_used):
     model = create_model(ModelConfig(name=name, features=(2, 2, 2, 2, 2), dense=2))
     images = jax.ShapeDtypeStruct((1, 96, 96, 3), np.uint8)
     weights = jax.eval_shape(
-        lambda: init_weights(model, jax.random.key(0), np.zeros(3), np.ones(3))
+        lambda: init_weights(model, jax.random.key(0), np.zeros(3), np.ones(3), 96)
     )
     plain, chosen = (
         str(jax.make_jaxpr(make(model))(weights, images))

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-IMAGE_SIZE = 96
-IMAGE_SHAPE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 UNLABELLED = -1
+# What a patch's height and width may be, in pixels: five halvings must leave whole numbers.
+SIZES = range(32, 513, 32)
 
 
 class PatchSpec(NamedTuple):

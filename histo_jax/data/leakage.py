@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -13,8 +14,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from histo_jax.data import near_duplicates
-from histo_jax.data.example import IMAGE_SIZE, UNLABELLED
-from histo_jax.data.loader import Records, ordered_batches
+from histo_jax.data.example import UNLABELLED
+from histo_jax.data.loader import Records, ordered_batches, read_size
 from histo_jax.data.record_files import SQUARES, SUMS, pixel_hashes
 from histo_jax.data.record_reader import Prepared
 from histo_jax.data.splits import Subset, Subsets, caveat, has_slide_names
@@ -28,7 +29,6 @@ _BINS = 16
 # Grey levels (0 to 255). A patch has one colour if no channel has a higher standard deviation than
 # `_FLAT`. It is dark or white if all means are beyond these; glass has 224 to 251 in Kaggle's data.
 _FLAT, _DARK, _WHITE = 5, 64, 224
-_BATCH = 256
 _COUNTS = {
     "patches": "patches",
     "without_tumour": "without tumour",
@@ -178,12 +178,13 @@ def _scan(
     """
     records = prepared.records(*subset)
     hashes: list[tuple[np.ndarray, np.ndarray]] = []
-    histograms = []
+    histograms: list[np.ndarray] = []
+    size = read_size(prepared.image_size)
     # Red falls into bins 0 to 15, green into 16 to 31, blue into 32 to 47.
     offset = np.arange(0, 3 * _BINS, _BINS, dtype=np.uint8)
-    for batch in signals.stopping(ordered_batches(records.source, subset.rows, _BATCH)):
+    for batch in signals.stopping(ordered_batches(records.source, subset.rows, size)):
         images = batch["image"][batch["mask"]]
-        selected = with_histogram[_BATCH * len(hashes) :][: len(images)]
+        selected = with_histogram[size * len(hashes) :][: len(images)]
         for image in images[selected]:
             bins = image // (256 // _BINS) + offset
             histograms.append(np.bincount(bins.ravel(), minlength=3 * _BINS))
@@ -206,8 +207,9 @@ def _describe(scan: _Scan) -> dict[str, Any]:
     rows, labels = scan.table, scan.table["label"].to_numpy()
     by_slide = rows[rows["slide"] != ""].groupby("slide")["label"]
     sizes = by_slide.size().to_numpy()
-    mean = rows[list(SUMS)].to_numpy(np.float64) / IMAGE_SIZE**2
-    variance = rows[list(SQUARES)].to_numpy(np.float64) / IMAGE_SIZE**2 - mean**2
+    pixels = rows[["pixels"]].to_numpy(np.float64)
+    mean = rows[list(SUMS)].to_numpy(np.float64) / pixels
+    variance = rows[list(SQUARES)].to_numpy(np.float64) / pixels - mean**2
     flat = (variance <= _FLAT**2).all(axis=1)
     ids = rows["id"].to_numpy()
     return {
@@ -261,8 +263,9 @@ def _near_duplicates(first: _Scan, second: _Scan) -> dict[str, Any]:
     )
     left, right = left[matches], right[queries]
     correlation = np.zeros(len(queries))
-    for start in range(0, len(queries), _BATCH):
-        part = slice(start, start + _BATCH)
+    size = read_size(math.isqrt(first.table["pixels"].iloc[0]))
+    for start in range(0, len(queries), size):
+        part = slice(start, start + size)
         pixels = first.records.images(left[part]), second.records.images(right[part])
         correlation[part] = near_duplicates.correlation(*pixels)
     order = np.lexsort((-correlation, distances))

@@ -18,6 +18,9 @@ from grain.experimental import index_shuffle
 # start.
 _PREFETCH = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 
+# Pixels of the patches that are read at once where their number does not matter: 7 MB.
+_READ_PIXELS = 256 * 96 * 96
+
 T = TypeVar("T")
 
 
@@ -44,16 +47,21 @@ class Records(NamedTuple):
     labels: np.ndarray
 
     def images(self, positions: np.ndarray) -> np.ndarray:
-        """Reads uint8[k, 96, 96, 3]."""
+        """Reads uint8[k, size, size, 3]."""
         records = self.source.__getitems__(self.rows[positions].tolist())
         return np.stack([record["image"] for record in records])
+
+
+def read_size(image_size: int) -> int:
+    """Returns how many patches of a size to read at once, so that memory stays flat."""
+    return max(1, _READ_PIXELS // image_size**2)
 
 
 class Batch(TypedDict):
     """Examples of one step.
 
     Attributes:
-        image: uint8[batch, 96, 96, 3], in memory or on the devices.
+        image: uint8[batch, size, size, 3], in memory or on the devices.
         label: float32[batch], 0 or 1 (-1 where not known).
         mask: bool[batch], False where a row is padding.
     """

@@ -7,7 +7,6 @@ import scipy.fft
 from jaxtyping import Float32, Int, UInt8, UInt64
 
 from histo_jax import symmetries
-from histo_jax.data.example import IMAGE_SIZE
 
 # Hashes match when at most this many of their 64 bits differ: JPEG of quality 75 changed no more
 # on 294 of Kaggle's patches. Below the contrast `BLANK` noise decides: JPEG changed up to 14 bits.
@@ -17,8 +16,7 @@ MAX_DISTANCE, BLANK = 4, 2.0
 MIN_CORRELATION = 0.9
 # Luma of ITU-R BT.601, as Pillow's mode "L".
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-# Linear maps of a column: means of 3 of its 96 pixels each, and the 8 lowest frequencies of them.
-_MEANS = np.repeat(np.eye(32, dtype=np.float32), IMAGE_SIZE // 32, axis=1) / np.float32(3)
+# Linear map of a column of 32 values to their 8 lowest frequencies.
 _COSINES = scipy.fft.dct(np.eye(32, dtype=np.float32), axis=0)[:8]
 _BANDS = 6
 _BAND_MASKS = [np.uint64(sum(1 << bit for bit in range(k, 64, _BANDS))) for k in range(_BANDS)]
@@ -27,13 +25,14 @@ _CHUNK = 1 << 20
 
 
 def hash_images(
-    images: UInt8[np.ndarray, "n 96 96 3"],
+    images: UInt8[np.ndarray, "n size size 3"],
 ) -> tuple[UInt64[np.ndarray, "n 8"], Float32[np.ndarray, " n"]]:
     """Returns hashes of the low frequencies of images in each of the eight symmetries.
 
     The "DCT hash" of Zauner 2010 (Implementation and Benchmarking of Perceptual Image Hash
     Functions, 3.2.1) as `imagehash.phash` computes it: grey, 32x32, two-dimensional DCT, lowest
-    8x8 coefficients, a bit where one is above their median. Here 3x3 means reduce the image.
+    8x8 coefficients, a bit where one is above their median. Here means of equal squares reduce the
+    image, 3x3 pixels of a patch of 96x96.
 
     One transform gives the hashes of all symmetries.
 
@@ -41,7 +40,9 @@ def hash_images(
         hashes, of the symmetries in the order of `symmetries.ELEMENTS`, so that column 0 is the
         image's own; contrast, the standard deviation of the 32x32 means, grey levels (0 to 255).
     """
-    small = _MEANS @ _grey(images) @ _MEANS.T
+    edge = np.float32(images.shape[1] // 32)
+    means = np.repeat(np.eye(32, dtype=np.float32), int(edge), axis=1) / edge
+    small = means @ _grey(images) @ means.T
     low = _COSINES @ small @ _COSINES.T
     transformed = [symmetries.transform_dct(low, *element) for element in symmetries.ELEMENTS]
     eight = np.stack(transformed, axis=1).reshape(-1, 8, 64)
@@ -88,7 +89,7 @@ def nearest(
 
 
 def correlation(
-    first: UInt8[np.ndarray, "n 96 96 3"], second: UInt8[np.ndarray, "n 96 96 3"]
+    first: UInt8[np.ndarray, "n size size 3"], second: UInt8[np.ndarray, "n size size 3"]
 ) -> Float32[np.ndarray, " n"]:
     """Returns Pearson's correlation of each pair's grey pixels, the best of eight symmetries.
 
@@ -103,5 +104,5 @@ def correlation(
     return np.max(products, axis=0) / np.maximum(size, np.float32(1e-6))
 
 
-def _grey(images: UInt8[np.ndarray, "n 96 96 3"]) -> Float32[np.ndarray, "n 96 96"]:
+def _grey(images: UInt8[np.ndarray, "n size size 3"]) -> Float32[np.ndarray, "n size size"]:
     return images.astype(np.float32) @ _LUMA

@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import tensorflow_datasets as tfds
 
-from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.errors import DataError, UserError
 from histo_jax.run import files
 
@@ -28,14 +27,18 @@ _MANIFEST = "prepared.json"
 _OLD_KEYS = {"files": "fingerprint", "times": "modified", "damaged": "corrupt"}
 
 
-def features() -> tfds.features.FeaturesDict:
-    """Returns the TFDS features of a record."""
+def features(size: int) -> tfds.features.FeaturesDict:
+    """Returns the TFDS features of a record.
+
+    Args:
+        size: height and width of its image in pixels.
+    """
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
             # Raw bytes: PNG would need TensorFlow to encode and cost time to decode.
             "image": tfds.features.Tensor(
-                shape=IMAGE_SHAPE, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+                shape=(size, size, 3), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
             ),
             "label": np.int64,
             "slide": tfds.features.Text(),
@@ -106,12 +109,13 @@ def read_manifest(directory: Path) -> Manifest:
         raise corrupt(path) from None
 
 
-def read_table(path: Path, rows: int) -> pd.DataFrame:
-    """Returns the table of a split.
+def read_table(path: Path, rows: int, size: int) -> pd.DataFrame:
+    """Returns the table of a split, with the number of each patch's pixels in a column `pixels`.
 
     Args:
         path: the CSV file.
         rows: number of its rows.
+        size: height and width of the patches.
 
     Raises:
         DataError: it is corrupt.
@@ -124,7 +128,7 @@ def read_table(path: Path, rows: int) -> pd.DataFrame:
     # A last row that was cut inside a number looks complete.
     if len(table) != rows or not path.read_bytes().endswith(b"\n"):
         raise corrupt(path)
-    return table
+    return table.assign(pixels=size**2)
 
 
 def pixel_hashes(table: pd.DataFrame) -> pd.Series:

@@ -8,6 +8,7 @@ from process to process, so that the same data gives other bytes.
 import contextlib
 import hashlib
 import logging
+import math
 import shutil
 import time
 import uuid
@@ -19,7 +20,7 @@ import pandas as pd
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from histo_jax.data.example import IMAGE_SHAPE, Example
+from histo_jax.data.example import Example
 from histo_jax.data.record_files import (
     DATASET,
     FILE_FORMAT,
@@ -31,11 +32,12 @@ from histo_jax.data.record_files import (
     is_complete,
 )
 from histo_jax.data.source_adapter import SourceAdapter
+from histo_jax.errors import DataError
 from histo_jax.run import files, progress, signals
 
 log = logging.getLogger("histo_jax")
 
-_SHARD = 8192  # records per file: 230 MB
+_SHARD = 8192 * 96 * 96  # pixels per file: 230 MB
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -90,7 +92,7 @@ def _write(folder: Path, source: SourceAdapter) -> None:
     literal = files.LiteralFolder(folder)  # keep it: its path is valid only while it exists
     scratch = folder / "scratch"
     scratch.mkdir()
-    infos = []
+    infos, serializer = [], _Serializer(source.name)
     for split, examples in source.splits(scratch).items():
         template = tfds.core.ShardedFileTemplate(
             data_dir=literal.path,
@@ -99,7 +101,7 @@ def _write(folder: Path, source: SourceAdapter) -> None:
             filetype_suffix=FILE_FORMAT,
             template=_TEMPLATE,
         )
-        infos.append(_write_split(folder, template, examples, source.is_built_in))
+        infos.append(_write_split(folder, template, examples, serializer, source.is_built_in))
     shutil.rmtree(scratch)
     identity = tfds.core.DatasetIdentity(
         name=DATASET,
@@ -109,14 +111,49 @@ def _write(folder: Path, source: SourceAdapter) -> None:
         config_name=source.name,
     )
     # Unshuffled: record i is row i of the table. Grain shuffles in training.
-    info = tfds.core.DatasetInfo(builder=identity, features=features(), disable_shuffling=True)
+    info = tfds.core.DatasetInfo(
+        builder=identity, features=serializer.features, disable_shuffling=True
+    )
     info.set_file_format(FILE_FORMAT)
     info.set_splits(tfds.core.SplitDict(infos))
     info.write_to_directory(literal.path)
 
 
+class _Serializer:
+    """Makes the records of a dataset, whose patches have the size of its first one.
+
+    Args:
+        source: name of the source, for messages.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._source, self._size = source, 0
+
+    def __call__(self, split: str, example: Example) -> bytes:
+        """Returns the record of an example.
+
+        Raises:
+            DataError: it has another size than the first one.
+        """
+        shape = example.image.shape
+        if not self._size:
+            self._size = shape[0]
+            self.features = features(self._size)
+            self._serializer = tfds.core.ExampleSerializer(self.features.get_serialized_info())
+        if shape != (self._size, self._size, 3):
+            raise DataError(
+                f"source {self._source!r}, {split} split: patch {example.id} has "
+                f"{shape[0]}x{shape[1]} pixels and the first one {self._size}x{self._size}: give "
+                "all patches one size"
+            )
+        encoded = self.features.encode_example(
+            {name: getattr(example, name) for name in self.features}
+        )
+        return self._serializer.get_tf_example(encoded).SerializeToString(deterministic=True)
+
+
 class _Shards:
-    """Writes the records of one split into files of at most `_SHARD` records each."""
+    """Writes the records of one split into files of at most `_SHARD` pixels each."""
 
     def __init__(self, template: tfds.core.ShardedFileTemplate) -> None:
         self._template = template
@@ -124,9 +161,9 @@ class _Shards:
         self._lengths: list[int] = []
         self._bytes = 0
 
-    def add(self, record: bytes) -> None:
-        """Appends a record."""
-        if self._writer is None or self._lengths[-1] == _SHARD:
+    def add(self, record: bytes, pixels: int) -> None:
+        """Appends the record of a patch of so many pixels."""
+        if self._writer is None or self._lengths[-1] >= _SHARD // pixels:
             self._close()
             path = self._template.sharded_filepath(shard_index=len(self._lengths), num_shards=None)
             # A group per record: any record can be read without its neighbours.
@@ -156,17 +193,15 @@ def _write_split(
     folder: Path,
     template: tfds.core.ShardedFileTemplate,
     examples: Iterable[Example],
+    serializer: _Serializer,
     has_sha1_ids: bool,
 ) -> tfds.core.SplitInfo:
     """Writes the shards and the table of one split."""
-    shards, kinds = _Shards(template), features()
-    serializer = tfds.core.ExampleSerializer(kinds.get_serialized_info())
-    rows = []
+    shards, rows = _Shards(template), []
     total = len(examples) if isinstance(examples, Sized) else None
     with progress.bar(f"preparing {template.split}", total, unit=" img") as bar:
         for example in signals.stopping(progress.counted(bar, examples)):
-            record = serializer.get_tf_example(kinds.encode_example(example._asdict()))
-            shards.add(record.SerializeToString(deterministic=True))
+            shards.add(serializer(template.split, example), math.prod(example.image.shape[:2]))
             rows.append((example.id, example.label, example.slide, *_sums(example.image)))
             if not has_sha1_ids:
                 rows[-1] += (hashlib.sha1(example.image.tobytes()).hexdigest(),)
@@ -178,7 +213,7 @@ def _write_split(
 def _sums(image: np.ndarray) -> list[int]:
     """Returns for each channel the sum of its pixels, then for each the sum of their squares."""
     # Exact in float64, and by a matrix product several times as fast as `sum`.
-    pixels = image.reshape(-1, IMAGE_SHAPE[2]).astype(np.float64)
+    pixels = image.reshape(-1, 3).astype(np.float64)
     sums = np.ones(len(pixels)) @ pixels
     return [*map(int, sums), *map(int, np.einsum("ij,ij->j", pixels, pixels))]
 

@@ -18,7 +18,12 @@ from histo_jax.config import DataConfig
 from histo_jax.data import record_writer
 from histo_jax.data.record_files import DATASET, VERSION, Manifest, is_complete, read_manifest
 from histo_jax.data.record_reader import Prepared
-from histo_jax.data.source_adapter import SourceAdapter, check_layout
+from histo_jax.data.source_adapter import (
+    SourceAdapter,
+    check_layout,
+    check_patches,
+    known_size,
+)
 from histo_jax.errors import DataError, UserError
 from histo_jax.run import files, progress
 from histo_jax.run.workdir import Workdir
@@ -61,6 +66,8 @@ def prepare(
             records fit, and no setting selects one.
         OSError: `data.tfds_dir` cannot be written, or the disk is full.
     """
+    if size := known_size(data):  # before patches are read
+        check_patches(data, size)
     source, dataset = SourceAdapter(data, seed), _dataset_folder(data)
     raw = _read_raw(source, data)
     run_records = Workdir(workdir).status().get("records") if workdir else None
@@ -73,6 +80,7 @@ def prepare(
         manifest = read_manifest(directory)
     _check_corrupt(manifest, source, data)
     prepared = Prepared(manifest.directory, data)
+    check_patches(data, prepared.image_size)
     counts = ", ".join(f"{len(table):,} {name}" for name, table in prepared.tables.items())
     message = f"records: {manifest.directory} ({counts} patches), {manifest.describe()}"
     log.info("%s", message, extra=environment.ONCE)

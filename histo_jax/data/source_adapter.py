@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from histo_jax.config import DataConfig
-from histo_jax.data.example import IMAGE_SHAPE, UNLABELLED, Example, PatchSpec, SizedExamples
+from histo_jax.data.example import SIZES, UNLABELLED, Example, PatchSpec, SizedExamples
 from histo_jax.errors import DataError, UserError, did_you_mean, one_line
 from histo_jax.registry import SOURCES
 from histo_jax.run import files
@@ -80,8 +80,9 @@ class SourceAdapter:
         Raises:
             DataError: the data cannot be read.
         """
+        size = f"\n{self._data.image_size}" if self._data.image_size else ""
         if not hasattr(self._source, "fingerprint"):
-            return self._with_code(str(self._data.raw_dir and self.origin))
+            return self._with_code(f"{self._data.raw_dir and self.origin}{size}")
         with self._errors("fingerprint()"):
             fingerprint = self._source.fingerprint()
         if fingerprint is not None and not isinstance(fingerprint, str):
@@ -91,7 +92,7 @@ class SourceAdapter:
             )
         if fingerprint is None or self.is_built_in:
             return fingerprint
-        return self._with_code(fingerprint)
+        return self._with_code(fingerprint + size)
 
     def _with_code(self, text: str) -> str:
         """Returns a hash of the text and of the source's code: an edit must not use old records."""
@@ -217,6 +218,34 @@ def patch_spec(data: DataConfig, size: int) -> PatchSpec:
     )
 
 
+def known_size(data: DataConfig) -> int | None:
+    """Returns the size of the source's patches if it is known before they are read."""
+    return getattr(SOURCES.get(data.source), "image_size", None)
+
+
+def check_patches(data: DataConfig, size: int) -> None:
+    """Refuses settings that do not fit the size of the source's patches.
+
+    Args:
+        data: `image_size` and `label_region`.
+        size: height and width of the patches in pixels.
+
+    Raises:
+        DataError: names the setting and the fix.
+    """
+    if data.image_size not in (None, size):
+        raise DataError(
+            f"config.data.image_size = {data.image_size}, but the patches of source "
+            f"{data.source!r} have {size}x{size} pixels: leave it out"
+        )
+    region = patch_spec(data, size).label_region
+    if region and region > size:
+        raise DataError(
+            f"config.data.label_region = {region} is more than the {size} pixels of a patch: set "
+            f"at most {size}"
+        )
+
+
 def check_layout(data: DataConfig) -> None:
     """Refuses a `data.raw_dir` that is missing or has the layout of another source.
 
@@ -255,9 +284,12 @@ def _problem(example: Any, split: str) -> str | None:
         return "must have an id of visible text; set id to a str such as a file's name"
     if not isinstance(image, np.ndarray):
         return f"has an image of type {type(image).__name__}; convert it by numpy.asarray"
-    if image.dtype != np.uint8 or image.shape != IMAGE_SHAPE:
-        shape = ", ".join(map(str, image.shape))
-        return f"has an image {image.dtype}[{shape}], not uint8[96, 96, 3]; convert it"
+    shape = image.shape
+    if image.dtype != np.uint8 or shape not in {(size, size, 3) for size in SIZES}:
+        return (
+            f"has an image {image.dtype}[{', '.join(map(str, shape))}], not uint8[size, size, 3] "
+            f"with a size that is a multiple of 32 from {SIZES[0]} to {SIZES[-1]}; convert it"
+        )
     labels = (0, 1, UNLABELLED) if split == "test" else (0, 1)
     if not isinstance(label, int | np.integer) or label not in labels:
         known = "0, 1, or -1 where it is not known" if split == "test" else "0 or 1"

@@ -11,7 +11,6 @@ import pandas as pd
 
 from histo_jax.config import DataConfig
 from histo_jax.data import sampling
-from histo_jax.data.example import IMAGE_SIZE
 from histo_jax.data.names import identity
 from histo_jax.data.record_files import SQUARES, SUMS, pixel_hashes
 from histo_jax.errors import DataError
@@ -197,7 +196,7 @@ def shared_ids(first: pd.DataFrame, second: pd.DataFrame) -> pd.Series:
     """
     shared = first[pixel_hashes(first).isin(pixel_hashes(second))]
     sums, squares = (shared[list(names)].to_numpy() for names in (SUMS, SQUARES))
-    one_colour = (sums**2 == IMAGE_SIZE * IMAGE_SIZE * squares).all(axis=1)
+    one_colour = (sums**2 == shared[["pixels"]].to_numpy() * squares).all(axis=1)
     return shared["id"][~one_colour]
 
 
@@ -207,14 +206,14 @@ def channel_stats(table: pd.DataFrame, rows: np.ndarray) -> tuple[np.ndarray, np
     Exact integer sums make the result independent of the order.
 
     Args:
-        table: of a split, with the columns `SUMS` and `SQUARES`.
+        table: of a split, with the columns `SUMS`, `SQUARES` and `pixels`.
         rows: int64[n], the examples.
 
     Returns:
         Two float32[3], in units of the full range (0 = black, 1 = full).
     """
-    pixels = len(rows) * IMAGE_SIZE * IMAGE_SIZE
     chosen = table.iloc[rows]
+    pixels = int(chosen["pixels"].sum())
     mean = chosen[list(SUMS)].sum().to_numpy(np.float64) / pixels
     square = chosen[list(SQUARES)].sum().to_numpy(np.float64) / pixels
     # A training set of one flat colour would otherwise divide by zero.
@@ -254,6 +253,19 @@ def check_fingerprint(expected: str, actual: str, tfds_dir: str) -> None:
         raise DataError(
             f"{tfds_dir} no longer holds the examples that this run started with, or "
             "config.data.slide_map has changed: restore them or choose another --workdir"
+        )
+
+
+def check_size(expected: int, actual: int, tfds_dir: str) -> None:
+    """Refuses patches of another size than those that a run has trained on.
+
+    Raises:
+        DataError: they differ.
+    """
+    if expected != actual:
+        raise DataError(
+            f"the run was trained on patches of {expected}x{expected} pixels, and those in "
+            f"{tfds_dir} have {actual}x{actual}: give data of that size, or choose another run"
         )
 
 

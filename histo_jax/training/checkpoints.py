@@ -48,8 +48,9 @@ class Checkpoint:
     Attributes:
         state: parameters, BatchNorm statistics, normalisation, optimizer state, step, random key.
         early_stopping: its state.
-        data: JSON-able; `fingerprint` of the examples and their order, `gradient_norm` of the last
-            step, and after a validation the `calibration` that was fitted on it.
+        data: JSON-able; `fingerprint` of the examples and their order, `image_size` in pixels,
+            `gradient_norm` of the last step, and after a validation the `calibration` that was
+            fitted on it.
         history: JSON-able; one entry per finished epoch.
     """
 
@@ -57,6 +58,11 @@ class Checkpoint:
     early_stopping: EarlyStopping
     data: dict[str, Any]
     history: list[dict[str, Any]]
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the network was trained on, pixels."""
+        return _image_size(self.data)
 
 
 class _CorruptError(Exception):
@@ -354,8 +360,10 @@ class Checkpoints:
                 f"{self._directory} holds no finished epoch: rerun --mode=fit to finish one"
             )
         model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-        like = abstract_state(model, optimizer, sharding, config.optimizer.ema_decay > 0)
         try:
+            image_size = _image_size(self._read_data(step))
+            has_ema = config.optimizer.ema_decay > 0
+            like = abstract_state(model, optimizer, image_size, sharding, has_ema)
             return self.restore(step, like, EarlyStopping.create(config.early_stopping))
         except Exception as error:  # Orbax and TensorStore may raise anything
             if not _may_be_corrupt(error):
@@ -371,6 +379,11 @@ class Checkpoints:
                 "its files are corrupt, restore them from a copy, or remove it to use the next best"
             ) from None
 
+    def _read_data(self, step: int) -> dict[str, Any]:
+        with files.disk_errors(self._directory / str(step)):
+            only = ocp.args.Composite(data=ocp.args.JsonRestore())
+            return self._manager.restore(step, args=only)["data"]
+
     def _check_shapes(self, step: int, saved: Any, like: TrainState) -> None:
         old, new = _shapes(saved), _shapes(like)
         if "weights.deviation" in old:  # renamed to `std` in 0.2.0
@@ -385,6 +398,10 @@ class Checkpoints:
                     f"{old.get(name, 'missing')} there and {new.get(name, 'missing')} in "
                     "config.model; use the config of that run or another --workdir"
                 )
+
+
+def _image_size(data: dict[str, Any]) -> int:
+    return data.get("image_size", 96)  # the only size up to 0.2.0
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

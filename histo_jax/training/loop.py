@@ -147,7 +147,7 @@ class Trainer:
         self._state, self._early_stopping = start.state, start.early_stopping
         self._history = list(start.history)
         self._step = int(start.state.step)
-        self._fingerprint = start.data["fingerprint"]
+        self._fingerprint, self._image_size = start.data["fingerprint"], start.image_size
         self._gradient_norm = start.data.get("gradient_norm", float("nan"))
         self._last_save = time.monotonic()
         self._is_compiled = False
@@ -304,7 +304,10 @@ class Trainer:
 
     def _save(self, result: Validation | None = None) -> None:
         """Begins to save the run; a validation result is known at the end of an epoch only."""
-        data: dict[str, Any] = {"fingerprint": self._fingerprint}
+        data: dict[str, Any] = {
+            "fingerprint": self._fingerprint,
+            "image_size": self._image_size,
+        }
         if not math.isnan(self._gradient_norm):
             data["gradient_norm"] = self._gradient_norm
         if result:

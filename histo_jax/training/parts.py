@@ -14,7 +14,6 @@ import numpy as np
 from flax import linen as nn
 
 from histo_jax.config import AugmentConfig, FitConfig, ModelConfig
-from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.errors import ConfigError, UserError, one_line
 from histo_jax.models import create_model
 from histo_jax.models.forward import normalise, predict_logits
@@ -43,13 +42,23 @@ class Parts(NamedTuple):
 
 
 def build_parts(model: ModelConfig, augment: AugmentConfig, fit: FitConfig) -> Parts:
-    """Builds and checks the network, the augmentations and the loss.
+    """Builds the network, the augmentations and the loss.
 
     Raises:
-        UserError: one of them does not exist, fails, or returns the wrong shape; or the network
-            has no parameters, or changes the structure of its variables.
+        UserError: one of them does not exist, or does not take its settings.
     """
-    parts = Parts(create_model(model), make_augment(augment), get_loss(fit.loss))
+    return Parts(create_model(model), make_augment(augment), get_loss(fit.loss))
+
+
+def check_parts(
+    parts: Parts, model: ModelConfig, augment: AugmentConfig, fit: FitConfig, image_size: int
+) -> None:
+    """Checks what `build_parts` has built, for images of this height and width.
+
+    Raises:
+        UserError: a part fails, or returns the wrong shape; or the network has no parameters, or
+            changes the structure of its variables.
+    """
     is_built_in = (
         MODELS.is_built_in(model.name)
         and not model.kwargs
@@ -57,19 +66,24 @@ def build_parts(model: ModelConfig, augment: AugmentConfig, fit: FitConfig) -> P
         and not augment.extra
     )
     if not is_built_in:  # the tests of the package trace these; here it would take half a second
-        _check(parts, model.name, augment.extra, fit.loss)
-    return parts
+        _check(parts, model.name, augment.extra, fit.loss, image_size)
 
 
-def _check(parts: Parts, model: str, augmentations: tuple[str, ...], loss: str) -> None:
-    images = jax.ShapeDtypeStruct((_BATCH, *IMAGE_SHAPE), jnp.uint8)
+def _check(
+    parts: Parts, model: str, augmentations: tuple[str, ...], loss: str, image_size: int
+) -> None:
+    images = jax.ShapeDtypeStruct((_BATCH, image_size, image_size, 3), jnp.uint8)
     labels = jax.ShapeDtypeStruct((_BATCH,), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     name = f"augmentation {' or '.join(map(repr, augmentations))}"
     augmented = _trace(name, parts.augment, key, images)
     name = f"network {model!r}"
-    weights = _trace(name, lambda key: init_weights(parts.model, key, np.zeros(3), np.ones(3)), key)
+    weights = _trace(
+        name,
+        lambda key: init_weights(parts.model, key, np.zeros(3), np.ones(3), image_size),
+        key,
+    )
     if not jax.tree.leaves(weights.params):
         raise ConfigError(f"{name} has no parameters to train")
     images = _trace("normalisation", normalise, weights, augmented)

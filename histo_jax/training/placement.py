@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int32, UInt8
 
 from histo_jax.data import loader
-from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.data.loader import Batch, Records
 from histo_jax.distributed import consensus, memory
 from histo_jax.distributed.mesh import local_slice, make_global_array, replicated
@@ -25,13 +24,11 @@ from histo_jax.run import progress, signals
 
 log = logging.getLogger("histo_jax")
 
-_IMAGE_BYTES = int(np.prod(IMAGE_SHAPE))
 # `auto` uses this fraction of the free memory; the rest is for the network, its activations and
 # prefetched batches. An explicit placement may use all of it.
 _AUTO_FRACTION = 0.75
-_READ_SIZE = 256  # patches: 7 MB
 
-Images = UInt8[Array, "batch 96 96 3"]
+Images = UInt8[Array, "batch size size 3"]
 Pixels = UInt8[Array, "examples pixels"]
 
 
@@ -39,7 +36,7 @@ class TrainingBatch(TypedDict):
     """The input of a training step, sharded over the devices.
 
     Attributes:
-        image: uint8[batch, 96, 96, 3].
+        image: uint8[batch, size, size, 3].
         label: float32[batch], 0 or 1.
         control: int32[devices], control signals of the processes, see `step.Control`; optional.
     """
@@ -60,7 +57,7 @@ class Dataset:
         batch_sharding: shards a batch over the devices.
         load: returns what is copied to the devices, from the positions of this process's examples
             of a batch, int64[k].
-        finish: returns uint8[batch, 96, 96, 3] from that, on the devices.
+        finish: returns uint8[batch, size, size, 3] from that, on the devices.
     """
 
     def __init__(
@@ -109,7 +106,9 @@ class Dataset:
             )
 
 
-def place(setting: str, subsets: Sequence[Records], batch_sharding: NamedSharding) -> list[Dataset]:
+def place(
+    setting: str, subsets: Sequence[Records], image_size: int, batch_sharding: NamedSharding
+) -> list[Dataset]:
     """Loads the pixels of all subsets as `data.placement` says, and logs where they are and why.
 
     Loading shows a progress bar, and stops at a signal.
@@ -117,6 +116,7 @@ def place(setting: str, subsets: Sequence[Records], batch_sharding: NamedShardin
     Args:
         setting: 'auto', 'device', 'host' or 'disk'.
         subsets: their records.
+        image_size: height and width of all images in pixels.
         batch_sharding: shards a batch over the devices.
 
     Raises:
@@ -124,12 +124,12 @@ def place(setting: str, subsets: Sequence[Records], batch_sharding: NamedShardin
         Preempted: a signal came.
     """
     count = sum(len(subset.rows) for subset in subsets)
-    placement = _select(setting, count * _IMAGE_BYTES, batch_sharding.mesh.local_devices)
+    placement = _select(setting, count * 3 * image_size**2, batch_sharding.mesh.local_devices)
     if placement == "disk":
         return [on_disk(subset, batch_sharding) for subset in subsets]
     load = _on_devices if placement == "device" else _in_memory
     with progress.bar("loading", count, unit=" img") as bar:
-        return [load(subset, batch_sharding, bar) for subset in subsets]
+        return [load(subset, image_size, batch_sharding, bar) for subset in subsets]
 
 
 def on_disk(subset: Records, batch_sharding: NamedSharding) -> Dataset:
@@ -182,9 +182,9 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _read(subset: Records, bar: progress.Bar) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields all images of a subset, as `(first position, uint8[k, 96, 96, 3])`."""
-    batches = loader.ordered_batches(subset.source, subset.rows, _READ_SIZE)
+def _read(subset: Records, image_size: int, bar: progress.Bar) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields all images of a subset, as `(first position, uint8[k, size, size, 3])`."""
+    batches = loader.ordered_batches(subset.source, subset.rows, loader.read_size(image_size))
     start = 0
     for batch in signals.stopping(batches):
         images = batch["image"][: batch["mask"].sum()]
@@ -193,21 +193,25 @@ def _read(subset: Records, bar: progress.Bar) -> Iterator[tuple[int, np.ndarray]
         bar.update(len(images))
 
 
-def _in_memory(subset: Records, batch_sharding: NamedSharding, bar: progress.Bar) -> Dataset:
-    pixels = np.empty((len(subset.rows), *IMAGE_SHAPE), np.uint8)
-    for start, images in _read(subset, bar):
+def _in_memory(
+    subset: Records, image_size: int, batch_sharding: NamedSharding, bar: progress.Bar
+) -> Dataset:
+    pixels = np.empty((len(subset.rows), image_size, image_size, 3), np.uint8)
+    for start, images in _read(subset, image_size, bar):
         pixels[start : start + len(images)] = images
     return Dataset(subset.labels, batch_sharding, lambda positions: pixels.take(positions, axis=0))
 
 
-def _on_devices(subset: Records, batch_sharding: NamedSharding, bar: progress.Bar) -> Dataset:
-    sharding, gather = replicated(batch_sharding), make_gather(batch_sharding)
+def _on_devices(
+    subset: Records, image_size: int, batch_sharding: NamedSharding, bar: progress.Bar
+) -> Dataset:
+    sharding, gather = replicated(batch_sharding), make_gather(image_size, batch_sharding)
     # Flat, because a TPU would pad a last axis of 3 to 128. Written part by part into one buffer:
     # there is never a second copy.
-    shape = (len(subset.rows), _IMAGE_BYTES)
+    shape = (len(subset.rows), 3 * image_size**2)
     pixels = jax.jit(lambda: jnp.zeros(shape, jnp.uint8), out_shardings=sharding)()
     write = jax.jit(_write, donate_argnums=0, out_shardings=sharding)
-    for start, images in _read(subset, bar):
+    for start, images in _read(subset, image_size, bar):
         part = images.reshape(len(images), -1)
         pixels = write(
             pixels,
@@ -226,16 +230,18 @@ def _write(pixels: Pixels, part: UInt8[Array, "part pixels"], start: Int32[Array
     return jax.lax.dynamic_update_slice(pixels, part, (start, 0))
 
 
-def make_gather(batch_sharding: NamedSharding) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns the compiled `(pixels, positions) -> uint8[batch, 96, 96, 3]`.
+def make_gather(
+    image_size: int, batch_sharding: NamedSharding
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns the compiled `(pixels, positions) -> uint8[batch, size, size, 3]`.
 
-    The pixels, uint8[n, 27648], are replicated; the positions, int32[batch] below n, and the images
-    are sharded. Each device gathers its own images, without communication.
+    The pixels, uint8[n, size * size * 3], are replicated; the positions, int32[batch] below n, and
+    the images are sharded. Each device gathers its own images, without communication.
     """
 
     def gather(pixels: Pixels, positions: Int32[Array, " batch"]) -> Images:
         rows = pixels.at[positions].get(mode="promise_in_bounds")
-        return rows.reshape(-1, *IMAGE_SHAPE)
+        return rows.reshape(-1, image_size, image_size, 3)
 
     spec = batch_sharding.spec
     per_device = jax.shard_map(

@@ -16,7 +16,6 @@ from jax.sharding import Sharding
 from jaxtyping import Float, PRNGKeyArray
 
 from histo_jax.config import EarlyStoppingConfig
-from histo_jax.data.example import IMAGE_SHAPE
 from histo_jax.models.forward import Weights
 
 
@@ -68,6 +67,7 @@ def init_weights(
     key: PRNGKeyArray,
     mean: Float[np.ndarray, "3"],
     std: Float[np.ndarray, "3"],
+    image_size: int,
 ) -> Weights:
     """Returns random weights.
 
@@ -76,10 +76,11 @@ def init_weights(
         key: random key.
         mean: channel means of the training images, 1 = full range.
         std: their standard deviations.
+        image_size: their height and width in pixels, which may decide the shapes of weights.
     """
     # Compiled: op by op it would take seconds at every start.
     init = jax.jit(model.init, static_argnames="train")
-    variables = init(key, jnp.zeros((1, *IMAGE_SHAPE), jnp.float32), train=False)
+    variables = init(key, jnp.zeros((1, image_size, image_size, 3), jnp.float32), train=False)
     return Weights(
         params=variables.get("params", {}),
         collections={name: values for name, values in variables.items() if name != "params"},
@@ -94,6 +95,7 @@ def create_state(
     seed: int,
     mean: Float[np.ndarray, "3"],
     std: Float[np.ndarray, "3"],
+    image_size: int,
     has_ema: bool = False,
 ) -> TrainState:
     """Returns the state before the first step.
@@ -104,10 +106,11 @@ def create_state(
         seed: of the initial weights, and of the key for augmentation and dropout.
         mean: channel means of the training images, 1 = full range.
         std: their standard deviations.
+        image_size: their height and width in pixels, which may decide the shapes of weights.
         has_ema: whether to keep a moving average of the weights.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
-    weights = init_weights(model, init_key, mean, std)
+    weights = init_weights(model, init_key, mean, std, image_size)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         weights=weights,
@@ -123,12 +126,13 @@ def create_state(
 def abstract_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
+    image_size: int,
     sharding: Sharding,
     has_ema: bool = False,
 ) -> TrainState:
     """Returns the shapes and dtypes of `create_state`, each with `sharding`; computes nothing."""
     shapes = jax.eval_shape(
-        lambda: create_state(model, optimizer, 0, np.zeros(3), np.ones(3), has_ema),
+        lambda: create_state(model, optimizer, 0, np.zeros(3), np.ones(3), image_size, has_ema),
     )
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes

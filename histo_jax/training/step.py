@@ -89,8 +89,8 @@ def make_train_step(
 ) -> TrainStep:
     """Returns the compiled step `(state, batch) -> (state, metrics)`.
 
-    The batch holds `image`, uint8[batch, 96, 96, 3], and `label`, float32[batch] of 0 and 1, both
-    sharded over the mesh; BatchNorm and loss are computed over the global batch. It may hold
+    The batch holds `image`, uint8[batch, size, size, 3], and `label`, float32[batch] of 0 and 1,
+    both sharded over the mesh; BatchNorm and loss are computed over the global batch. It may hold
     `control`, int32[devices], sharded likewise. The given state is donated and must not be reused.
 
     Args:

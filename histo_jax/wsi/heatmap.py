@@ -57,8 +57,6 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     slides = search.find(paths, options.mpp)
     with command.start(config, workdir, "heatmap") as session:
         predictor = ensemble.load_predictor(config, session.path, config.predict.prior)
-        for trained in predictor.trained:  # scale and region may be given for this command
-            trained.config.data.mpp = config.data.mpp or trained.config.data.mpp
         _acquire(session, config)
         settings = _settings(predictor, options, session.path)
         table = _make_all(predictor, slides, settings, session.path / _FOLDER)
@@ -121,7 +119,12 @@ def _settings(predictor: Predictor, options: HeatmapConfig, folder: Path) -> sli
         options: of the command.
         folder: where `evaluate` has scored the networks, if it has.
     """
-    patch = slide_map.predictor_patch(predictor)
+    patch = predictor.patch
+    if patch.mpp is None:
+        raise ConfigError(
+            f"{predictor.trained[0].run}: micrometres a pixel of its patches are not known: set "
+            "--config.data.mpp=..., also for this command alone"
+        )
     cell = cell_size(patch)
     stride = options.stride or cell
     if stride % cell:

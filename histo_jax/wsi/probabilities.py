@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -64,12 +65,14 @@ def compute(
     rows = np.concatenate([block.rows for block in blocks])
     columns = np.concatenate([block.columns for block in blocks])
     done = 0
-    for raw in signals.stopping(predictor.window_logits(_read_ahead(slide, scale, grid, blocks))):
-        probabilities = expit(predictor.calibrate(raw).mean(0))
-        end = done + len(probabilities)
-        result[rows[done:end], columns[done:end]] = probabilities
-        on_cells(end - done)
-        done = end
+    windows = _read_ahead(slide, scale, grid, blocks)
+    with contextlib.closing(predictor.window_logits(windows)) as outputs:
+        for raw in signals.stopping(outputs):
+            probabilities = expit(predictor.calibrate(raw).mean(0))
+            end = done + len(probabilities)
+            result[rows[done:end], columns[done:end]] = probabilities
+            on_cells(end - done)
+            done = end
     return result
 
 

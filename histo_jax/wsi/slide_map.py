@@ -11,10 +11,8 @@ import jax
 import numpy as np
 from PIL import Image
 
-from histo_jax.data.example import IMAGE_SIZE, PatchSpec
-from histo_jax.data.source_adapter import patch_spec
+from histo_jax.data.example import PatchSpec
 from histo_jax.distributed import runtime
-from histo_jax.errors import ConfigError
 from histo_jax.predictor import Predictor
 from histo_jax.run import files
 from histo_jax.wsi import (
@@ -75,30 +73,6 @@ class Settings(NamedTuple):
             "tissue": [*self.tissue, mask],
             "positive": self.positive,
         }
-
-
-def predictor_patch(predictor: Predictor) -> PatchSpec:
-    """Returns size, labelled region and spacing of the patches of the networks.
-
-    Raises:
-        ConfigError: the networks differ, or their spacing is not known.
-    """
-    specs = {
-        trained.run: patch_spec(trained.config.data, IMAGE_SIZE) for trained in predictor.trained
-    }
-    first = next(iter(specs.values()))
-    for run, spec in specs.items():
-        if spec != first:
-            raise ConfigError(
-                f"{run} has patches of {spec}, and {next(iter(specs))} of {first}: the networks of "
-                "an ensemble must agree in size, data.label_region and data.mpp"
-            )
-        if spec.mpp is None:
-            raise ConfigError(
-                f"{run}: micrometres a pixel of its patches are not known: set "
-                "--config.data.mpp=... for this command or the run"
-            )
-    return first
 
 
 def weights_digests(predictor: Predictor) -> list[str]:

@@ -35,7 +35,7 @@ def main(rounds: int) -> None:
     config = get_config()
     batch_sharding = mesh.batch_sharding()
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-    state = create_state(model, optimizer, 0, np.full(3, 0.5), np.full(3, 0.25))
+    state = create_state(model, optimizer, 0, np.full(3, 0.5), np.full(3, 0.25), 96)
     state = jax.device_put(state, mesh.replicated(batch_sharding))
     train_step = make_train_step(
         model, optimizer, batch_sharding, make_augment(config.augment), get_loss(config.fit.loss)

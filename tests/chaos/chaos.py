@@ -253,7 +253,7 @@ def contents(run, config):
     found = {path.name: path.read_bytes() for path in paths}
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-    like = abstract_state(model, optimizer, place)
+    like = abstract_state(model, optimizer, 96, place)
     early_stopping = EarlyStopping.create(config.early_stopping)
     with Checkpoints(run.workdir) as checkpoints:
         newest = checkpoints.restore_latest(like, early_stopping)

@@ -45,7 +45,7 @@ def test_records_follow_the_csv_and_the_tables(tiny_config, kaggle_dir):
 
 
 def test_records_of_several_files_keep_their_order(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(record_writer, "_SHARD", 8)
+    monkeypatch.setattr(record_writer, "_SHARD", 8 * 96 * 96)
     tiny_config.data.tfds_dir = str(tmp_path)
     prepared = prepare(tiny_config)
     assert len(list(prepared.directory.glob("*train.array_record*"))) == 5

@@ -21,6 +21,7 @@ def make_table(count: int = 400, slides: int = 0, positive: float = 0.4) -> pd.D
             "slide": [f"s{i}" for i in rng.integers(0, slides, count)] if slides else "",
             **dict.fromkeys(SUMS, 9216 * 200),
             **dict.fromkeys(SQUARES, 9216 * 200**2 + 1),
+            "pixels": 9216,
         }
     )
 
@@ -101,6 +102,7 @@ def test_channel_stats_equal_the_moments_of_the_pixels():
     flat = images.reshape(5, -1, 3).astype(np.int64)
     table = pd.DataFrame(flat.sum(1), columns=list(SUMS))
     table[list(SQUARES)] = (flat**2).sum(1)
+    table["pixels"] = 96**2
     mean, std = splits.channel_stats(table, np.array([0, 2, 4]))
     chosen = images[[0, 2, 4]] / 255
     np.testing.assert_allclose(mean, chosen.mean((0, 1, 2)), rtol=1e-6)

@@ -221,7 +221,7 @@ def saved_state(place, workdir):
     """The arrays of the newest checkpoint."""
     config = config_of(place)
     model, optimizer = create_model(config.model), create_optimizer(config.optimizer)
-    like = abstract_state(model, optimizer, mesh.replicated(mesh.batch_sharding()))
+    like = abstract_state(model, optimizer, 96, mesh.replicated(mesh.batch_sharding()))
     with Checkpoints(workdir, read_only=True) as checkpoints:
         saved = checkpoints.restore_latest(like, EarlyStopping.create(config.early_stopping))
     leaves = jax.tree.leaves(saved.state)

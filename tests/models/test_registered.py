@@ -30,7 +30,7 @@ from histo_jax.training.augmentation import make_augment
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.losses import get_loss
 from histo_jax.training.optimizer import create_optimizer
-from histo_jax.training.parts import build_parts
+from histo_jax.training.parts import build_parts, check_parts
 from histo_jax.training.state import EarlyStopping, create_state
 
 RNG = np.random.default_rng(0)
@@ -46,7 +46,8 @@ pytestmark = pytest.mark.usefixtures("unregister")
 
 def check(config):
     validate(config)
-    build_parts(config.model, config.augment, config.fit)
+    parts = build_parts(config.model, config.augment, config.fit)
+    check_parts(parts, config.model, config.augment, config.fit, 96)
 
 
 def train(config, steps):
@@ -63,7 +64,7 @@ def train(config, steps):
         config.augment.mixup,
     )
     mean, std = np.full(3, 0.5), np.full(3, 0.25)
-    state = create_state(model, optimizer, 0, mean, std, config.optimizer.ema_decay > 0)
+    state = create_state(model, optimizer, 0, mean, std, 96, config.optimizer.ema_decay > 0)
     state = jax.device_put(state, mesh.replicated(batch_sharding))
     for _ in range(steps):
         state, metrics = train_step(state, jax.device_put(BATCH, batch_sharding))

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 import histo_jax
 from histo_jax.config import Config
+from histo_jax.data.example import PatchSpec
 from histo_jax.data.splits import make_subsets
 from histo_jax.metrics import Calibration
 from histo_jax.models.forward import make_forward, normalise
@@ -32,8 +33,10 @@ class Smooth(nn.Module):
 
 
 def make_trained(seed, calibration):
-    weights = init_weights(Smooth(), jax.random.key(seed), np.full(3, 0.7), np.full(3, 0.2))
-    return TrainedModel(f"run{seed}", Config(), Smooth(), weights, calibration, 0, "")
+    weights = init_weights(Smooth(), jax.random.key(seed), np.full(3, 0.7), np.full(3, 0.2), 96)
+    return TrainedModel(
+        f"run{seed}", Config(), Smooth(), weights, calibration, 0, "", PatchSpec(96)
+    )
 
 
 def make_images(count):

@@ -17,6 +17,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 import histo_jax
 from histo_jax import evaluation_files
 from histo_jax.data import splits
+from histo_jax.data.example import PatchSpec
 from histo_jax.data.leakage import audit
 from histo_jax.ensemble import check_evaluated
 from histo_jax.errors import UserError
@@ -232,8 +233,14 @@ def test_the_legend_explains_colours_frame_and_size(contents, words):
     text = words(contents())
     for part in ("Orange raises the predicted", "Blue lowers it", "32x32 of 96x96", "93 micro"):
         assert text.count(part) == 1, part
-    # The size of patches of other sources is not known.
-    assert "micrometres" not in words(contents(source="synthetic"))
+    assert "inset: 33.33%" in page.render(contents())[0]
+    quarter, _ = page.render(contents(patch_spec=PatchSpec(256, 128)))
+    assert "inset: 25.00%" in quarter
+    assert "128x128 of 256x256 pixels." in quarter
+    for spec in (PatchSpec(256), PatchSpec(256, 256, 0.5)):  # the label is of the whole patch
+        html, _ = page.render(contents(source="mine", patch_spec=spec))
+        assert "does the patch contain" in html
+        assert not [word for word in ("inset:", "Frame:", "micrometres") if word in html]
     assert "slides are synthetic" in words(contents(source="synthetic"))
     (patch,) = contents().galleries["Highest loss"]
     text = words(contents(galleries={"Highest loss": [patch._replace(attribution=None)]}))
@@ -398,7 +405,10 @@ def test_a_report_of_an_ensemble_names_its_runs(config, run, tmp_path):
         explain(ensemble, run)
     # Also in a folder with the scores of a run that has lost its checkpoints.
     scores = json.loads((run / "evaluation_validation.json").read_text())
-    trained = [TrainedModel(str(path), config, None, None, None, 0, "") for path in (run, twin)]
+    trained = [
+        TrainedModel(str(path), config, None, None, None, 0, "", PatchSpec(96))
+        for path in (run, twin)
+    ]
     with pytest.raises(UserError, match="a single run was evaluated, not the mean of"):
         check_evaluated(trained, scores, "validation")
 

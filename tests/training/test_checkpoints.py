@@ -35,13 +35,13 @@ def parts():
 
 @functools.cache
 def state(step):
-    made = create_state(*parts(), step, np.full(3, 0.5), np.full(3, 0.25))
+    made = create_state(*parts(), step, np.full(3, 0.5), np.full(3, 0.25), 96)
     return made.replace(step=jnp.int32(step), loss_sum=jnp.float32(0.1))
 
 
 @functools.cache
 def shapes():
-    return abstract_state(*parts(), mesh.replicated(mesh.batch_sharding()))
+    return abstract_state(*parts(), 96, mesh.replicated(mesh.batch_sharding()))
 
 
 def make(config, step, losses):
@@ -368,10 +368,10 @@ def test_a_run_without_checkpoints_names_the_fix(tmp_path):
 
 @pytest.mark.parametrize("has_ema", [False, True])
 def test_abstract_state_has_the_shapes_of_the_real_one(has_ema):
-    real = create_state(*parts(), 0, np.zeros(3), np.ones(3), has_ema)
+    real = create_state(*parts(), 0, np.zeros(3), np.ones(3), 96, has_ema)
     sharding = mesh.replicated(mesh.batch_sharding())
     jax.tree.map(
         lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"),
-        abstract_state(*parts(), sharding, has_ema),
+        abstract_state(*parts(), 96, sharding, has_ema),
         real,
     )

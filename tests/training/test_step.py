@@ -38,13 +38,13 @@ def make_train_step(model, batch_sharding, **options):
 
 
 def start(batch_sharding):
-    state = create_state(MODEL, OPTIMIZER, 0, MEAN, STD)
+    state = create_state(MODEL, OPTIMIZER, 0, MEAN, STD, 96)
     return jax.device_put(state, mesh.replicated(batch_sharding))
 
 
 def test_tta_is_the_mean_logit_of_the_eight_symmetries():
     images = make_batch(3)["image"]
-    weights = create_state(MODEL, OPTIMIZER, 0, MEAN, STD).weights
+    weights = create_state(MODEL, OPTIMIZER, 0, MEAN, STD, 96).weights
     plain, tta = (jax.jit(step.make_forward(MODEL, how)) for how in (False, True))
     logits = [
         plain(weights, jnp.asarray(np.rot90(turned, turns, (1, 2))))
@@ -56,7 +56,7 @@ def test_tta_is_the_mean_logit_of_the_eight_symmetries():
 
 
 def test_normalise_centres_and_scales():
-    state = create_state(MODEL, OPTIMIZER, 0, MEAN, STD)
+    state = create_state(MODEL, OPTIMIZER, 0, MEAN, STD, 96)
     images = make_batch(2)["image"]
     normalised = step.normalise(state.weights, jnp.asarray(images))
     np.testing.assert_allclose(normalised, (images / 255 - MEAN) / STD, rtol=1e-4, atol=1e-5)
@@ -104,7 +104,7 @@ def test_the_first_loss_is_the_cross_entropy_of_the_batch():
     batch_sharding, batch = mesh.batch_sharding(jax.devices()[:1]), make_batch()
     # Flat images look the same in all eight symmetries.
     batch["image"][:] = batch["image"][:, :1, :1]
-    state = create_state(model, OPTIMIZER, 0, MEAN, STD)
+    state = create_state(model, OPTIMIZER, 0, MEAN, STD, 96)
     logits, _ = jax.jit(model.apply, static_argnames=("train", "mutable"))(
         state.weights.variables,
         step.normalise(state.weights, jnp.asarray(batch["image"])),
@@ -165,7 +165,7 @@ def test_a_batch_must_divide_over_the_devices():
 def test_the_moving_average_follows_its_formula_with_all_statistics():
     batch_sharding = mesh.batch_sharding()
     train_step = make_train_step(MODEL, batch_sharding, ema_decay=0.9)
-    state = create_state(MODEL, OPTIMIZER, 0, MEAN, STD, has_ema=True)
+    state = create_state(MODEL, OPTIMIZER, 0, MEAN, STD, 96, has_ema=True)
     expected = jax.device_get(state.weights)
     state = jax.device_put(state, mesh.replicated(batch_sharding))
     for count in range(12):

@@ -45,9 +45,13 @@ def run(tmp_path_factory):
     Workdir(folder).save_config(config)
     statistics = np.full(3, 0.7), np.full(3, 0.2)
     state = create_state(
-        create_model(config.model), create_optimizer(config.optimizer), 0, *statistics, False
+        create_model(config.model), create_optimizer(config.optimizer), 0, *statistics, 96, False
     )
-    data = {"fingerprint": "", "calibration": dataclasses.asdict(Calibration(2.0, -1.0))}
+    data = {
+        "fingerprint": "",
+        "image_size": 96,
+        "calibration": dataclasses.asdict(Calibration(2.0, -1.0)),
+    }
     early_stopping = EarlyStopping.create(config.early_stopping)
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(Checkpoint(state, early_stopping, data, []), 0.5)

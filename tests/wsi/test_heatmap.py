@@ -350,7 +350,7 @@ def test_threshold_of_evaluation_moves_with_the_prior(predictor, monkeypatch, ru
 
 
 def test_networks_without_a_scale_are_refused(predictor, square_slide, tmp_path, monkeypatch):
-    monkeypatch.setattr(slide_map, "patch_spec", lambda *_: PatchSpec(96, 32, None))
+    monkeypatch.setattr(predictor, "patch", PatchSpec(96, 32, None))
     with pytest.raises(ConfigError, match=r"config\.data\.mpp"):
         histo_jax.heatmap(predictor, square_slide, tmp_path)
 

@@ -3,6 +3,8 @@
 A source is a class. `histo_jax.register_source` describes its constructor, `splits()` and
 `fingerprint()`. It may also have these attributes and methods:
 
+- `image_size`: class attribute, height and width of its patches in pixels, if these are fixed.
+- `label_region`, `mpp`: class attributes, see `histo_jax.data.example.PatchSpec`.
 - `modified() -> str | None`: hash of the modification times of files that the fingerprint covers
   in part only. A change is logged.
 - `origin`: text that names the data in the log, where `data.raw_dir` does not.

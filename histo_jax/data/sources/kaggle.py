@@ -21,13 +21,14 @@ from PIL import Image
 
 from histo_jax.config import DataConfig
 from histo_jax.data import raw_files
-from histo_jax.data.example import IMAGE_SIZE, UNLABELLED, Example, SizedExamples
+from histo_jax.data.example import UNLABELLED, Example, SizedExamples
 from histo_jax.data.tables import read_csv
 from histo_jax.errors import DataError, one_line
 from histo_jax.registry import register_source
 from histo_jax.run.files import expand
 
-_FORMAT = ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
+_SIZE = 96  # height and width of a patch, pixels
+_FORMAT = ("RGB", (_SIZE, _SIZE))
 # Images in memory at once: 14 MB.
 _CHUNK = 512
 # Bytes that are read of a file; a patch has 28 kB.
@@ -53,7 +54,7 @@ class Kaggle:
     """
 
     # PatchCamelyon's README: 0.243 um at 40x, undersampled to 10x; the label is of the centre.
-    label_region, mpp = 32, 0.972
+    image_size, label_region, mpp = _SIZE, 32, 0.972
 
     def __init__(self, data: DataConfig) -> None:
         self._raw_dir = expand(data.raw_dir, "--config.data.raw_dir") if data.raw_dir else None
@@ -314,7 +315,7 @@ def _read_image(path: Path) -> np.ndarray | str | Exception:
         reason = one_line(error).partition(" <_io.")[0] if content else "it is empty"
         return f"is not a readable TIFF ({reason})"
     if pixels is None:
-        return f"is {size[0]}x{size[1]} {mode}, not {IMAGE_SIZE}x{IMAGE_SIZE} RGB"
+        return f"is {size[0]}x{size[1]} {mode}, not {_SIZE}x{_SIZE} RGB"
     if hashlib.sha1(pixels.tobytes()).hexdigest() != path.stem:
         return _OTHER_PIXELS
     return pixels

@@ -20,7 +20,7 @@ import numpy as np
 
 from histo_jax.config import DataConfig
 from histo_jax.data import downloads, gzips, hdf5, raw_files
-from histo_jax.data.example import IMAGE_SHAPE, Example, SizedExamples
+from histo_jax.data.example import Example, SizedExamples
 from histo_jax.data.names import clean_column
 from histo_jax.data.tables import read_csv
 from histo_jax.errors import DataError
@@ -32,6 +32,8 @@ log = logging.getLogger("histo_jax")
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # ours: the files' name
 BASE_URL = "https://zenodo.org/record/2546921/files/"
 
+_SIZE = 96  # height and width of a patch, pixels
+_SHAPE = (_SIZE, _SIZE, 3)
 _STEM = "camelyonpatch_level_2_split_"
 _HEAD = 2**24  # bytes that the fingerprint covers
 _CHUNK = 512  # patches in memory at once: 14 MB
@@ -54,7 +56,7 @@ class PatchCamelyon:
     """
 
     # PatchCamelyon's README: 0.243 um at 40x, undersampled to 10x; the label is of the centre.
-    label_region, mpp = 32, 0.972
+    image_size, label_region, mpp = _SIZE, 32, 0.972
 
     origin = "the published files"
 
@@ -262,13 +264,13 @@ def _read_slides(path: Path) -> list[str]:
 def _check_images(path: Path, data: h5py.Dataset) -> None:
     """Refuses what is not uint8[n, 96, 96, 3] with n > 0, and says how to convert it."""
     shape: tuple[int, ...] = data.shape or ()  # None is HDF5's "null"
-    if data.dtype == np.uint8 and shape[1:] == IMAGE_SHAPE and shape[0]:
+    if data.dtype == np.uint8 and shape[1:] == _SHAPE and shape[0]:
         return
-    if shape[1:] == (IMAGE_SHAPE[2], *IMAGE_SHAPE[:2]):
+    if shape[1:] == (_SHAPE[2], *_SHAPE[:2]):
         hint = "put the channels last"
-    elif shape[1:] == (*IMAGE_SHAPE[:2], 4):
+    elif shape[1:] == (*_SHAPE[:2], 4):
         hint = "leave the fourth channel out"
-    elif shape[1:] == IMAGE_SHAPE and data.dtype.kind == "f":
+    elif shape[1:] == _SHAPE and data.dtype.kind == "f":
         hint = "write whole numbers from 0 to 255"
     else:
         hint = "write it in this form"

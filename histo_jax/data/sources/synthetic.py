@@ -14,13 +14,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from histo_jax.config import DataConfig
-from histo_jax.data.example import IMAGE_SIZE, Example, SizedExamples
+from histo_jax.data.example import Example, SizedExamples
 from histo_jax.data.synthetic_tissue import TILE, generate_tile
 from histo_jax.errors import DataError
 from histo_jax.registry import register_source
 
 SPLITS = ("train", "test")
 PATCHES_PER_SLIDE = 64
+_SIZE = 96  # height and width of a patch, pixels
 CENTRE = 32
 # A positive has tumour in at least this fraction of its centre: one stray pixel is no finding.
 MIN_TUMOUR_FRACTION = 0.1
@@ -34,7 +35,8 @@ class Synthetic:
         data: `split_seed` is the seed, `synthetic_slides` the number of training slides.
     """
 
-    label_region, mpp = 32, 1.0  # as PatchCamelyon's centre; a pixel of the generator is 1 um wide
+    # As PatchCamelyon's; a pixel of the generator is 1 um wide.
+    image_size, label_region, mpp = _SIZE, CENTRE, 1.0
 
     origin = "synthetic slides"
 
@@ -115,8 +117,8 @@ def generate_patches(seed: int, split: str, number: int) -> tuple[np.ndarray, np
     image, mask = generate_tile(rng)
 
     # Corners a centre's width apart: the centres tile the slide, only their surroundings overlap.
-    starts = np.arange(0, TILE - IMAGE_SIZE + 1, CENTRE)
-    windows = [np.s_[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] for y in starts for x in starts]
+    starts = np.arange(0, TILE - _SIZE + 1, CENTRE)
+    windows = [np.s_[y : y + _SIZE, x : x + _SIZE] for y in starts for x in starts]
     fractions = np.array([_centre(mask[window]).mean() for window in windows])
     half = PATCHES_PER_SLIDE // 2
     positives = half + int(rng.integers(-half // 4, half // 4 + 1))
@@ -134,5 +136,5 @@ def generate_patches(seed: int, split: str, number: int) -> tuple[np.ndarray, np
 
 def _centre(patch: np.ndarray) -> np.ndarray:
     """The centre 32x32 of a [96, 96, ...] patch, which decides the label."""
-    edge = (IMAGE_SIZE - CENTRE) // 2
+    edge = (_SIZE - CENTRE) // 2
     return patch[edge : edge + CENTRE, edge : edge + CENTRE]
