@@ -37,6 +37,7 @@ if typing.TYPE_CHECKING:
     from histo_jax.recipes import recipe
     from histo_jax.report import explain, report
     from histo_jax.training.callbacks import Callback
+    from histo_jax.wsi.heatmap import heatmap
 
 __version__ = VERSION
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "explain",
     "export",
     "fit",
+    "heatmap",
     "load",
     "predict",
     "prepare",
@@ -79,6 +81,7 @@ _HOMES = {
     "export": "histo_jax.export",
     "fit": "histo_jax.fitting",
     "evaluate": "histo_jax.evaluation",
+    "heatmap": "histo_jax.wsi.heatmap",
     "load": "histo_jax.predictor",
     "predict": "histo_jax.prediction",
     "prepare": "histo_jax.preparation",

@@ -28,9 +28,9 @@ usage: python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE] [--con
   --config=FILE    a Python file with get_config(), such as configs/kaggle.py; FILE:TEXT for
                    get_config(TEXT); the name of a recipe, such as kaggle; or a run's config.json.
                    Optional where DIR has a config.json, which then gives all settings.
-                   evaluate, predict, report, audit, explain and export take all other settings
-                   from the run, and from FILE only folders and evaluate., predict., explain. and
-                   export. fields
+                   evaluate, predict, report, audit, explain, export and heatmap take all other
+                   settings from the run, and from FILE only folders and evaluate., predict.,
+                   explain., export. and heatmap. fields
   --workdir=DIR    folder of the run: checkpoints, history, scores, submission; optional for compare
   --mode=MODE      run (default): prepare, fit, evaluate, predict and report, in this order
                    prepare: write the records
@@ -43,6 +43,7 @@ usage: python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE] [--con
                    compare: test whether the two runs of config.compare.runs differ
                    explain: write attribution maps of the patches of config.explain.ids
                    export:  write the trained network for other programs, into DIR/export
+                   heatmap: write maps of the slides of config.heatmap.slides
   --multihost=HOW  train with several processes: auto, slurm or tpu detect the cluster; manual
                    needs --coordinator=HOST:PORT (the same for all), --process_count=N and
                    --process_index=I, from 0

@@ -276,7 +276,7 @@ class EvaluateConfig:
 
 @dataclasses.dataclass
 class PredictConfig:
-    """How `evaluate`, `predict`, `report` and `explain` use the trained network."""
+    """How `evaluate`, `predict`, `report`, `explain` and `heatmap` use the trained network."""
 
     tta: bool = _option(
         False,
@@ -348,6 +348,48 @@ class ExportConfig:
     )
 
 
+@dataclasses.dataclass
+class HeatmapConfig:
+    """What `heatmap` makes maps of, and how."""
+
+    slides: str = _option(
+        "",
+        "slides, folders of slides, and CSV files slide,mpp, separated by commas",
+        LOCAL_PATHS,
+    )
+    mpp: float | None = _option(
+        None,
+        "width of a pixel of the slides in micrometres, instead of what the files state; None = "
+        "as the files state",
+        Limit(POSITIVE.holds, f"{POSITIVE.expected}, or None"),
+    )
+    tissue: str = _option(
+        "auto",
+        "where cells are computed: auto = where the slide is stained, all, a mask image, a GeoJSON "
+        "of QuPath, or a folder of such files with the slides' names",
+        Limit(bool, "auto, all, a file or a folder"),
+        LOCAL_PATH,
+    )
+    min_tissue_area: float = _option(
+        4_000.0, "auto: smallest piece of tissue in square micrometres", NOT_NEGATIVE
+    )
+    max_hole_area: float = _option(
+        4_000.0, "auto: largest hole in tissue that is filled, in square micrometres", NOT_NEGATIVE
+    )
+    threshold: float | None = _option(
+        None,
+        "probability from which a cell is positive, 0 to 1; None = that of 95% specificity in "
+        "validation, 0.5 where the run was not evaluated",
+        Limit(FRACTION.holds, f"{FRACTION.expected}, or None"),
+    )
+    stride: int | None = _option(
+        None,
+        "distance of two cells in pixels of the network's scale, a multiple of the cell; None = "
+        "the cell, which is data.label_region, or the whole patch",
+        at_least(1, ", or None for the cell"),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ConfigFile:
     """The Python file that settings come from.
@@ -384,6 +426,7 @@ class Config:
     compare: CompareConfig = dataclasses.field(default_factory=CompareConfig)
     explain: ExplainConfig = dataclasses.field(default_factory=ExplainConfig)
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
+    heatmap: HeatmapConfig = dataclasses.field(default_factory=HeatmapConfig)
 
     @property
     def data_seed(self) -> int:

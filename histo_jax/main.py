@@ -38,6 +38,7 @@ COMMANDS = {
     "compare": "histo_jax.comparison:compare",
     "explain": "histo_jax.report:explain",
     "export": "histo_jax.export:export",
+    "heatmap": "histo_jax.wsi.heatmap:run",
 }
 _LEAK_FOUND = _NO_PARITY = 1
 _EXPECTED_FAILURE = 2

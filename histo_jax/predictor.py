@@ -6,7 +6,7 @@ Everything that uses trained networks uses them through `Predictor`, and only th
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +25,7 @@ from histo_jax.data.source_adapter import patch_spec
 from histo_jax.distributed import runtime
 from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration
-from histo_jax.models import create_model
+from histo_jax.models import create_model, windows
 from histo_jax.models.forward import Weights, make_forward, read_behind
 from histo_jax.run import files
 from histo_jax.settings import load_run_config
@@ -244,15 +244,53 @@ class Predictor:
         )
         return [np.concatenate(by_batch)[: sum(counts)] for by_batch in flat]
 
-    def _program(self, make: MakeFunction, model: nn.Module) -> Any:
+    def window_logits(
+        self, blocks: Iterable[tuple[UInt8[np.ndarray, "height width 3"], np.ndarray]]
+    ) -> Generator[Float32[np.ndarray, "networks n"], None, None]:
+        """Yields the logits of windows that overlap, before calibration, a batch at a time.
+
+        A block of pixels is copied to the devices once, and its windows are cut there. At most
+        `windows.SLOTS` blocks are held at a time.
+
+        Args:
+            blocks: pixels, all of one size, and int[k, 2], y and x of the upper left corner of each
+                window in them.
+
+        Yields:
+            The logits of the next windows, in the order of the blocks.
+        """
+        devices = len(self._devices)
+        per_device = -(-self.batch_size // devices)
+        make = make_forward_tta if self.tta else make_forward
+        counts: list[int] = []
+
+        def dispatch() -> Iterator[list[jax.Array]]:
+            for slots, corners, count in windows.batches(blocks, devices * per_device):
+                counts.append(count)
+                parts = corners.reshape(devices, per_device, 3)
+                yield [
+                    self._program(make, t.model, cuts_windows=True)(t.weights, slots, parts)
+                    for t in self.trained
+                ]
+
+        with runtime.jax_defaults():
+            for number, outputs in enumerate(read_behind(dispatch())):
+                yield np.stack([output.reshape(-1)[: counts[number]] for output in outputs])
+
+    def _program(self, make: MakeFunction, model: nn.Module, cuts_windows: bool = False) -> Any:
         """Returns the compiled function; networks of one architecture share it."""
-        key: Any = make, model
+        use = ("windows",) if cuts_windows else ()
+        key: Any = make, model, *use
         try:
             hash(key)
         except TypeError:  # the network has a field without a hash
-            key = make, id(model)
+            key = make, id(model), *use
         if key not in self._programs:
-            self._programs[key] = jax.pmap(make(model), in_axes=(None, 0), devices=self._devices)
+            function = make(model)
+            if cuts_windows:
+                function = windows.on_windows(function, self.patch.size)
+            axes = (None, None, 0) if cuts_windows else (None, 0)
+            self._programs[key] = jax.pmap(function, in_axes=axes, devices=self._devices)
         return self._programs[key]
 
 

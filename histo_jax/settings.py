@@ -15,9 +15,9 @@ from histo_jax.run.saved_config import LOCATIONS, SavedConfig
 from histo_jax.run.workdir import CONFIG_NAME, Workdir
 
 # Modes that use a trained run and change nothing of it.
-READING_MODES = ("evaluate", "predict", "report", "audit", "explain", "export")
+READING_MODES = ("evaluate", "predict", "report", "audit", "explain", "export", "heatmap")
 # What these modes take from the config file although the run has settings of its own...
-_OF_THE_COMMAND = ("evaluate.", "predict.", "explain.", "export.")
+_OF_THE_COMMAND = ("evaluate.", "predict.", "explain.", "export.", "heatmap.")
 # ... and what only if the file sets it: a folder left out does not mean the default one.
 _IF_SET = (*LOCATIONS, "predict.checkpoints")
 

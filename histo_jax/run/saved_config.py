@@ -24,7 +24,7 @@ LOCATIONS = ("data.raw_dir", "data.table", "data.tfds_dir", "data.records", "dat
 _DESCRIPTIONS = ("data.label_region", "data.mpp")
 # Saved as absolute paths, so that a start from another folder means the same files.
 _PATHS = ("data.raw_dir", "data.table", "data.tfds_dir", "data.slide_map", "predict.images")
-_LISTS_OF_PATHS = ("predict.checkpoints",)
+_LISTS_OF_PATHS = ("predict.checkpoints", "heatmap.slides")
 # Keys beside the settings.
 _VERSION, _SOURCE, _CONFIG_FILE = "version", "source", "config_file"
 

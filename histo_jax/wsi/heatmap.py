@@ -1,0 +1,247 @@
+"""Maps of slides: the command `heatmap`, and the same from Python."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+from scipy.special import expit, logit
+
+from histo_jax import command, ensemble, environment, evaluation_files
+from histo_jax.config import Config, HeatmapConfig
+from histo_jax.config_values import folders
+from histo_jax.distributed import consensus, runtime
+from histo_jax.errors import ConfigError, DataError, UserError
+from histo_jax.metrics import Calibration
+from histo_jax.predictor import Predictor, load
+from histo_jax.run import files, progress, signals
+from histo_jax.run.workdir import Workdir
+from histo_jax.wsi import index, libraries, results, search, slide_map, tissue
+from histo_jax.wsi.grid import cell_size
+
+log = logging.getLogger("histo_jax")
+
+_FOLDER = "heatmaps"
+_DEFAULT_THRESHOLD = 0.5
+_SHOWN = 3
+
+
+def run(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
+    """Makes the maps of `config.heatmap.slides`, in `heatmaps/` of the workdir.
+
+    Args:
+        config: settings of the run.
+        workdir: folder of a trained run; any folder with `predict.checkpoints`.
+
+    Returns:
+        See `heatmap`.
+
+    Raises:
+        UserError: a setting or the folder is wrong; or slides have failed, after all others are
+            done.
+        OSError: a file cannot be written.
+        Preempted: a signal has asked this process to stop.
+    """
+    options = config.heatmap
+    paths = folders(options.slides)
+    if not paths:
+        raise ConfigError(
+            "config.heatmap.slides is empty: give slides, folders of slides, or a CSV with the "
+            "columns slide,mpp"
+        )
+    libraries.check()
+    slides = search.find(paths, options.mpp)
+    with command.start(config, workdir, "heatmap") as session:
+        predictor = ensemble.load_predictor(config, session.path, config.predict.prior)
+        _acquire(session, config)
+        settings = _settings(predictor, options, session.path)
+        table = _make_all(predictor, slides, settings, session.path / _FOLDER)
+        _raise_failures(table, session.path / _FOLDER)
+    return table
+
+
+def heatmap(
+    predictor: Predictor | str | os.PathLike[str],
+    slides: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    options: HeatmapConfig | None = None,
+) -> pd.DataFrame:
+    """Makes a map of each slide: the probability of each cell, as tables, GeoJSON and pictures.
+
+    Slides that are finished in `out` with the same networks and settings are skipped. A slide that
+    fails does not stop the others.
+
+    Example:
+        >>> histo_jax.heatmap("runs/kaggle", "slides", "maps")
+
+    Args:
+        predictor: the networks, or the folder of a run.
+        slides: slides, folders that are searched, and tables `slide[,mpp]`.
+        out: folder of the results, one folder for each slide, and `index.html`.
+        options: `config.heatmap`; its `slides` are not used.
+
+    Returns:
+        One row for each slide: `name`, `slide`, `error` ('' = none), and the numbers of
+        `slide.json`.
+
+    Raises:
+        UserError: an option is wrong, no slide is named, or the extra `slides` is not installed.
+        OSError: a file cannot be written.
+    """
+    libraries.check()
+    options = options or HeatmapConfig()
+    names = [slides] if isinstance(slides, str | os.PathLike) else slides
+    found = search.find([os.fspath(name) for name in names], options.mpp)
+    with environment.defaults(), runtime.jax_defaults(), signals.watch():
+        if not isinstance(predictor, Predictor):
+            predictor = load(predictor)
+        run = Path(predictor.trained[0].run)
+        settings = _settings(predictor, options, run)
+        return _make_all(predictor, found, settings, files.expand(out, "out"))
+
+
+def _acquire(session: Workdir, config: Config) -> None:
+    """Makes the folder that of the ensemble of `config.predict.checkpoints`, if there is one."""
+    if config.predict.checkpoints:
+        session.acquire(config)
+        session.save_config(config)
+
+
+def _settings(predictor: Predictor, options: HeatmapConfig, folder: Path) -> slide_map.Settings:
+    """Returns how the maps are made.
+
+    Args:
+        predictor: the networks.
+        options: of the command.
+        folder: where `evaluate` has scored the networks, if it has.
+    """
+    patch = predictor.patch
+    if patch.mpp is None:
+        raise ConfigError(
+            f"{predictor.trained[0].run}: micrometres a pixel of its patches are not known: set "
+            "--config.data.mpp=..., also for this command alone"
+        )
+    cell = cell_size(patch)
+    stride = options.stride or cell
+    if stride % cell:
+        raise ConfigError(
+            f"config.heatmap.stride = {stride} must be a multiple of the cell, {cell} pixels"
+        )
+    threshold, source = _threshold(predictor, options.threshold, folder)
+    return slide_map.Settings(
+        patch=patch,
+        stride=stride,
+        threshold=threshold,
+        threshold_source=source,
+        tissue=tissue.Options(options.tissue, options.min_tissue_area, options.max_hole_area),
+        positive=predictor.trained[0].config.data.positive or "Tumor",
+    )
+
+
+def _threshold(predictor: Predictor, given: float | None, folder: Path) -> tuple[float, str]:
+    """Returns the decision threshold and where it comes from."""
+    if given is not None:
+        return given, "given"
+    try:
+        scores = evaluation_files.read_scores(folder, "validation")
+        ensemble.check_evaluated(predictor.trained, scores, "validation")
+        threshold = scores["threshold_at_95_specificity"]
+    except (UserError, KeyError):
+        threshold = None
+    if threshold is None:
+        log.info("the networks were not evaluated: the decision threshold is 0.5")
+        return _DEFAULT_THRESHOLD, "default"
+    if predictor.prior is not None and 0 < threshold < 1:
+        # Evaluation knows no prior: the threshold moves as the probabilities do.
+        shifts = [
+            Calibration(prior=trained.calibration.prior).apply(
+                np.array([logit(threshold)]), predictor.prior
+            )
+            for trained in predictor.trained
+        ]
+        threshold = float(expit(np.mean(shifts)))
+    return threshold, "95% specificity in validation"
+
+
+def _make_all(
+    predictor: Predictor, slides: list[search.SlideFile], settings: slide_map.Settings, out: Path
+) -> pd.DataFrame:
+    """Makes the maps; each process makes its share, and the page shows all that are finished."""
+    out.mkdir(parents=True, exist_ok=True)
+    taken = {name: Path(summary["slide"]) for name, summary in results.read_all(out).items()}
+    named = search.assign_names(slides, taken)
+    own = named[jax.process_index() :: jax.process_count()]
+    rows = []
+    for number, (name, slide) in enumerate(own, start=1):
+        if signals.requested():
+            raise signals.Preempted(f", with {number - 1} of {len(own)} slides finished")
+        row: dict[str, Any] = {"name": name, "slide": str(slide.path), "error": ""}
+        try:
+            summary = _make_one(predictor, slide, settings, out / name, f"{number}/{len(own)}")
+            row |= {key: value for key, value in summary.items() if key not in row}
+            results.forget_failure(out, name)
+        except DataError as error:
+            row["error"] = str(error)
+            log.warning("%s", error)
+            results.record_failure(out, name, slide.path, str(error))
+        rows.append(row)
+        index.write(out)
+    consensus.global_minimum(len(rows))  # all processes are done
+    if jax.process_index() == 0:
+        index.write(out)
+    log.info("%d slides in %s", len(rows), out / index.NAME)
+    return pd.DataFrame(rows).drop(columns=["inputs"], errors="ignore")
+
+
+def _make_one(
+    predictor: Predictor,
+    slide: search.SlideFile,
+    settings: slide_map.Settings,
+    folder: Path,
+    position: str,
+) -> dict[str, Any]:
+    """Makes the map of one slide unless it is finished."""
+    results.remove_leftovers(folder.parent, folder.name)
+    finished = results.read_summary(folder)
+    if finished and slide.path.exists():
+        if finished["inputs"] == settings.inputs(predictor, slide, folder.name):
+            log.info("%s is finished: skipped", folder.name)
+            return finished
+        log.info("%s was made with other settings or networks: it is made again", folder.name)
+    log.info("slide %s: %s", position, slide.path)
+    with progress.bar(f"slide {position} {folder.name}", unit=" cells", leave=False) as bar:
+
+        def count(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done)
+
+        summary = slide_map.make(predictor, slide, settings, folder, count)
+    log.info(
+        "%s: %d cells, highest probability %s, %d regions above %.3g",
+        folder.name, summary["cells"],
+        "-" if summary["highest"] is None else f"{summary['highest']:.3f}",
+        summary["regions"], settings.threshold,
+    )  # fmt: skip
+    if not summary["cells"]:
+        log.warning(
+            "%s: no tissue was found; if there is some, set --config.heatmap.tissue=all or give a "
+            "mask", slide.path,
+        )  # fmt: skip
+    return summary
+
+
+def _raise_failures(table: pd.DataFrame, out: Path) -> None:
+    """Raises an error that names the slides that have failed, if any."""
+    failed = table[table["error"] != ""]
+    if consensus.global_minimum(int(not len(failed))):
+        return
+    reasons = "; ".join(failed["error"].head(_SHOWN))
+    more = f"; {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
+    raise DataError(
+        f"{len(failed)} of {len(table)} slides failed ({reasons}{more}): see {out / index.NAME}, "
+        "correct this and rerun the command"
+    )

@@ -1,0 +1,79 @@
+"""The folder of one slide's results: complete or absent, and known by what it was made from."""
+
+import contextlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from histo_jax.run import files
+
+SUMMARY = "slide.json"
+FAILURES = ".failed"
+# Of `slide.json`; results of another one are made again.
+FORMAT = 1
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes `folder` at the end; an error leaves the old one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
+    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old.part")
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+    finally:
+        # Killed between the two renames, the slide has no results and is done again.
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path, name: str) -> None:
+    """Removes what a killed process has left of one slide."""
+    for leftover in parent.glob(f".{name}.*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Returns what `slide.json` holds, None if it is missing, corrupt or of another format."""
+    try:
+        values = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) and values.get("format") == FORMAT else None
+
+
+def read_all(parent: Path) -> dict[str, dict[str, Any]]:
+    """Returns the summary of each slide that has results, by name."""
+    summaries = {path.name: read_summary(path) for path in sorted(parent.glob("[!.]*"))}
+    return {name: summary for name, summary in summaries.items() if summary}
+
+
+def record_failure(parent: Path, name: str, slide: Path, reason: str) -> None:
+    """Keeps the reason why a slide failed, for the page; processes share the folder."""
+    (parent / FAILURES).mkdir(parents=True, exist_ok=True)
+    values = {"name": name, "slide": str(slide), "reason": reason}
+    files.write_json(parent / FAILURES / f"{name}.json", values)
+
+
+def forget_failure(parent: Path, name: str) -> None:
+    """Removes what `record_failure` kept."""
+    (parent / FAILURES / f"{name}.json").unlink(missing_ok=True)
+
+
+def read_failures(parent: Path) -> list[dict[str, Any]]:
+    """Returns the failures, by name."""
+    failures = []
+    for path in sorted((parent / FAILURES).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            failures.append(json.loads(path.read_text(encoding="utf-8")))
+    return failures

@@ -1,0 +1,257 @@
+"""The map of one slide, from the file to its results."""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from histo_jax.data.example import PatchSpec
+from histo_jax.distributed import runtime
+from histo_jax.predictor import Predictor
+from histo_jax.run import files
+from histo_jax.wsi import (
+    libraries,
+    overlay,
+    probabilities,
+    pyramid,
+    reader,
+    regions,
+    resolution,
+    results,
+    tables,
+    tissue,
+)
+from histo_jax.wsi.grid import Grid
+from histo_jax.wsi.scaling import thumbnail
+from histo_jax.wsi.search import SlideFile
+
+# Pixels of the longer side of the thumbnail, on which tissue is found and the map is shown.
+_THUMBNAIL = 2048
+
+
+class Settings(NamedTuple):
+    """How maps are made.
+
+    Attributes:
+        patch: size, labelled region and spacing of the network's patches.
+        stride: distance of two cells in target pixels.
+        threshold: at or above it a cell is positive.
+        threshold_source: where it comes from.
+        tissue: how tissue is found.
+        positive: name of the positive class.
+    """
+
+    patch: PatchSpec
+    stride: int
+    threshold: float
+    threshold_source: str
+    tissue: tissue.Options
+    positive: str
+
+    def inputs(self, predictor: Predictor, slide: SlideFile, name: str) -> dict[str, Any]:
+        """Returns everything that the results of a slide depend on, as JSON has it."""
+        stat = slide.path.stat()
+        mask = ""
+        if self.tissue.tissue not in ("auto", "all"):
+            file = tissue.mask_file(self.tissue.tissue, slide.path, name)
+            mask = hashlib.sha256(file.read_bytes()).hexdigest()
+        return {
+            "slide": [str(slide.path.resolve()), stat.st_size, stat.st_mtime_ns],
+            "mpp": slide.mpp,
+            "networks": weights_digests(predictor),
+            "tta": predictor.tta,
+            "prior": predictor.prior,
+            "patch": list(self.patch),
+            "stride": self.stride,
+            "threshold": self.threshold,
+            "tissue": [*self.tissue, mask],
+            "positive": self.positive,
+        }
+
+
+def weights_digests(predictor: Predictor) -> list[str]:
+    """Returns the SHA-256 of calibration and weights of each network."""
+    digests = []
+    for trained in predictor.trained:
+        digest = hashlib.sha256(repr(trained.calibration).encode())
+        for leaf in jax.tree.leaves(trained.weights):
+            digest.update(np.asarray(leaf).tobytes())
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def make(
+    predictor: Predictor,
+    slide_file: SlideFile,
+    settings: Settings,
+    folder: Path,
+    progress: Callable[[int, int], object],
+) -> dict[str, Any]:
+    """Makes the map of one slide and writes its results; they appear when all are complete.
+
+    Args:
+        predictor: the networks.
+        slide_file: the slide.
+        settings: how the map is made.
+        folder: of the results; its name is that of the slide.
+        progress: called with the number of cells that are done, and of all.
+
+    Returns:
+        What `slide.json` holds.
+
+    Raises:
+        DataError: the slide cannot be read, or lacks micrometres a pixel.
+        OSError: a file cannot be written.
+        Preempted: a signal has asked this process to stop.
+    """
+    seconds: dict[str, float] = {}
+    name = folder.name
+    with reader.open_slide(slide_file.path) as slide:
+        inputs = settings.inputs(predictor, slide_file, name)
+        with _timing(seconds, "tissue"):
+            view = _view(slide, slide_file, settings, name)
+            is_tissue = view.grid.meeting(view.mask, view.canvas.step)
+        with _timing(seconds, "cells"):
+            count = int(is_tissue.sum())
+            progress(0, count)
+            values = probabilities.compute(
+                predictor, slide, view.scale, view.grid, is_tissue,
+                lambda done: progress(done, count),
+            )  # fmt: skip
+        found = regions.find(values, settings.threshold, view.grid, view.spacing)
+        with results.replacing(folder) as part:
+            with _timing(seconds, "outputs"):
+                _write(part, view, values, found, settings, name)
+            summary = {
+                "format": results.FORMAT,
+                "slide": str(slide_file.path.resolve()),
+                **_describe(view, settings),
+                **_numbers(values, found, settings.threshold),
+                "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+                **_networks(predictor),
+                "inputs": inputs,
+            }
+            files.write_json(part / results.SUMMARY, summary)
+    return summary
+
+
+class _View(NamedTuple):
+    """What is known of a slide before its cells are computed.
+
+    Attributes:
+        slide: open.
+        spacing: of level 0.
+        scale: of target pixels.
+        grid: the cells.
+        canvas: the thumbnail.
+        mask: tissue on it.
+    """
+
+    slide: reader.Slide
+    spacing: reader.Spacing
+    scale: resolution.Scale
+    grid: Grid
+    canvas: overlay.Canvas
+    mask: tissue.Mask
+
+
+def _view(slide: reader.Slide, slide_file: SlideFile, settings: Settings, name: str) -> _View:
+    spacing = resolution.slide_spacing(slide, slide_file.mpp)
+    assert settings.patch.mpp is not None
+    scale = resolution.choose_scale(slide, spacing, settings.patch.mpp)
+    grid = Grid.create(settings.patch, settings.stride, scale.full, slide.size)
+    step = max(1.0, max(slide.size) / _THUMBNAIL)
+    image = thumbnail(slide, step)
+    mask = tissue.find(slide, image, step, spacing, settings.tissue, name)
+    canvas = overlay.Canvas(image, step, step * (spacing.x + spacing.y) / 2)
+    return _View(slide, spacing, scale, grid, canvas, mask)
+
+
+def _write(
+    part: Path,
+    view: _View,
+    values: np.ndarray,
+    found: list[regions.Region],
+    settings: Settings,
+    name: str,
+) -> None:
+    """Writes everything but `slide.json`."""
+    grid, slide = view.grid, view.slide
+    labels = tables.Labels(settings.threshold, settings.positive)
+    tables.write_cells(part, values, grid, labels, name, slide.offset)
+    tables.write_regions(part / "regions.geojson", found, labels, name, slide.offset)
+    pyramid.write(part / "heatmap.ome.tif", values, grid, view.spacing, name)
+    title = slide.path.name
+    picture = overlay.draw(view.canvas, view.mask, values, grid, settings.threshold, title)
+    picture.save(part / "overlay.png")
+    Image.fromarray(view.canvas.image).save(part / "thumbnail.jpg", quality=85)
+    overlay.map_picture(values).save(part / "map.png")
+
+
+def _describe(view: _View, settings: Settings) -> dict[str, Any]:
+    slide, spacing, scale, grid = view.slide, view.spacing, view.scale, view.grid
+    tissue_pixels = float(view.mask.sum()) * view.canvas.step**2
+    return {
+        "width": slide.size[0],
+        "height": slide.size[1],
+        "vendor": slide.vendor,
+        "mpp_x": spacing.x,
+        "mpp_y": spacing.y,
+        "mpp_source": spacing.source,
+        "qupath_offset": list(slide.offset),
+        "target_mpp": settings.patch.mpp,
+        "level": scale.level,
+        "factor": list(scale.factor),
+        "pixel": list(scale.full),
+        "thumbnail_step": view.canvas.step,
+        "tissue_mm2": tissue_pixels * spacing.x * spacing.y / 1e6,
+        "rows": grid.shape[0],
+        "columns": grid.shape[1],
+        "window": grid.window,
+        "cell": grid.cell,
+        "stride": grid.stride,
+        "threshold": settings.threshold,
+        "threshold_source": settings.threshold_source,
+    }
+
+
+def _numbers(values: np.ndarray, found: list[regions.Region], threshold: float) -> dict[str, Any]:
+    """Returns the numbers of a map; None where it has no cells."""
+    known = np.sort(values[~np.isnan(values)].astype(np.float64))[::-1]
+    top = known[: max(1, round(0.01 * len(known)))]
+    return {
+        "cells": len(known),
+        "highest": float(known[0]) if len(known) else None,
+        "mean_top_percent": float(top.mean()) if len(known) else None,
+        "share_above": float((known >= np.float32(threshold)).mean()) if len(known) else None,
+        "regions": len(found),
+        "regions_mm2": sum(region.area for region in found),
+    }
+
+
+def _networks(predictor: Predictor) -> dict[str, Any]:
+    digests = weights_digests(predictor)
+    return {
+        "networks": [
+            {"run": trained.run, "step": trained.step, "weights_sha256": digest}
+            for trained, digest in zip(predictor.trained, digests, strict=True)
+        ],
+        "versions": {
+            **runtime.versions(),
+            "openslide": libraries.load("openslide").__library_version__,
+            "tifffile": libraries.load("tifffile").__version__,
+        },
+    }
+
+
+@contextlib.contextmanager
+def _timing(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    seconds[stage] = time.monotonic() - began
