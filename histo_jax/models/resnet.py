@@ -78,7 +78,7 @@ class ResNet18(nn.Module):
     """Four stages of two residual blocks, global average pooling, logit.
 
     Attributes:
-        stem: `small`, a 3x3 convolution, for patches of 96x96 pixels; or `imagenet`, a 7x7
+        stem: `small`, a 3x3 convolution, for patches of about 96x96 pixels; or `imagenet`, a 7x7
             convolution and a 3x3 max-pooling, both with stride 2, at a sixteenth of the cost.
         width: number of channels of the first stage; each later stage doubles it.
         dtype: dtype of the computation; parameters, statistics and logits are float32.

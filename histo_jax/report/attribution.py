@@ -15,7 +15,8 @@ from histo_jax.predictor import Predictor
 STEPS = 24
 # White: glass without tissue, which real patches contain; no patch shows the mean colour.
 GLASS = 255.0
-_BATCH = 12  # gradients take more memory than predictions
+# Patches at once, and their pixels: gradients take more memory than predictions.
+_BATCH, _PIXELS = 12, 12 * 96 * 96
 
 
 def attribute(
@@ -27,7 +28,8 @@ def attribute(
         predictor: its networks' attributions are averaged.
         images: RGB patches.
     """
-    maps = predictor.map(make_attribution, images, _BATCH)
+    batch_size = max(1, min(_BATCH, _PIXELS // predictor.patch.size**2))
+    maps = predictor.map(make_attribution, images, batch_size)
     pairs = zip(predictor.trained, maps, strict=True)
     scaled = [trained.calibration.scale * own for trained, own in pairs]
     return np.mean(scaled, axis=0).astype(np.float32)

@@ -16,6 +16,7 @@ from histo_jax import command, ensemble, evaluation_files
 from histo_jax.config import Config
 from histo_jax.config_values import names
 from histo_jax.data.records import Prepared, prepare
+from histo_jax.data.source_adapter import patch_spec
 from histo_jax.errors import UserError
 from histo_jax.predictor import Predictor, TrainedModel
 from histo_jax.report import patches
@@ -24,7 +25,8 @@ from histo_jax.run.workdir import Workdir
 
 log = logging.getLogger("histo_jax")
 
-_SCALE = 4  # screen pixels per pixel of a patch
+# Screen pixels of a patch, about: 4 for each of 96.
+_EDGE = 384
 
 
 def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
@@ -32,8 +34,9 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
 
     Each picture shows the patch, and beside it the same patch in grey with its attribution
     (integrated gradients): orange where pixels raise the predicted probability of tumour, blue
-    where they lower it. The centre is framed. Without ids the patches are those of the report's
-    galleries. With `config.predict.checkpoints` the mean of these runs is shown.
+    where they lower it. The region that the label describes is framed. Without ids the patches are
+    those of the report's galleries. With `config.predict.checkpoints` the mean of these runs is
+    shown.
 
     `explain/patches.csv` has one row per picture. Pictures of the same checkpoint accumulate; those
     of other checkpoints are removed.
@@ -70,7 +73,8 @@ def explain_in(run: Workdir, config: Config) -> pd.DataFrame:
     table = pd.DataFrame([patch[:4] for patch in chosen], columns=patches.Patch._fields[:4])
     table = table.assign(tta=tta, checkpoint=_identify(predictor.trained, folder))
     if run.is_primary:
-        pictures = {f"{patch.id}.png": _draw(patch) for patch in chosen}
+        region = patch_spec(config.data, prepared.image_size).label_region
+        pictures = {f"{patch.id}.png": _draw(patch, region) for patch in chosen}
         ids = {name for rows in prepared.tables.values() for name in rows["id"]}
         _add(folder / "explain", table, pictures, ids)
     log.info("%d patches in %s", len(table), folder / "explain")
@@ -185,19 +189,28 @@ def _read_rows(path: Path) -> pd.DataFrame:
     )
 
 
-def _draw(patch: patches.Patch) -> bytes:
-    """Returns the patch and its attribution side by side, as PNG."""
+def _draw(patch: patches.Patch, label_region: int | None) -> bytes:
+    """Returns the patch and its attribution side by side, as PNG.
+
+    Args:
+        patch: with its attribution.
+        label_region: width in pixels of the square in the centre to be framed; None = no frame.
+    """
     assert patch.attribution is not None
-    size = patch.image.shape[0] * _SCALE
-    sheet = Image.new("RGB", (2 * size + _SCALE, size), "white")
+    edge = len(patch.image)
+    scale = max(1, round(_EDGE / edge))
+    size, gap = edge * scale, 4
+    sheet = Image.new("RGB", (2 * size + gap, size), "white")
     pen = ImageDraw.Draw(sheet)
-    for left, pixels in ((0, patch.image), (size + _SCALE, patch.attribution)):
+    for left, pixels in ((0, patch.image), (size + gap, patch.attribution)):
         enlarged = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left, 0))
-        third = size // 3
+        if label_region in (None, edge):
+            continue
+        first = (edge - label_region) * scale // 2
         # White inside black is visible on glass and on nuclei. Pillow's end is inclusive.
         for margin, color in ((1, "black"), (0, "white")):
-            start, end = third - margin, 2 * third - 1 + margin
+            start, end = first - margin, first + label_region * scale - 1 + margin
             pen.rectangle((left + start, start, left + end, end), outline=color)
     file = io.BytesIO()
     sheet.save(file, "PNG")

@@ -11,6 +11,7 @@ import pandas as pd
 from PIL import Image
 from scipy.special import expit
 
+from histo_jax.data.example import PatchSpec
 from histo_jax.report import figures, patches, tables
 
 # Scores in the order of the table: name and explanation; `%s` stands for the prior.
@@ -54,6 +55,8 @@ SCORES = {
         "bins: 0 is perfect.",
     ),
 }
+# Largest height and width of a patch on the page, pixels.
+_LARGEST = 256
 # All figures that `render` can draw.
 FIGURES = ("learning_curves", "roc", "precision_recall", "calibration", "histogram")
 
@@ -103,6 +106,7 @@ class Contents:
     Attributes:
         workdir: name of the run's folder.
         source: `config.data.source`.
+        patch_spec: size and scale of the patches, and the region that their label describes.
         split: the evaluated split.
         scores: result of `evaluate`.
         table: `id`, `label`, `slide` and calibrated `logit` of each patch.
@@ -120,6 +124,7 @@ class Contents:
 
     workdir: str
     source: str
+    patch_spec: PatchSpec
     split: str
     scores: dict[str, Any]
     table: pd.DataFrame
@@ -159,6 +164,7 @@ def render(contents: Contents) -> tuple[str, dict[str, str]]:
             "negatives": float((probabilities[labels == 0] < 0.1).mean()),
             "positives": float((probabilities[labels == 1] >= 0.9).mean()),
         },
+        frame=_frame(contents.patch_spec),
         has_attribution=any(patch.attribution is not None for patch in shown),
         misclassified=int(patches.is_wrong(logits, labels).sum()),
         slides=tables.slide_scores(table, probabilities) if contents.has_slides else [],
@@ -185,6 +191,12 @@ def _draw_figures(
     return svgs
 
 
+def _frame(patch: PatchSpec) -> float | None:
+    """Returns the margin around the labelled region in percent of the patch; None = no margin."""
+    region = patch.label_region
+    return None if region in (None, patch.size) else 50 * (1 - region / patch.size)
+
+
 def _meanings(prior: float) -> dict[str, str]:
     meanings = {key: meaning for key, (_, meaning) in SCORES.items()}
     meanings["average_precision"] %= f"{prior:.3f}"
@@ -205,6 +217,7 @@ def _template() -> jinja2.Template:
 
 
 def _data_url(image: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)
+    file, picture = io.BytesIO(), Image.fromarray(image)
+    picture.thumbnail((_LARGEST, _LARGEST), Image.Resampling.BOX)
+    picture.save(file, "JPEG", quality=95, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -18,7 +18,7 @@ from histo_jax.report.attribution import attribute
 _SHOWN = 12  # patches in each gallery
 # From the palette of Okabe & Ito, which is safe for colour blindness.
 _FOR, _AGAINST = np.array([230, 159, 0]), np.array([0, 114, 178])
-_SQUARE = 4
+_SQUARE = 4  # pixels at 96x96; larger patches have 32 squares along each edge
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 
@@ -147,8 +147,9 @@ def _draw_attribution(image: Pixels, maps: Float32[np.ndarray, "height width"]) 
 
     The strongest squares of each patch have full colour, however little they contribute.
     """
-    height, width = (size // _SQUARE for size in maps.shape)
-    squares = maps.reshape(height, _SQUARE, width, _SQUARE).sum((1, 3))
+    edge = max(_SQUARE, len(maps) // 32)
+    height, width = (size // edge for size in maps.shape)
+    squares = maps.reshape(height, edge, width, edge).sum((1, 3))
     # Scaled by a quantile: scaled by the maximum, all but a few squares would be dark.
     strength = np.clip(squares / max(float(np.quantile(abs(squares), 0.98)), 1e-6), -1, 1)
     soft = Image.fromarray(strength).resize(maps.shape[::-1], Image.Resampling.BILINEAR)

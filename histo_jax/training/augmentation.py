@@ -1,7 +1,7 @@
 """Random augmentation of training batches, on the device.
 
-The label refers to the centre 32x32 pixels alone: flips, rotations by 90 degrees and shifts of a
-few pixels do not change it.
+The label refers to the patch's centre, or to the whole patch: flips, rotations by 90 degrees and
+shifts of a few pixels, which replace an edge that narrow, do not change it.
 """
 
 from collections.abc import Callable

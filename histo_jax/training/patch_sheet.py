@@ -12,8 +12,8 @@ from histo_jax.data import loader
 from histo_jax.data.loader import Records
 from histo_jax.training.augmentation import Augment, mixup
 
-# Patches along each edge of the sheet.
-_EDGE = 6
+# Patches along each edge of the sheet, and its largest edge in pixels.
+_EDGE, _LARGEST = 6, 1024
 
 
 def draw_patch_sheet(
@@ -30,7 +30,8 @@ def draw_patch_sheet(
     """
     count = len(records.rows)
     order = loader.training_order(count, batch_size, seed)
-    shown = min(count, _EDGE**2)
+    image_size = len(records.images(np.zeros(1, np.int64))[0])
+    shown = min(count, min(_EDGE, _LARGEST // image_size) ** 2)
     positions = np.concatenate([order[step] for step in range(-(-shown // batch_size))])[:shown]
     patches = _augmented(records.images(positions), augment, mixup_alpha, seed)
     edge = math.isqrt(len(patches))

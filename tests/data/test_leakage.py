@@ -38,7 +38,7 @@ class Memory(Prepared):
     """Prepared records that never were on disk."""
 
     def __init__(self) -> None:
-        self.tables, self.sources = {}, {}
+        self.tables, self.sources, self.image_size = {}, {}, 96
 
     def add(self, split: str, images: np.ndarray, labels: Any = None, slides: Any = "") -> None:
         labels = np.arange(len(images)) % 2 if labels is None else labels
@@ -46,6 +46,7 @@ class Memory(Prepared):
         table = pd.DataFrame({"id": [sha1(image) for image in images]})
         table["label"], table["slide"] = labels, slides
         table[list(SUMS)], table[list(SQUARES)] = pixels.sum(1), (pixels**2).sum(1)
+        table["pixels"] = 96**2
         self.tables[split], self.sources[split] = table, Records(table, images)
 
     def source(self, split: str) -> Records:

@@ -9,6 +9,7 @@ import pytest
 
 import histo_jax
 from histo_jax.config import Config
+from histo_jax.data.example import PatchSpec
 from histo_jax.report import page, patches, report
 
 
@@ -72,6 +73,7 @@ def contents():
         made = page.Contents(
             workdir="w",
             source="kaggle",
+            patch_spec=PatchSpec(96, 32, 0.972),
             split="validation",
             scores=scores | changes.pop("scores", {}),
             table=table,

@@ -233,8 +233,14 @@ def test_the_legend_explains_colours_frame_and_size(contents, words):
     text = words(contents())
     for part in ("Orange raises the predicted", "Blue lowers it", "32x32 of 96x96", "93 micro"):
         assert text.count(part) == 1, part
-    # The size of patches of other sources is not known.
-    assert "micrometres" not in words(contents(source="synthetic"))
+    assert "inset: 33.33%" in page.render(contents())[0]
+    quarter, _ = page.render(contents(patch_spec=PatchSpec(256, 128)))
+    assert "inset: 25.00%" in quarter
+    assert "128x128 of 256x256 pixels." in quarter
+    for spec in (PatchSpec(256), PatchSpec(256, 256, 0.5)):  # the label is of the whole patch
+        html, _ = page.render(contents(source="mine", patch_spec=spec))
+        assert "does the patch contain" in html
+        assert not [word for word in ("framed::after", "Frame:", "micrometres") if word in html]
     assert "slides are synthetic" in words(contents(source="synthetic"))
     (patch,) = contents().galleries["Highest loss"]
     text = words(contents(galleries={"Highest loss": [patch._replace(attribution=None)]}))

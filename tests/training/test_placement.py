@@ -45,7 +45,7 @@ RECORDS = Records(Source(), ROWS, LABELS)
 def test_batches_are_the_same_from_everywhere_on_any_number_of_devices(setting, devices):
     batch_sharding = mesh.batch_sharding(jax.devices()[:devices])
     few = Records(Source(), ROWS[:10], LABELS[:10])
-    examples, validation = placement.place(setting, [RECORDS, few], batch_sharding)
+    examples, validation = placement.place(setting, [RECORDS, few], 96, batch_sharding)
     order = loader.training_order(len(ROWS), 8, seed=3)
     for step, batch in zip((40, 41, 42), examples.training_batches(8, 3, 40), strict=False):
         assert batch.keys() == {"image", "label"}
@@ -67,7 +67,7 @@ def test_devices_gather_without_communication():
     batch_sharding = mesh.batch_sharding()
     pixels = jax.ShapeDtypeStruct((30, 27648), np.uint8, sharding=replicated(batch_sharding))
     positions = jax.ShapeDtypeStruct((8,), np.int32, sharding=batch_sharding)
-    program = placement.make_gather(batch_sharding).lower(pixels, positions).compile().as_text()
+    program = placement.make_gather(96, batch_sharding).lower(pixels, positions).compile().as_text()
     assert "gather" in program
     assert not any(word in program for word in ("all-", "collective", "permute"))
 
@@ -158,7 +158,7 @@ def test_loading_shows_a_bar_only_on_a_terminal(terminal, monkeypatch):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setattr(written, "isatty", lambda: terminal, raising=False)
     with contextlib.redirect_stderr(written):
-        placement.place("host", [RECORDS], mesh.batch_sharding())
+        placement.place("host", [RECORDS], 96, mesh.batch_sharding())
     assert ("270/270" in written.getvalue()) == terminal
     assert bool(written.getvalue()) == terminal
 
@@ -177,7 +177,7 @@ def test_a_signal_stops_the_loading(setting, number, status):
 
     many = Records(Interrupted(), np.arange(6000) % 300, np.zeros(6000, np.float32))
     with signals.watch(ctrl_c=True), pytest.raises(signals.Preempted) as left:
-        placement.place(setting, [many], mesh.batch_sharding(jax.devices()[:1]))
+        placement.place(setting, [many], 96, mesh.batch_sharding(jax.devices()[:1]))
     assert left.value.code == status
     assert sum(read) < 4000
 

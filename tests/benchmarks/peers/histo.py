@@ -92,7 +92,9 @@ class Peer:
     @functools.cache  # noqa: B019
     def _placed(self, placement: str, epoch: int) -> Dataset:
         rows = np.resize(np.arange(self._task.epoch), epoch)
-        return place(placement, [self._prepared.records("train", rows)], self._batch_sharding)[0]
+        return place(placement, [self._prepared.records("train", rows)], 96, self._batch_sharding)[
+            0
+        ]
 
     def _batches(self, placement: str, batch_size: int, epoch: int) -> Iterator[Any]:
         """Yields batches on the device."""
@@ -148,7 +150,7 @@ class Peer:
         prepared = self._prepare(source, raw_dir, tfds_dir)
         rows = np.arange(len(prepared.tables["train"]))
         subset = prepared.records("train", rows)
-        batches = place("disk", [subset], self._batch_sharding)[0].training_batches(
+        batches = place("disk", [subset], 96, self._batch_sharding)[0].training_batches(
             batch_size, 0, 0
         )
         for _ in range(steps):
