@@ -67,7 +67,7 @@ def render(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        head=_head(folder, config, evaluations),
+        head=_head(folder, config, contents, evaluations),
         name=_name(folder),
         dataset=_title(config),
         is_synthetic=config.data.source == "synthetic",
@@ -86,13 +86,16 @@ def render(
     )
 
 
-def _head(folder: Path, config: Config, evaluations: list[dict[str, Any]]) -> str:
+def _head(
+    folder: Path, config: Config, contents: Exported, evaluations: list[dict[str, Any]]
+) -> str:
     """Returns the head of the card, YAML that Hugging Face reads."""
+    architectures = dict.fromkeys(network.config.model.name for network in contents.networks)
     head: dict[str, Any] = {
         "license": config.export.license,
         "library_name": "histo_jax",
         "pipeline_tag": "image-classification",
-        "tags": ["histopathology", "pathology", "medical", "jax", "onnx", config.model.name],
+        "tags": ["histopathology", "pathology", "medical", "jax", *architectures],
         "datasets": [_DATASETS.get(config.data.source, config.data.source)],
         "metrics": ["roc_auc", "accuracy"],
     }

@@ -14,6 +14,7 @@ from histo_jax.errors import ParityError
 from histo_jax.export import processes
 from histo_jax.export.function import precise_logits
 from histo_jax.predictor import Predictor, load
+from histo_jax.run import files as run_files
 
 PARITY_NAME = "parity.json"
 # Largest difference of a logit, relative to its absolute value where that is above 1.
@@ -104,7 +105,8 @@ def _apply(
         return expit(logits), logits, {}
     output = images_path.with_name(f"{name}.npz")
     try:
-        processes.run("parity_script.py", name, path, images_path, output)
+        with run_files.disk_errors(output.parent):
+            processes.run("parity_script.py", name, path, images_path, output)
     except processes.ProcessError as error:
         raise ParityError(f"{path.name} was written but cannot be used: {error}") from None
     with np.load(output) as result:

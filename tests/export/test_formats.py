@@ -25,11 +25,12 @@ from histo_jax.models import create_model
 from histo_jax.models.forward import Weights
 from histo_jax.predictor import Predictor, TrainedModel, load
 
-PATCH = PatchSpec(96, 32, 0.972)
-SMALL = {"features": (4, 8, 8, 8, 32), "dense": 64}
+SIZE = 64
+PATCH = PatchSpec(SIZE, 32, 0.972)
+SMALL = {"features": (4, 8, 8, 8, 32), "dense": 128}
 CONFIGS = {
     "plain": ModelConfig(**SMALL),
-    "p4m": ModelConfig(name="five_block_p4m", features=(2, 2, 4, 4, 8), dense=64),
+    "p4m": ModelConfig(name="five_block_p4m", features=(2, 2, 4, 4, 8), dense=128),
     "resnet18": ModelConfig(name="resnet18", kwargs={"width": 8, "stem": "imagenet"}),
 }
 
@@ -43,7 +44,7 @@ def trained(name: str) -> TrainedModel:
 
 def make_trained(model: nn.Module, config: Config) -> TrainedModel:
     variables = jax.eval_shape(
-        functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 96, 96, 3))
+        functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3))
     )
     rng = np.random.default_rng(len(jax.tree.leaves(variables)))
 
@@ -76,7 +77,7 @@ ON_CASES = pytest.mark.parametrize("case", CASES)
 
 @pytest.fixture(scope="module")
 def images():
-    return np.random.default_rng(0).integers(0, 256, (1000, 96, 96, 3), np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (1000, SIZE, SIZE, 3), np.uint8)
 
 
 def make_predictor(case):
@@ -122,7 +123,7 @@ def test_onnx_computes_the_same_in_a_file_of_the_size_of_its_weights(
     case, images, expected, tmp_path
 ):
     path = tmp_path / "model.onnx"
-    onnx_format.write(path, make_predictor(case), 96, {"class_names": "normal,tumor"})
+    onnx_format.write(path, make_predictor(case), SIZE, {"class_names": "normal,tumor"})
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     weights = sum(4 * int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
@@ -136,7 +137,7 @@ def test_onnx_computes_the_same_in_a_file_of_the_size_of_its_weights(
     assert (given.name, given.type, given.shape) == (
         "images",
         "tensor(uint8)",
-        ["batch", 96, 96, 3],
+        ["batch", SIZE, SIZE, 3],
     )
     assert [(o.name, o.type, o.shape) for o in session.get_outputs()] == [
         (name, "tensor(float)", ["batch"]) for name in ("probability", "logit")
@@ -160,7 +161,7 @@ def expanded_bytes(name):
 def test_stablehlo_takes_any_number_of_images_on_every_platform(images, tmp_path):
     config = Config(model=ModelConfig(features=(1, 1, 1, 1, 1), dense=2))
     predictor = Predictor([make_trained(create_model(config.model), config)])
-    stablehlo.write(tmp_path / "model", predictor, 96)
+    stablehlo.write(tmp_path / "model", predictor, SIZE)
     program = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
     expected = precise_logits(predictor, images)
@@ -171,7 +172,7 @@ def test_stablehlo_takes_any_number_of_images_on_every_platform(images, tmp_path
 @ON_CASES
 def test_stablehlo_computes_the_same_and_holds_weights_once(case, images, expected, tmp_path):
     path = tmp_path / "model.stablehlo"
-    stablehlo.write(path, make_predictor(case), 96)
+    stablehlo.write(path, make_predictor(case), SIZE)
     program = jax.export.deserialize(bytearray(path.read_bytes()))
     check(*jax.jit(program.call)(images[:7]), expected[case][:7], 1e-5)
     weights = sum(
@@ -232,7 +233,7 @@ def test_wsinfer_accepts_the_description(tmp_path):
     described = torchscript.describe(contents("plain"))
     assert described["spec_version"] == "1.0"
     assert described["num_classes"] == len(described["class_names"]) == 2
-    assert (described["patch_size_pixels"], described["spacing_um_px"]) == (96, 0.972)
+    assert (described["patch_size_pixels"], described["spacing_um_px"]) == (SIZE, 0.972)
     assert [step["name"] for step in described["transform"]] == ["Resize", "ToTensor", "Normalize"]
 
 
