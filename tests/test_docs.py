@@ -425,7 +425,7 @@ def problem(page: Path, word: str, in_command: bool) -> str | None:
         module = ROOT / "histo_jax" / part
         is_module = module.is_dir() or module.with_suffix(".py").exists()
         return None if is_module or hasattr(histo_jax, part) else "not in histo_jax"
-    if "/" in name or re.search(r"\.(py|sh|md|json|csv|html|svg|toml|yaml|png|gz)$", name):
+    if "/" in name or re.search(r"\.(py|sh|md|(geo)?json|csv|html|svg|toml|yaml|png|jpg|tif|gz)$", name):
         if re.match(r"[A-Z_]{3,}/|runs/|\.h5", name):
             return None
         return None if exists(page, name) else "no such file"
