@@ -40,6 +40,7 @@ _FENCE = re.compile(
     r"```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+_FILE_NAME = re.compile(r"\.(py|sh|md|(geo)?json|csv|html|svg|toml|yaml|png|jpg|tif|gz)$")
 # Makes the configs of the clone small.
 _SHRINK = """
 
@@ -425,7 +426,9 @@ def problem(page: Path, word: str, in_command: bool) -> str | None:
         module = ROOT / "histo_jax" / part
         is_module = module.is_dir() or module.with_suffix(".py").exists()
         return None if is_module or hasattr(histo_jax, part) else "not in histo_jax"
-    if "/" in name or re.search(r"\.(py|sh|md|(geo)?json|csv|html|svg|toml|yaml|png|jpg|tif|gz)$", name):
+    if "/" in name or re.search(
+        r"\.(py|sh|md|(geo)?json|csv|html|svg|toml|yaml|png|jpg|tif|gz)$", name
+    ):
         if re.match(r"[A-Z_]{3,}/|runs/|\.h5", name):
             return None
         return None if exists(page, name) else "no such file"
