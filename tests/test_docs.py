@@ -40,6 +40,7 @@ _FENCE = re.compile(
     r"```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+_FILE_NAME = re.compile(r"\.(py|sh|md|(geo)?json|csv|html|svg|toml|yaml|png|jpg|tif|gz)$")
 # Makes the configs of the clone small.
 _SHRINK = """
 
@@ -331,7 +332,7 @@ _FOREIGN = {
     "aws", "sbatch", "DataLoader", "import-linter", "jit", "lint-imports", "PATH",
     "source", "activate", "flatbuffers",
 }  # fmt: skip
-_FILE_NAME = r"\.(py|sh|md|json|csv|html|svg|toml|yaml|png|gz|onnx|safetensors|stablehlo)$"
+_FILE_NAME = r"\.(py|sh|md|(geo)?json|csv|html|svg|toml|yaml|png|gz|onnx|safetensors|stablehlo)$"
 _FOREIGN_MODULES = ("torch", "nn", "ml_collections", "np", "os", "mlflow", "wandb")
 _ENVIRONMENT = {"HISTO_JAX_SAMPLE", "HISTO_JAX_LONG", "XLA_FLAGS", "MLFLOW_TRACKING_URI"}
 
@@ -416,7 +417,9 @@ def problem(page: Path, word: str, in_command: bool) -> str | None:
         return None if match[1] in modes() | {"MODE"} else "no mode"
     if match := re.match(r"--[\w-]+", word):
         return None if match[0] in known_flags() else "no option"
-    if in_command and not re.search(r"\.(py|sh|md|json|csv|html|sbatch|yaml)$|^launch/", word):
+    if in_command and not re.search(
+        r"\.(py|sh|md|(geo)?json|csv|html|sbatch|yaml)$|^launch/", word
+    ):
         return None
     if re.search(r"[*{}=:+<>|$\"'~]", word) or re.fullmatch(r"[\d.,/K-]+N?", word):
         return None

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from scipy.special import expit, logit
 
 from histo_jax import command, ensemble, environment, evaluation_files
 from histo_jax.config import Config, HeatmapConfig
+from histo_jax.config_checks import validate
 from histo_jax.config_values import folders
 from histo_jax.distributed import consensus, runtime
 from histo_jax.errors import ConfigError, DataError, UserError
@@ -60,7 +62,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         _acquire(session, config)
         settings = _settings(predictor, options, session.path)
         table = _make_all(predictor, slides, settings, session.path / _FOLDER)
-        _raise_failures(table, session.path / _FOLDER)
+        _raise_failures(len(slides), session.path / _FOLDER)
     return table
 
 
@@ -94,12 +96,14 @@ def heatmap(
     """
     libraries.check()
     options = options or HeatmapConfig()
+    validate(Config(heatmap=options))
     names = [slides] if isinstance(slides, str | os.PathLike) else slides
     found = search.find([os.fspath(name) for name in names], options.mpp)
     with environment.defaults(), runtime.jax_defaults(), signals.watch():
-        if not isinstance(predictor, Predictor):
-            predictor = load(predictor)
-        run = Path(predictor.trained[0].run)
+        if isinstance(predictor, Predictor):
+            run = Path(predictor.trained[0].run)
+        else:
+            run, predictor = Path(predictor).expanduser(), load(predictor)
         settings = _settings(predictor, options, run)
         return _make_all(predictor, found, settings, files.expand(out, "out"))
 
@@ -172,10 +176,13 @@ def _make_all(
 ) -> pd.DataFrame:
     """Makes the maps; each process makes its share, and the page shows all that are finished."""
     out.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        results.forget_failures(out)
+    consensus.global_minimum(len(slides))  # before another process records a failure
     taken = {name: Path(summary["slide"]) for name, summary in results.read_all(out).items()}
     named = search.assign_names(slides, taken)
     own = named[jax.process_index() :: jax.process_count()]
-    rows = []
+    rows, began = [], time.monotonic()
     for number, (name, slide) in enumerate(own, start=1):
         if signals.requested():
             raise signals.Preempted(f", with {number - 1} of {len(own)} slides finished")
@@ -183,14 +190,16 @@ def _make_all(
         try:
             summary = _make_one(predictor, slide, settings, out / name, f"{number}/{len(own)}")
             row |= {key: value for key, value in summary.items() if key not in row}
-            results.forget_failure(out, name)
         except DataError as error:
             row["error"] = str(error)
             log.warning("%s", error)
             results.record_failure(out, name, slide.path, str(error))
         rows.append(row)
         index.write(out)
-    consensus.global_minimum(len(rows))  # all processes are done
+        if number < len(own):
+            left = (time.monotonic() - began) / number * (len(own) - number)
+            log.info("%d of %d slides, about %.0f min left", number, len(own), left / 60)
+    consensus.global_minimum(len(rows))  # all processes have finished
     if jax.process_index() == 0:
         index.write(out)
     log.info("%d slides in %s", len(rows), out / index.NAME)
@@ -213,13 +222,12 @@ def _make_one(
             return finished
         log.info("%s was made with other settings or networks: it is made again", folder.name)
     log.info("slide %s: %s", position, slide.path)
-    with progress.bar(f"slide {position} {folder.name}", unit=" cells", leave=False) as bar:
 
-        def count(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done)
+    def open_bar(cells: int) -> Any:
+        name = f"slide {position} {folder.name}"
+        return progress.bar(name, cells, unit=" cells", leave=False)
 
-        summary = slide_map.make(predictor, slide, settings, folder, count)
+    summary = slide_map.make(predictor, slide, settings, folder, open_bar)
     log.info(
         "%s: %d cells, highest probability %s, %d regions above %.3g",
         folder.name, summary["cells"],
@@ -234,14 +242,14 @@ def _make_one(
     return summary
 
 
-def _raise_failures(table: pd.DataFrame, out: Path) -> None:
-    """Raises an error that names the slides that have failed, if any."""
-    failed = table[table["error"] != ""]
-    if consensus.global_minimum(int(not len(failed))):
+def _raise_failures(slides: int, out: Path) -> None:
+    """Raises an error that names the slides that have failed in any process, if there are some."""
+    failed = results.read_failures(out)
+    if not failed:
         return
-    reasons = "; ".join(failed["error"].head(_SHOWN))
+    reasons = "; ".join(failure["reason"] for failure in failed[:_SHOWN])
     more = f"; {len(failed) - _SHOWN} more" if len(failed) > _SHOWN else ""
     raise DataError(
-        f"{len(failed)} of {len(table)} slides failed ({reasons}{more}): see {out / index.NAME}, "
+        f"{len(failed)} of {slides} slides failed ({reasons}{more}): see {out / index.NAME}, "
         "correct this and rerun the command"
     )

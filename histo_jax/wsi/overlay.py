@@ -17,7 +17,6 @@ from histo_jax.wsi.tissue import Mask
 _COLOURS = np.array(
     [(0, 34, 78), (67, 78, 108), (125, 124, 120), (188, 174, 108), (254, 232, 56)], np.float64
 )
-_OPACITY = 0.5
 _TISSUE, _POSITIVE = (0, 0, 0), (213, 94, 0)
 _MARGIN, _PANEL = 24, 150
 # Lengths of a scale bar in micrometres: the longest that fits a quarter of the picture.
@@ -39,10 +38,11 @@ class Canvas(NamedTuple):
 
 
 def colour(probabilities: np.ndarray) -> UInt8[np.ndarray, "... 3"]:
-    """Returns the colour of probabilities."""
-    position = np.clip(np.nan_to_num(probabilities), 0, 1) * (len(_COLOURS) - 1)
-    channels = [np.interp(position, np.arange(len(_COLOURS)), c) for c in _COLOURS.T]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)
+    """Returns the colour of probabilities, in 256 steps."""
+    points = np.linspace(0, 255, len(_COLOURS))
+    channels = [np.interp(np.arange(256), points, channel) for channel in _COLOURS.T]
+    table = np.stack(channels, axis=1).round().astype(np.uint8)
+    return table[(np.nan_to_num(probabilities) * 255).round().astype(np.uint8)]
 
 
 def map_picture(probabilities: Float32[np.ndarray, "rows columns"]) -> Image.Image:
@@ -103,10 +103,10 @@ def _resample(probabilities: np.ndarray, canvas: Canvas, grid: Grid) -> np.ndarr
 
 
 def _blend(image: Pixels, values: np.ndarray) -> Pixels:
-    """Returns the thumbnail in grey under the map in colour; in its own colours elsewhere."""
-    grey = image.mean(2, keepdims=True).repeat(3, axis=2)
-    mixed = _OPACITY * colour(values) + (1 - _OPACITY) * grey
-    return np.where(np.isnan(values)[..., None], image, mixed).round().astype(np.uint8)
+    """Returns the thumbnail in grey, mixed with the map in equal parts; in colour elsewhere."""
+    grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    mixed = ((colour(values).astype(np.uint16) + grey) // 2).astype(np.uint8)
+    return np.where(np.isnan(values)[..., None], image, mixed)
 
 
 def _outline(mask: np.ndarray, width: int) -> np.ndarray:

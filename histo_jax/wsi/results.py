@@ -65,9 +65,9 @@ def record_failure(parent: Path, name: str, slide: Path, reason: str) -> None:
     files.write_json(parent / FAILURES / f"{name}.json", values)
 
 
-def forget_failure(parent: Path, name: str) -> None:
-    """Removes what `record_failure` kept."""
-    (parent / FAILURES / f"{name}.json").unlink(missing_ok=True)
+def forget_failures(parent: Path) -> None:
+    """Removes what `record_failure` kept: the page shows the failures of the last command."""
+    shutil.rmtree(parent / FAILURES, ignore_errors=True)
 
 
 def read_failures(parent: Path) -> list[dict[str, Any]]:

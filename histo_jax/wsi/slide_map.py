@@ -91,7 +91,7 @@ def make(
     slide_file: SlideFile,
     settings: Settings,
     folder: Path,
-    progress: Callable[[int, int], object],
+    open_bar: Callable[[int], Any],
 ) -> dict[str, Any]:
     """Makes the map of one slide and writes its results; they appear when all are complete.
 
@@ -100,7 +100,7 @@ def make(
         slide_file: the slide.
         settings: how the map is made.
         folder: of the results; its name is that of the slide.
-        progress: called with the number of cells that are done, and of all.
+        open_bar: returns the progress bar of this many cells, a context manager.
 
     Returns:
         What `slide.json` holds.
@@ -117,13 +117,10 @@ def make(
         with _timing(seconds, "tissue"):
             view = _view(slide, slide_file, settings, name)
             is_tissue = view.grid.meeting(view.mask, view.canvas.step)
-        with _timing(seconds, "cells"):
-            count = int(is_tissue.sum())
-            progress(0, count)
+        with _timing(seconds, "cells"), open_bar(int(is_tissue.sum())) as bar:
             values = probabilities.compute(
-                predictor, slide, view.scale, view.grid, is_tissue,
-                lambda done: progress(done, count),
-            )  # fmt: skip
+                predictor, slide, view.scale, view.grid, is_tissue, bar.update
+            )
         found = regions.find(values, settings.threshold, view.grid, view.spacing)
         with results.replacing(folder) as part:
             with _timing(seconds, "outputs"):

@@ -80,26 +80,25 @@ def detect(image: Pixels, smoothing: int, min_pixels: float, max_hole_pixels: fl
     colours = image.astype(np.float32) / 255
     if smoothing > 1:
         colours = scipy.ndimage.uniform_filter(colours, (smoothing, smoothing, 1), mode="nearest")
-    brightest, darkest = colours.max(2), colours.min(2)
+    red, green, blue = np.moveaxis(colours, 2, 0)
+    brightest = np.maximum(np.maximum(red, green), blue)
+    darkest = np.minimum(np.minimum(red, green), blue)
     saturation = (brightest - darkest) / np.maximum(brightest, 1e-6)
     mask = (saturation >= SATURATION) & (brightest >= _MIN_BRIGHTNESS)
-    mask &= ~_is_ink(colours, brightest, darkest, saturation)
+    mask &= ~_is_ink(red, green, blue, saturation)
     mask = ~_without_small(~mask, max_hole_pixels)
     return _without_small(mask, min_pixels)
 
 
-def _is_ink(
-    colours: np.ndarray, brightest: np.ndarray, darkest: np.ndarray, saturation: np.ndarray
-) -> Mask:
-    red, green, blue = np.moveaxis(colours, 2, 0)
-    span = np.maximum(brightest - darkest, 1e-6)
+def _is_ink(red: np.ndarray, green: np.ndarray, blue: np.ndarray, saturation: np.ndarray) -> Mask:
+    brightest = np.maximum(green, blue)
+    span = np.maximum(brightest - np.minimum(np.minimum(red, green), blue), 1e-6)
     # Hue in degrees where green or blue is the brightest; where red is, it is no ink's.
     hue = np.where(
         brightest == green, 120 + 60 * (blue - red) / span, 240 + 60 * (red - green) / span
     )
     low, high = _INK_HUES
-    is_cold = (brightest > red) & (hue >= low) & (hue <= high)
-    return is_cold & (saturation >= _INK_SATURATION)
+    return (brightest > red) & (hue >= low) & (hue <= high) & (saturation >= _INK_SATURATION)
 
 
 def _without_small(mask: Mask, min_pixels: float) -> Mask:

@@ -51,7 +51,8 @@ def watched(*arguments):
 probabilities.compute = watched
 status = main.main(["histo_jax", *sys.argv[1:]])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"status": status, "first_cell": first[0], "cells": sum(cells), "memory": peak - before}))
+result = {"first_cell": first[0], "cells": sum(cells), "memory": peak - before}
+print(json.dumps({"status": status, **result}))
 """
 
 
