@@ -40,7 +40,10 @@ _FENCE = re.compile(
     r"```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
-_FILE_NAME = re.compile(r"\.(py|sh|md|(geo)?json|csv|html|svg|toml|yaml|png|jpg|tif|gz)$")
+_FILE_NAME = re.compile(
+    r"\.(py|sh|md|(geo)?json|csv|tsv|parquet|html|svg|toml|yaml|png|jpg|tif|gz|onnx|safetensors"
+    r"|stablehlo)$"
+)
 # Makes the configs of the clone small.
 _SHRINK = """
 
@@ -332,7 +335,6 @@ _FOREIGN = {
     "aws", "sbatch", "DataLoader", "import-linter", "jit", "lint-imports", "PATH",
     "source", "activate", "flatbuffers",
 }  # fmt: skip
-_FILE_NAME = r"\.(py|sh|md|(geo)?json|csv|html|svg|toml|yaml|png|gz|onnx|safetensors|stablehlo)$"
 _FOREIGN_MODULES = ("torch", "nn", "ml_collections", "np", "os", "mlflow", "wandb")
 _ENVIRONMENT = {"HISTO_JAX_SAMPLE", "HISTO_JAX_LONG", "XLA_FLAGS", "MLFLOW_TRACKING_URI"}
 
@@ -429,7 +431,7 @@ def problem(page: Path, word: str, in_command: bool) -> str | None:
         module = ROOT / "histo_jax" / part
         is_module = module.is_dir() or module.with_suffix(".py").exists()
         return None if is_module or hasattr(histo_jax, part) else "not in histo_jax"
-    if "/" in name or re.search(_FILE_NAME, name):
+    if "/" in name or _FILE_NAME.search(name):
         if re.match(r"[A-Z_]{3,}/|runs/|\.h5", name):
             return None
         return None if exists(page, name) else "no such file"
