@@ -297,3 +297,25 @@ def test_folders_that_cannot_be_loaded_are_named(config, runs, tmp_path):
     (tmp_path / "config.json").write_text((runs / "0" / "config.json").read_text())
     with pytest.raises(UserError, match="no checkpoint"):
         histo_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "counts", [(5,), (1, 0, 1, 1, 1, 1, 1, 1), (3 * SIZE + 1, 2), (SIZE, SIZE)]
+)
+def test_windows_of_blocks_are_predicted_in_order(counts, trained):
+    """Many windows of a block, many blocks of a batch, and blocks without any."""
+    rng = np.random.default_rng(0)
+    predictor = Predictor(trained, batch_size=SIZE)
+    blocks = [
+        (rng.integers(0, 256, (130, 150, 3), np.uint8), rng.integers(0, (35, 55), (count, 2)))
+        for count in counts
+    ]
+    logits = np.concatenate(list(predictor.window_logits(iter(blocks))), axis=1)
+    windows = np.stack([
+        pixels[y : y + 96, x : x + 96] for pixels, corners in blocks for y, x in corners
+    ])  # fmt: skip
+    np.testing.assert_allclose(logits, predictor.raw_logits(windows), atol=1e-5)
+
+
+def test_no_blocks_have_no_windows(trained):
+    assert list(Predictor(trained, batch_size=SIZE).window_logits(iter(()))) == []

@@ -50,7 +50,8 @@ class Grid(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """Rows and columns; the last ones may reach beyond the slide."""
         columns, rows = (
-            max(1, math.ceil(side / (self.stride * full) - 1e-9))
+            # A last cell of less than half a pixel of level 0 would be empty.
+            max(1, math.ceil((side - 0.5) / (self.stride * full)))
             for side, full in zip(self.size, self.full, strict=True)
         )
         return rows, columns

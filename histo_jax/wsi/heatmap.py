@@ -61,6 +61,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         predictor = ensemble.load_predictor(config, session.path, config.predict.prior)
         _acquire(session, config)
         settings = _settings(predictor, options, session.path)
+        _check_mask(options.tissue, slides)
         table = _make_all(predictor, slides, settings, session.path / _FOLDER)
         _raise_failures(len(slides), session.path / _FOLDER)
     return table
@@ -105,6 +106,7 @@ def heatmap(
         else:
             run, predictor = Path(predictor).expanduser(), load(predictor)
         settings = _settings(predictor, options, run)
+        _check_mask(options.tissue, found)
         return _make_all(predictor, found, settings, files.expand(out, "out"))
 
 
@@ -144,6 +146,15 @@ def _settings(predictor: Predictor, options: HeatmapConfig, folder: Path) -> sli
         tissue=tissue.Options(options.tissue, options.min_tissue_area, options.max_hole_area),
         positive=predictor.trained[0].config.data.positive or "Tumor",
     )
+
+
+def _check_mask(mask: str, slides: Sequence[search.SlideFile]) -> None:
+    """Refuses one mask for several slides."""
+    if len(slides) > 1 and Path(mask).expanduser().is_file():
+        raise ConfigError(
+            f"config.heatmap.tissue = {mask} is one mask for {len(slides)} slides: give a folder "
+            "of masks with the slides' names"
+        )
 
 
 def _threshold(predictor: Predictor, given: float | None, folder: Path) -> tuple[float, str]:

@@ -235,13 +235,11 @@ def detect(path: Path) -> str | None:
 
 def _on_white(image: Image.Image) -> Pixels:
     """Returns the pixels of an RGB or RGBA picture; transparent ones become white."""
+    if image.mode == "RGB" or image.getchannel("A").getextrema()[0] == WHITE:
+        return np.asarray(image.convert("RGB"))
     pixels = np.asarray(image)
-    if pixels.shape[2] == 3:
-        return pixels
-    alpha = pixels[..., 3:]
-    if alpha.min() == WHITE:
-        return np.ascontiguousarray(pixels[..., :3])
-    mixed = pixels[..., :3].astype(np.uint16) * alpha + WHITE * (WHITE - alpha.astype(np.uint16))
+    alpha = pixels[..., 3:].astype(np.uint16)
+    mixed = pixels[..., :3] * alpha + WHITE * (WHITE - alpha)
     return ((mixed + WHITE // 2) // WHITE).astype(np.uint8)
 
 

@@ -31,7 +31,8 @@ TILE = 512
 GLASS = 244
 LARGE = 60_000
 TISSUE = 16 * TILE  # one tile of the coarsest level
-CELLS = 1024
+DENSE = 96 * 32 * 4  # nine blocks of cells
+CELLS = 1024  # that the predictor gets in memory
 
 # Runs the command in this process, and reports the first cell and the peak of the memory.
 CHILD = """
@@ -61,7 +62,7 @@ def main(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         slides = {
-            "dense": write_slide(folder / "dense.tif", 32 * 32 * 4),
+            "dense": write_slide(folder / "dense.tif", DENSE),
             "large": write_slide(folder / "large.tif", LARGE, TISSUE),
         }
         for network in ("quickstart", "full"):

@@ -204,6 +204,35 @@ def test_strides_sample_the_tissue(predictor, square_slide, tmp_path):
         histo_jax.heatmap(predictor, square_slide, tmp_path, HeatmapConfig(stride=48))
 
 
+def test_masks_choose_the_cells(predictor, square_slide, tmp_path):
+    """Of two slides with a folder of masks, one has no mask; one mask fits no two slides."""
+    masks, slides = tmp_path / "masks", [square_slide, tmp_path / "b.tif"]
+    masks.mkdir()
+    slides[1].write_bytes(square_slide.read_bytes())
+    mask = np.zeros((650, 750), np.uint8)
+    mask[5 * 64 + 10, 9 * 64 + 10] = 255
+    Image.fromarray(mask).save(masks / "square slide.png")
+    options = HeatmapConfig(tissue=str(masks))
+    table = histo_jax.heatmap(predictor, slides, tmp_path / "out", options)
+    assert table["cells"].iloc[0] == 1
+    assert list(read_cells(tmp_path / "out/square_slide")[["x", "y"]].iloc[0]) == [576, 320]
+    assert "add b.png" in table["error"].iloc[1]
+    options = HeatmapConfig(tissue=str(masks / "square slide.png"))
+    with pytest.raises(ConfigError, match="one mask for 2 slides"):
+        histo_jax.heatmap(predictor, slides, tmp_path / "out", options)
+
+
+@pytest.mark.parametrize("full", [1.0, 1.9479, 3.846, 4.0, 0.81])
+@pytest.mark.parametrize("side", [1, 31, 32, 33, 127, 128, 129, 1000, 2967])
+def test_cells_tile_any_slide(full, side):
+    grid = grids.Grid(96, 32, 32, (full, full), (side, side))
+    columns = np.arange(grid.shape[1])
+    x, _, width, _ = grid.rectangles(columns * 0, columns)
+    assert (x[0], x[-1] + width[-1]) == (0, side)
+    np.testing.assert_array_equal(x[1:], (x + width)[:-1])
+    assert width.min() >= 1
+
+
 def test_cells_of_other_networks():
     whole = grids.Grid.create(PatchSpec(224, None, 0.5), 224, (1.0, 1.0), (1000, 1000))
     assert (whole.cell, whole.margin, whole.shape) == (224, 0, (5, 5))
