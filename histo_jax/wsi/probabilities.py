@@ -19,7 +19,7 @@ from histo_jax.wsi.resolution import Scale
 from histo_jax.wsi.scaling import read_scaled
 
 # Each holds a strip of the slide in several copies, about 50 MB.
-_THREADS = min(4, os.cpu_count() or 1)
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 class _Block(NamedTuple):

@@ -22,6 +22,7 @@ _MAX_PICTURE_PIXELS = 200_000_000
 _PLAUSIBLE = (0.02, 50.0)
 # Pixels of a level that are read from one position where positions are not exact.
 _SQUARE = 512
+_CACHE_BYTES = 2**26
 _UNITS = {"centimeter": 1e4, "inch": 25400.0}
 _OME_UNITS = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4}
 _COLOUR_MODES = ("RGB", "RGBA", "L", "LA", "P", "YCbCr", "1")
@@ -127,7 +128,10 @@ class _OpenSlide(Slide):
     """A slide that OpenSlide reads."""
 
     def __init__(self, path: Path) -> None:
-        self._slide = libraries.load("openslide").OpenSlide(path)
+        openslide = libraries.load("openslide")
+        self._slide = openslide.OpenSlide(path)
+        # Strips that several threads read share tiles at their borders.
+        self._slide.set_cache(openslide.OpenSlideCache(_CACHE_BYTES))
         properties = self._slide.properties
         self.path, self.levels = path, list(self._slide.level_dimensions)
         self.vendor = properties.get("openslide.vendor", "unknown")
