@@ -66,6 +66,8 @@ def test_status_names_the_failure(tmp_path):
 
 @pytest.mark.parametrize("ctrl_c", [True, False], ids=["terminal", "notebook"])
 def test_an_interrupt_is_the_reason_of_the_status(tmp_path, ctrl_c):
+    # A shell without job control starts background processes with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run = acquire(tmp_path)
     ending = signals.Preempted if ctrl_c else KeyboardInterrupt
     with pytest.raises(ending, match="interrupted, saved at step 7"), signals.watch(ctrl_c=ctrl_c):  # noqa: PT012, SIM117
