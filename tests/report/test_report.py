@@ -240,7 +240,7 @@ def test_the_legend_explains_colours_frame_and_size(contents, words):
     for spec in (PatchSpec(256), PatchSpec(256, 256, 0.5)):  # the label is of the whole patch
         html, _ = page.render(contents(source="mine", patch_spec=spec))
         assert "does the patch contain" in html
-        assert not [word for word in ("inset:", "Frame:", "micrometres") if word in html]
+        assert not [word for word in ("framed::after", "Frame:", "micrometres") if word in html]
     assert "slides are synthetic" in words(contents(source="synthetic"))
     (patch,) = contents().galleries["Highest loss"]
     text = words(contents(galleries={"Highest loss": [patch._replace(attribution=None)]}))
