@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -31,6 +32,10 @@ def replacing(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(old)
         part.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
     finally:
         # Killed between the two renames, the slide has no results and is done again.
         for leftover in (part, old):
@@ -39,8 +44,11 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 def remove_leftovers(parent: Path, name: str) -> None:
     """Removes what a killed process has left of one slide."""
+    # Another process may work on a slide whose name begins with this one.
+    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{32}}(\.old)?\.part")
     for leftover in parent.glob(f".{name}.*.part"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if pattern.fullmatch(leftover.name):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
