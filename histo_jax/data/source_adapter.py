@@ -218,6 +218,13 @@ def patch_spec(data: DataConfig, size: int) -> PatchSpec:
     )
 
 
+def class_names(data: DataConfig) -> tuple[str, str]:
+    """Returns the names of label 0 and label 1: by `data.positive`, else as the source defines."""
+    if data.positive:
+        return f"not {data.positive}", data.positive
+    return getattr(SOURCES.get(data.source), "classes", ("negative", "positive"))
+
+
 def known_size(data: DataConfig) -> int | None:
     """Returns the size of the source's patches if it is known before they are read."""
     return getattr(SOURCES.get(data.source), "image_size", None)

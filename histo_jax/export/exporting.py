@@ -10,6 +10,7 @@ import numpy as np
 from histo_jax import command, ensemble, exported, provenance
 from histo_jax.config import Config
 from histo_jax.config_values import names
+from histo_jax.data.source_adapter import class_names
 from histo_jax.errors import UserError
 from histo_jax.export import model_card, onnx, parity, safetensors, stablehlo, torchscript
 from histo_jax.exported import Exported, Network
@@ -88,9 +89,8 @@ def _describe(predictor: Predictor, config: Config) -> Exported:
         Network(each.config, each.weights, each.calibration, each.step, each.fingerprint)
         for each in predictor.trained
     ]
-    positive = config.data.positive
-    class_names = ("normal", "tumor") if positive is None else (f"not {positive}", positive)
-    return Exported(networks, predictor.tta, predictor.prior, predictor.patch, class_names)
+    classes = class_names(config.data)
+    return Exported(networks, predictor.tta, predictor.prior, predictor.patch, classes)
 
 
 def _check_replaceable(folder: Path, new: Exported) -> None:

@@ -137,12 +137,13 @@ def precision_recall(probabilities: np.ndarray, labels: np.ndarray, scores: dict
     return svgs[0]
 
 
-def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
-    """Draws the observed frequency of tumour against the predicted probability, in 15 bins.
+def calibration(probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, str]) -> str:
+    """Draws the observed frequency of class 1 against the predicted probability, in 15 bins.
 
     Args:
         probabilities: float[patches].
         labels: float[patches], 0 or 1.
+        classes: names of label 0 and label 1.
     """
     observed, predicted = calibration_curve(labels, probabilities, n_bins=_BINS)
     # The same bins; `calibration_curve` leaves out empty ones.
@@ -153,23 +154,27 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
         axes.plot(predicted, observed, "-", color=LINE, linewidth=1)
         axes.scatter(predicted, observed, 8 + 150 * counts / counts.max(), color=NEGATIVE, zorder=3)
         axes.set(
-            xlabel="predicted probability", ylabel="observed frequency of tumour", aspect="equal"
+            xlabel="predicted probability",
+            ylabel=f"observed frequency of {_plain(classes[1])}",
+            aspect="equal",
         )
     return svgs[0]
 
 
-def histogram(probabilities: np.ndarray, labels: np.ndarray) -> str:
+def histogram(probabilities: np.ndarray, labels: np.ndarray, classes: tuple[str, str]) -> str:
     """Draws a histogram of the predicted probabilities for each class.
 
     Args:
         probabilities: float[patches].
         labels: float[patches], 0 or 1.
+        classes: names of label 0 and label 1.
     """
+    negative, positive = map(_plain, classes)
     edges = np.linspace(0, 1, 31).tolist()
     with _axes() as (axes, svgs):
         for label, color, hatch, name in (
-            (0, NEGATIVE, "", "no tumour"),
-            (1, POSITIVE, "///", "tumour"),
+            (0, NEGATIVE, "", negative),
+            (1, POSITIVE, "///", positive),
         ):
             axes.hist(
                 probabilities[labels == label],
@@ -181,9 +186,14 @@ def histogram(probabilities: np.ndarray, labels: np.ndarray) -> str:
                 linewidth=0.3,
                 label=name,
             )
-        axes.set(xlabel="predicted probability of tumour", ylabel="patches")
+        axes.set(xlabel=f"predicted probability of {positive}", ylabel="patches")
         axes.legend()
     return svgs[0]
+
+
+def _plain(name: str) -> str:
+    """Returns a name that Matplotlib does not read as a formula."""
+    return name.replace("$", r"\$")
 
 
 def _downsample(

@@ -14,16 +14,16 @@ from scipy.special import expit
 from histo_jax.data.example import PatchSpec
 from histo_jax.report import figures, patches, tables
 
-# Scores in the order of the table: name and explanation; `%s` stands for the prior.
+# Scores in the order of the table: name and explanation, with phrases of `_phrases`.
 SCORES = {
     "auc": (
         "AUC",
-        "Probability that a patch with tumour is ranked above a patch without: 0.5 is chance, 1 is "
-        "perfect.",
+        "Probability that a patch {with_positive} is ranked above one of the other class: 0.5 is "
+        "chance, 1 is perfect.",
     ),
     "average_precision": (
         "average precision",
-        "Area under the precision-recall curve: %s is chance, 1 is perfect.",
+        "Area under the precision-recall curve: {prior:.3f} is chance, 1 is perfect.",
     ),
     "accuracy": (
         "accuracy at threshold 0.5",
@@ -31,13 +31,13 @@ SCORES = {
     ),
     "sensitivity_at_95_specificity": (
         "sensitivity at 95% specificity",
-        "Fraction of patches with tumour that are detected when 95% of the patches without tumour "
-        "are classified correctly.",
+        "Fraction of patches {with_positive} that are detected when 95% of the other patches are "
+        "classified correctly.",
     ),
     "specificity_at_95_sensitivity": (
         "specificity at 95% sensitivity",
-        "Fraction of patches without tumour that are classified correctly when 95% of the patches "
-        "with tumour are detected.",
+        "Fraction of the other patches that are classified correctly when 95% of the patches "
+        "{with_positive} are detected.",
     ),
     "nll": (
         "negative log-likelihood (NLL)",
@@ -51,8 +51,8 @@ SCORES = {
     ),
     "ece": (
         "expected calibration error (ECE)",
-        "Mean difference between predicted probability and observed frequency of tumour, over 15 "
-        "bins: 0 is perfect.",
+        "Mean difference between predicted probability and observed frequency of {positive}, over "
+        "15 bins: 0 is perfect.",
     ),
 }
 # Largest height and width of a patch on the page, pixels.
@@ -108,6 +108,7 @@ class Contents:
     Attributes:
         workdir: name of the run's folder.
         source: `config.data.source`.
+        classes: names of label 0 and label 1.
         patch_spec: size and scale of the patches, and the region that their label describes.
         split: the evaluated split.
         scores: result of `evaluate`.
@@ -126,6 +127,7 @@ class Contents:
 
     workdir: str
     source: str
+    classes: tuple[str, str]
     patch_spec: PatchSpec
     split: str
     scores: dict[str, Any]
@@ -149,6 +151,7 @@ def render(contents: Contents) -> tuple[str, dict[str, str]]:
     probabilities = expit(logits)
     svgs = _draw_figures(contents, probabilities, labels)
     color_auc = contents.audit.color_auc if contents.audit else None
+    phrases = _phrases(contents.classes)
     epochs: list[Any] = []
     if contents.history is not None:
         epochs = list(contents.history.itertuples(index=False))
@@ -156,7 +159,11 @@ def render(contents: Contents) -> tuple[str, dict[str, str]]:
     text = _template().render(
         **{field.name: getattr(contents, field.name) for field in dataclasses.fields(contents)},
         score_names={key: name for key, (name, _) in SCORES.items()},
-        meanings=_meanings(scores["prior"]),
+        **phrases,
+        meanings={
+            key: meaning.format(prior=scores["prior"], **phrases)
+            for key, (_, meaning) in SCORES.items()
+        },
         color=tables.compare_with_color(contents.split, scores, color_auc),
         color_auc=color_auc,
         figures=svgs,
@@ -184,8 +191,8 @@ def _draw_figures(
     svgs = {
         "roc": figures.roc(contents.table["logit"].to_numpy(), labels, scores),
         "precision_recall": figures.precision_recall(probabilities, labels, scores),
-        "calibration": figures.calibration(probabilities, labels),
-        "histogram": figures.histogram(probabilities, labels),
+        "calibration": figures.calibration(probabilities, labels, contents.classes),
+        "histogram": figures.histogram(probabilities, labels, contents.classes),
     }
     if history is not None and len(history):
         evaluated = history[history["step"] == scores.get("checkpoint_step")]
@@ -199,10 +206,11 @@ def _frame(patch: PatchSpec) -> float | None:
     return None if region in (None, patch.size) else 50 * (1 - region / patch.size)
 
 
-def _meanings(prior: float) -> dict[str, str]:
-    meanings = {key: meaning for key, (_, meaning) in SCORES.items()}
-    meanings["average_precision"] %= f"{prior:.3f}"
-    return meanings
+def _phrases(classes: tuple[str, str]) -> dict[str, str]:
+    """Returns the names of the classes as the page's sentences need them."""
+    negative, positive = classes
+    with_positive = "with tumour" if positive == "tumour" else f"of class {positive}"
+    return {"negative": negative, "positive": positive, "with_positive": with_positive}
 
 
 def _template() -> jinja2.Template:

@@ -17,7 +17,7 @@ from histo_jax import command, ensemble, evaluation_files
 from histo_jax.config import Config
 from histo_jax.data import groups, leakage, splits
 from histo_jax.data.records import Prepared, prepare
-from histo_jax.data.source_adapter import patch_spec
+from histo_jax.data.source_adapter import class_names, patch_spec
 from histo_jax.distributed import runtime
 from histo_jax.errors import UserError
 from histo_jax.predictor import Predictor, TrainedModel
@@ -122,6 +122,7 @@ def _collect(
     return page.Contents(
         workdir=folder.absolute().name,
         source=config.data.source,
+        classes=class_names(config.data),
         patch_spec=patch_spec(config.data, prepared.image_size),
         split=split,
         scores=scores,

@@ -89,7 +89,7 @@ def test_onnx_says_what_it_is(run, config):
     model = onnx.load(run / "export" / "model.onnx")
     weights = (run / "export" / "model.safetensors").read_bytes()
     assert {entry.key: entry.value for entry in model.metadata_props} == {
-        "class_names": "normal,tumor",
+        "class_names": "no tumour,tumour",
         "patch_size_pixels": "96",
         "micrometres_per_pixel": "0.972",
         "weights_sha256": hashlib.sha256(weights).hexdigest(),

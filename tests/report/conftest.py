@@ -73,6 +73,7 @@ def contents():
         made = page.Contents(
             workdir="w",
             source="kaggle",
+            classes=("no tumour", "tumour"),
             patch_spec=PatchSpec(96, 32, 0.972),
             split="validation",
             scores=scores | changes.pop("scores", {}),

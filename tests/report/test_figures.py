@@ -14,6 +14,8 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from histo_jax.metrics import binary_scores, operating_points
 from histo_jax.report import figures
 
+CLASSES = ("no tumour", "tumour")
+
 
 @pytest.mark.parametrize("curve", [roc_curve, precision_recall_curve])
 def test_downsampling_moves_a_curve_by_less_than_a_pixel(curve):
@@ -57,8 +59,8 @@ def test_curves_equal_scikit_learn_and_points_equal_the_scores(axes):
     scores = binary_scores(logits, labels) | operating_points(logits, labels)
     figures.roc(logits, labels, scores)
     figures.precision_recall(probabilities, labels, scores)
-    figures.calibration(probabilities, labels)
-    figures.histogram(probabilities, labels)
+    figures.calibration(probabilities, labels, CLASSES)
+    figures.histogram(probabilities, labels, CLASSES)
     roc, recall, calibration, histogram = axes
 
     false_positive_rate, sensitivity, _ = roc_curve(labels, logits)
@@ -113,12 +115,12 @@ def test_learning_curves_mark_the_evaluated_epoch(axes):
 
 
 def test_figures_do_not_depend_on_the_matplotlib_style():
-    drawn = figures.calibration(np.arange(16) / 15, np.arange(16) % 2.0)
+    drawn = figures.calibration(np.arange(16) / 15, np.arange(16) % 2.0, CLASSES)
     with mpl.rc_context({"text.usetex": True, "font.size": 30, "axes.facecolor": "black"}):
-        restyled = figures.calibration(np.arange(16) / 15, np.arange(16) % 2.0)
+        restyled = figures.calibration(np.arange(16) / 15, np.arange(16) % 2.0, CLASSES)
         assert mpl.rcParams["font.size"] == 30
     assert drawn == restyled
 
 
 def test_probabilities_on_the_edges_of_bins_are_counted():
-    assert "<svg" in figures.calibration(np.arange(16) / 15, np.arange(16) % 2.0)
+    assert "<svg" in figures.calibration(np.arange(16) / 15, np.arange(16) % 2.0, CLASSES)

@@ -123,6 +123,15 @@ def test_the_summary_states_the_limits_of_the_scores(contents, words, expected):
     assert ("Slide-disjoint: no slide" in text) == is_known
 
 
+def test_the_page_uses_the_names_of_the_classes(contents, words):
+    own = contents(source="images", classes=("not <b>$x$", "<b>$x$"), patch_spec=PatchSpec(64))
+    text = words(own)
+    assert "<b>$x$ classifier: w" in text
+    assert "classifies patches as <b>$x$ or not <b>$x$." in text
+    assert "tumour" not in text.casefold()
+    assert "lymph" not in text
+
+
 def test_the_summary_states_the_result_of_the_audit(contents, words):
     for has_leak, expected in ((True, "The audit found a leak"), (False, "found no patches or sl")):
         text = words(contents(audit=make_audit("LEAK: one", has_leak=has_leak)))

@@ -44,6 +44,7 @@ class Kaggle:
     """
 
     # PatchCamelyon's README: 0.243 um at 40x, undersampled to 10x; the label is of the centre.
+    classes = ("no tumour", "tumour")
     image_size, label_region, mpp = _SIZE, 32, 0.972
 
     def __init__(self, data: DataConfig) -> None:

@@ -36,6 +36,7 @@ class Synthetic:
     """
 
     # As PatchCamelyon's; a pixel of the generator is 1 um wide.
+    classes = ("no tumour", "tumour")
     image_size, label_region, mpp = _SIZE, CENTRE, 1.0
 
     origin = "synthetic slides"
