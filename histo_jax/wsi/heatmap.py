@@ -16,6 +16,7 @@ from histo_jax import command, ensemble, environment, evaluation_files
 from histo_jax.config import Config, HeatmapConfig
 from histo_jax.config_checks import validate
 from histo_jax.config_values import folders
+from histo_jax.data.source_adapter import class_names
 from histo_jax.distributed import consensus, runtime
 from histo_jax.errors import ConfigError, DataError, UserError
 from histo_jax.metrics import Calibration
@@ -30,6 +31,8 @@ log = logging.getLogger("histo_jax")
 _FOLDER = "heatmaps"
 _DEFAULT_THRESHOLD = 0.5
 _SHOWN = 3
+# Classes that QuPath knows, in its spelling.
+_QUPATH_CLASSES = {"tumour": "Tumor"}
 
 
 def run(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
@@ -138,13 +141,14 @@ def _settings(predictor: Predictor, options: HeatmapConfig, folder: Path) -> sli
             f"config.heatmap.stride = {stride} must be a multiple of the cell, {cell} pixels"
         )
     threshold, source = _threshold(predictor, options.threshold, folder)
+    _, positive = class_names(predictor.trained[0].config.data)
     return slide_map.Settings(
         patch=patch,
         stride=stride,
         threshold=threshold,
         threshold_source=source,
         tissue=tissue.Options(options.tissue, options.min_tissue_area, options.max_hole_area),
-        positive=predictor.trained[0].config.data.positive or "Tumor",
+        positive=_QUPATH_CLASSES.get(positive, positive),
     )
 
 
