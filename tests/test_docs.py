@@ -177,7 +177,7 @@ class Clone:
                 for command in commands(block.text):
                     if not block.skips(command):
                         self.shell(command)
-            elif block.language == "python" and not block.file:
+            elif block.language == "python" and not block.file and not block.reason:
                 self.fork("python", block.text)
 
 

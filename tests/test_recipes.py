@@ -47,6 +47,6 @@ def test_an_unknown_recipe_names_the_known_ones():
     with pytest.raises(UserError) as error:
         recipes.recipe("pcam_bets")
     assert str(error.value) == (
-        "unknown recipe 'pcam_bets': choose from kaggle, kaggle_best, pcam, pcam_best, quickstart; "
-        "did you mean pcam_best?"
+        "unknown recipe 'pcam_bets': choose from images, kaggle, kaggle_best, pcam, pcam_best, "
+        "quickstart; did you mean pcam_best?"
     )

@@ -146,7 +146,8 @@ def test_sigterm_while_preparing_is_75_too(command, tmp_path):
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run / "events")).Reload()
     return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        # Files of the same second are in no order.
+        tag: sorted((event.step, event.value) for event in events.Scalars(tag))
         for tag in events.Tags()["scalars"]
     }
 

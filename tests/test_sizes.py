@@ -11,7 +11,7 @@ from PIL import Image
 
 import histo_jax
 from histo_jax.config import Config
-from histo_jax.data import leakage, near_duplicates, records, splits
+from histo_jax.data import leakage, near_duplicates, overlap, records, splits
 from histo_jax.data.example import Example, PatchSpec
 from histo_jax.data.loader import read_size
 from histo_jax.errors import DataError, UserError
@@ -147,7 +147,9 @@ def test_colours_are_counted_per_pixel_at_every_size(config):
     assert sum(each["white"]["count"] for each in described) == 1
     assert sum(each["dark"]["count"] for each in described) == 1
     train = prepared.tables["train"]
-    assert len(splits.shared_ids(train, train)) == len(images) - 2  # patches of one colour excepted
+    assert (
+        len(overlap.shared_ids(train, train)) == len(images) - 2
+    )  # patches of one colour excepted
     mean, _ = splits.channel_stats(train, np.arange(len(images)))
     np.testing.assert_allclose(mean, images.mean((0, 1, 2)) / 255, rtol=1e-6)
 

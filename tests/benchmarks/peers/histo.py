@@ -163,7 +163,7 @@ class Peer:
         prepared = self._prepare("images", folder, f"{folder}_records")
         rows = np.arange(len(prepared.tables["train"]))
         records = prepared.records("train", rows)
-        dataset = place("auto", [records], self._batch_sharding)[0]
+        dataset = place("auto", [records], prepared.image_size, self._batch_sharding)[0]
         return dataset.training_batches(batch_size, 0, 0), len(rows) // batch_size
 
     def read(self, source: str, raw_dir: str, tfds_dir: str, batch_size: int, steps: int) -> None:
