@@ -248,7 +248,7 @@ def test_the_legend_explains_colours_frame_and_size(contents, words):
     assert "128x128 of 256x256 pixels." in quarter
     for spec in (PatchSpec(256), PatchSpec(256, 256, 0.5)):  # the label is of the whole patch
         html, _ = page.render(contents(source="mine", patch_spec=spec))
-        assert "does the patch contain" in html
+        assert "classifies patches as tumour or no tumour" in html
         assert not [word for word in ("framed::after", "Frame:", "micrometres") if word in html]
     assert "slides are synthetic" in words(contents(source="synthetic"))
     (patch,) = contents().galleries["Highest loss"]
