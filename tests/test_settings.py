@@ -71,6 +71,8 @@ def test_a_pipe_is_a_config_file(file):
     writer.start()
     assert settings.load("pipe").seed == 3
     writer.join()
+    # Hypothesis reads the file of each module, and would wait for another writer.
+    (file.parent / "pipe").unlink()
 
 
 def test_a_recipe_goes_by_its_name_and_a_file_comes_first(file):
