@@ -4,6 +4,7 @@ Everything that uses trained networks uses them through `Predictor`, and only th
 `jax.pmap`. It reads checkpoints, and knows nothing else of training.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -63,6 +64,13 @@ class TrainedModel(NamedTuple):
     step: int
     fingerprint: str
     patch: PatchSpec
+
+    def digest(self) -> str:
+        """Returns the SHA-256 of calibration and weights."""
+        digest = hashlib.sha256(repr(self.calibration).encode())
+        for leaf in jax.tree.leaves(self.weights):
+            digest.update(np.asarray(leaf).tobytes())
+        return digest.hexdigest()
 
 
 def read_best(run: Path, config: Config, read_only: bool = True) -> TrainedModel:

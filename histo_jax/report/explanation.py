@@ -1,13 +1,11 @@
 """Pictures of the attribution of chosen patches."""
 
-import hashlib
 import io
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
@@ -147,11 +145,8 @@ def _identify(trained: Sequence[TrainedModel], folder: Path) -> str:
     """Returns the steps of the checkpoints, each with a digest of calibration and weights."""
     checkpoints = []
     for model in trained:
-        digest = hashlib.sha256(repr(model.calibration).encode())
-        for leaf in jax.tree.leaves(model.weights):
-            digest.update(np.asarray(leaf).tobytes())
         run = "" if Path(model.run) == folder else f"{model.run} "
-        checkpoints.append(f"{run}step {model.step} weights {digest.hexdigest()[:8]}")
+        checkpoints.append(f"{run}step {model.step} weights {model.digest()[:8]}")
     return " + ".join(checkpoints)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from PIL import Image
 
@@ -64,7 +63,7 @@ class Settings(NamedTuple):
         return {
             "slide": [str(slide.path.resolve()), stat.st_size, stat.st_mtime_ns],
             "mpp": slide.mpp,
-            "networks": weights_digests(predictor),
+            "networks": [trained.digest() for trained in predictor.trained],
             "tta": predictor.tta,
             "prior": predictor.prior,
             "patch": list(self.patch),
@@ -73,17 +72,6 @@ class Settings(NamedTuple):
             "tissue": [*self.tissue, mask],
             "positive": self.positive,
         }
-
-
-def weights_digests(predictor: Predictor) -> list[str]:
-    """Returns the SHA-256 of calibration and weights of each network."""
-    digests = []
-    for trained in predictor.trained:
-        digest = hashlib.sha256(repr(trained.calibration).encode())
-        for leaf in jax.tree.leaves(trained.weights):
-            digest.update(np.asarray(leaf).tobytes())
-        digests.append(digest.hexdigest())
-    return digests
 
 
 def make(
@@ -233,11 +221,10 @@ def _numbers(values: np.ndarray, found: list[regions.Region], threshold: float) 
 
 
 def _networks(predictor: Predictor) -> dict[str, Any]:
-    digests = weights_digests(predictor)
     return {
         "networks": [
-            {"run": trained.run, "step": trained.step, "weights_sha256": digest}
-            for trained, digest in zip(predictor.trained, digests, strict=True)
+            {"run": trained.run, "step": trained.step, "weights_sha256": trained.digest()}
+            for trained in predictor.trained
         ],
         "versions": {
             **runtime.versions(),
