@@ -200,7 +200,7 @@ def test_folders_without_splits(tmp_path):
             read(tmp_path)
 
 
-def test_a_folder_of_no_class_and_a_name_that_is_no_text_are_refused(tmp_path):
+def test_a_folder_without_the_class_and_a_name_that_is_not_utf8_are_refused(tmp_path):
     draw(tmp_path / "batch" / "0.png", 0)
     with pytest.raises(UserError, match=r"'tumour' is no class of .*'batch'"):
         read(tmp_path, positive="tumour")
