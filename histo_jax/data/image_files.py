@@ -212,7 +212,8 @@ def _scale(image: Image.Image, size: int) -> np.ndarray:
         return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
     area = image.width**2
     sums = _area_sums(_area_sums(np.asarray(image), size).swapaxes(0, 1), size)
-    return ((2 * sums + area) // (2 * area)).astype(np.uint8).swapaxes(0, 1)
+    means = ((2 * sums + area) // (2 * area)).astype(np.uint8)
+    return np.ascontiguousarray(means.swapaxes(0, 1))
 
 
 def _area_sums(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -169,7 +169,7 @@ def binary_labels(images: ImageList, positive: str | None) -> pd.Series:
             f"{place} has the classes {listed}; name the positive one by "
             "--config.data.positive=CLASS"
         )
-    if len(found) == 2 and _class(positive) not in spellings:
+    if found and _class(positive) not in spellings:
         raise DataError(
             f"config.data.positive = {positive!r} is no class of {place}, which has {listed}"
         )
@@ -318,12 +318,22 @@ def _list_folders(folder: Path, has_splits: bool) -> ImageList:
             if not split and below[0].casefold() in SPLITS:
                 below = below[1:]
             label = below[0] if len(below) > 1 else ""
+            _check_name(path)
             rows.append((path.relative_to(folder).as_posix(), label, "", "", split))
     if others:
         log.info("%s: files that are no images are ignored: %s", folder, ", ".join(sorted(others)))
     if not rows:
         raise DataError(f"{folder} holds no images")
     return ImageList(pd.DataFrame(rows, columns=list(_ALIASES)), folder, None)
+
+
+def _check_name(path: Path) -> None:
+    """Refuses a file whose name is not text, which no table can hold."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(path).decode(errors="backslashreplace")
+        raise DataError(f"{name}: the name is not UTF-8; rename the file or its folder") from None
 
 
 def _subfolders(folder: Path) -> list[Path]:

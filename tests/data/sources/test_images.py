@@ -200,6 +200,18 @@ def test_folders_without_splits(tmp_path):
             read(tmp_path)
 
 
+def test_a_folder_of_no_class_and_a_name_that_is_no_text_are_refused(tmp_path):
+    draw(tmp_path / "batch" / "0.png", 0)
+    with pytest.raises(UserError, match=r"'tumour' is no class of .*'batch'"):
+        read(tmp_path, positive="tumour")
+    try:
+        draw(tmp_path / "batch" / os.fsdecode(b"\xff.png"), 1)
+    except OSError:  # macOS
+        pytest.skip("the file system takes UTF-8 names only")
+    with pytest.raises(UserError, match=r"\\xff.png: the name is not UTF-8"):
+        read(tmp_path, positive="batch")
+
+
 def test_kaggle_s_folder_is_not_one_of_images(kaggle_dir):
     assert not Images.recognizes(kaggle_dir)
 
@@ -278,6 +290,7 @@ def test_sizes(raw, tmp_path):
         draw(raw / "tiles" / f"a{number}.png", number, size=100)
     with pytest.raises(UserError, match=r"100x100 pixels.*image_size=96"):
         read(raw)
+    assert {e.image.shape for e in read(raw, image_size=96)["train"]} == {(96, 96, 3)}
 
 
 def test_repeated_training_images_are_left_out(raw, messages):
