@@ -302,7 +302,7 @@ class PredictConfig:
     )
     prior: float | None = _option(
         None,
-        "expected fraction of tumour among the predicted patches, 0 to 1; None = as in validation",
+        "expected fraction of positives among predicted patches, 0 to 1; None = as in validation",
         Limit(FRACTION.holds, f"{FRACTION.expected}, or None"),
     )
 

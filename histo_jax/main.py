@@ -102,7 +102,7 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         _exit_where_expected(error, options)
         raise
-    return _show(options.mode, result)
+    return _show(options, result)
 
 
 def _run(options: command_line.Options) -> Any:
@@ -134,8 +134,9 @@ def load_command(mode: str) -> Any:
     return getattr(environment.load(module), name)
 
 
-def _show(mode: str, result: Any) -> int:
+def _show(options: command_line.Options, result: Any) -> int:
     """Prints the results that no file holds; returns the exit status."""
+    mode = options.mode
     if mode == "prepare":
         print(f"prepared records: {result.directory}")
     elif mode == "compare":
@@ -143,9 +144,9 @@ def _show(mode: str, result: Any) -> int:
 
         print(comparison.table(result))
     elif mode == "audit":
-        from histo_jax.data import leakage
+        from histo_jax.data import leakage, source_adapter
 
-        print(leakage.table(result))
+        print(leakage.table(result, source_adapter.class_names(options.config.data)))
         return _LEAK_FOUND if leakage.has_leak(result) else 0
     return 0
 

@@ -512,7 +512,7 @@ def test_bad_raw_data(place: Place, here, name: str, begun: bool) -> None:
 @pytest.mark.parametrize("label", "01")
 def test_one_class_only(place: Place, here, label: str) -> None:
     content(LABELS, lambda old: re.sub(rb",\d\n", f",{label}\n".encode(), old))(place.raw)
-    words = ("training set has", "9 with tumour" if label == "1" else "0 with tumour", "both")
+    words = ("training set has", "9 of label 1" if label == "1" else "0 of label 1", "both")
     refuses(here, place.prepare(), place.argv(), *words, "give more patches")
 
 

@@ -31,8 +31,8 @@ _BINS = 16
 _FLAT, _DARK, _WHITE = 5, 64, 224
 _COUNTS = {
     "patches": "patches",
-    "without_tumour": "without tumour",
-    "with_tumour": "with tumour",
+    "without_tumour": "",  # the names of the classes
+    "with_tumour": "",
     "unknown_label": "label not known",
     "slides": "slides",
     "patches_per_slide": "patches per slide (minimum, median, maximum)",
@@ -139,10 +139,16 @@ def digest(table: pd.DataFrame) -> str:
     ).hexdigest()
 
 
-def table(report: dict[str, Any]) -> str:
-    """Returns the report as plain text: counts, what subsets share, conclusions."""
+def table(report: dict[str, Any], classes: tuple[str, str]) -> str:
+    """Returns the report as plain text: counts, what subsets share, conclusions.
+
+    Args:
+        report: result of `audit`.
+        classes: names of label 0 and label 1.
+    """
     pairs, baseline = report["pairs"], report["colour_histogram_baseline"]
-    lines = [_columns(_COUNTS, report["subsets"]), "", _columns(_FINDINGS, pairs), ""]
+    counts = _COUNTS | dict(zip(("without_tumour", "with_tumour"), classes, strict=True))
+    lines = [_columns(counts, report["subsets"]), "", _columns(_FINDINGS, pairs), ""]
     for unit in ("slides", "patients"):
         if any(pair.get(f"shared_{unit}", ...) is None for pair in pairs.values()):
             lines.append(f"{unit}: not all known, shared ones cannot be found")
@@ -220,7 +226,7 @@ def _scan(
 
 
 def _describe(scan: _Scan) -> dict[str, Any]:
-    """Returns counts of a subset, None = not known; `per_slide`: [without, with tumour]."""
+    """Returns counts of a subset, None = not known; `per_slide`: [label 0, label 1]."""
     rows, labels = scan.table, scan.table["label"].to_numpy()
     by_slide = rows[rows["slide"] != ""].groupby("slide")["label"]
     sizes = by_slide.size().to_numpy()

@@ -59,7 +59,7 @@ def _fold(
 ) -> np.ndarray:
     """Returns bool[n], true in one fold; checks all folds, so that no later run of them fails."""
     number, folds = parse_fold(fold)
-    counts = {"patches without": (labels == 0).sum(), "patches with tumour": (labels == 1).sum()}
+    counts = {f"patches of label {label}": (labels == label).sum() for label in (0, 1)}
     if groups is not None:
         counts[f"{unit}s"] = len(np.unique(groups))
     for what, count in counts.items():

@@ -19,6 +19,8 @@ from histo_jax.registry import SOURCES
 from histo_jax.run import files
 
 SPLITS = ("train", "validation", "test")
+# Names of label 0 and label 1 where neither the settings nor the source give any.
+_CLASSES = ("negative", "positive")
 # The name is part of the name of a folder.
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -219,10 +221,23 @@ def patch_spec(data: DataConfig, size: int) -> PatchSpec:
 
 
 def class_names(data: DataConfig) -> tuple[str, str]:
-    """Returns the names of label 0 and label 1: by `data.positive`, else as the source defines."""
+    """Returns the names of label 0 and label 1: by `data.positive`, else as the source defines.
+
+    Raises:
+        DataError: the attribute `classes` of a registered source is not two different names.
+    """
     if data.positive:
         return f"not {data.positive}", data.positive
-    return getattr(SOURCES.get(data.source), "classes", ("negative", "positive"))
+    # An exported network may be used where its source is not registered.
+    source = SOURCES.get(data.source) if data.source in SOURCES.names() else None
+    names = getattr(source, "classes", _CLASSES)
+    is_pair = isinstance(names, tuple | list) and len(names) == 2 and names[0] != names[1]
+    if not is_pair or not all(isinstance(name, str) and name.strip() for name in names):
+        raise DataError(
+            f"source {data.source!r}: classes = {names!r} must be the names of label 0 and of "
+            f"label 1, such as {_CLASSES}"
+        )
+    return names[0], names[1]
 
 
 def known_size(data: DataConfig) -> int | None:

@@ -134,8 +134,8 @@ def _check_classes(tables: dict[str, pd.DataFrame], train: Subset, validation: S
         counts = np.bincount(labels, minlength=2)
         if counts.min() == 0:
             raise DataError(
-                f"the {name} set has {counts[0]} patches without and {counts[1]} with tumour, and "
-                "needs both classes: give more patches of the other"
+                f"the {name} set has {counts[0]} patches of label 0 and {counts[1]} of label 1, "
+                "and needs both classes: give more patches of the other"
             )
 
 

@@ -89,7 +89,7 @@ def _describe(predictor: Predictor, config: Config) -> Exported:
         Network(each.config, each.weights, each.calibration, each.step, each.fingerprint)
         for each in predictor.trained
     ]
-    classes = class_names(config.data)
+    classes = class_names(predictor.trained[0].config.data)
     return Exported(networks, predictor.tta, predictor.prior, predictor.patch, classes)
 
 

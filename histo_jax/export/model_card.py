@@ -77,7 +77,7 @@ def render(
         prior=contents.prior,
         networks=[_describe_network(each) for each in predictor.trained],
         evaluations=[_describe_evaluation(scores) for scores in evaluations],
-        audit=_read_audit(folder, data),
+        audit=_read_audit(folder, data, contents.class_names),
         data=data and _describe_data(data),
         parity=parity,
         sha256=hashlib.sha256(weights).hexdigest(),
@@ -188,7 +188,9 @@ def _describe_data(data: ensemble.TrainingData) -> dict[str, Any]:
     }
 
 
-def _read_audit(folder: Path, data: ensemble.TrainingData | None) -> str | None:
+def _read_audit(
+    folder: Path, data: ensemble.TrainingData | None, classes: tuple[str, str]
+) -> str | None:
     """Returns the audit's text, None where these patches were not audited."""
     try:
         audit = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
@@ -198,7 +200,7 @@ def _read_audit(folder: Path, data: ensemble.TrainingData | None) -> str | None:
             table = data.prepared.tables[subset.records].iloc[subset.rows]  # type: ignore[union-attr]
             if audited[name]["digest"] != leakage.digest(table):
                 return None
-        return leakage.table(audit)
+        return leakage.table(audit, classes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -31,7 +31,7 @@ def explain(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     """Writes `explain/<id>.png` for the patches of `config.explain.ids`.
 
     Each picture shows the patch, and beside it the same patch in grey with its attribution
-    (integrated gradients): orange where pixels raise the predicted probability of tumour, blue
+    (integrated gradients): orange where pixels raise the predicted probability of label 1, blue
     where they lower it. The region that the label describes is framed. Without ids the patches are
     those of the report's galleries. With `config.predict.checkpoints` the mean of these runs is
     shown.

@@ -29,8 +29,8 @@ class Patch(NamedTuple):
     Attributes:
         id: as in the records.
         slide: the slide it was cut from; empty if not known.
-        label: 1 with tumour, 0 without, -1 not known.
-        probability: calibrated probability of tumour.
+        label: 1 positive, 0 negative, -1 not known.
+        probability: calibrated probability of label 1.
         image: its pixels.
         attribution: the patch in grey, orange where pixels raise the logit and blue where they
             lower it; None = not computed.

@@ -131,7 +131,7 @@ def _collect(
         date=_date(folder / f"evaluation_{split}.json"),
         history=pd.read_csv(history) if history and history.exists() else None,
         galleries=_gather_galleries(config, evaluation, predictor),
-        audit=_summarise_audit(audit) if audit and is_own_audit else None,
+        audit=_summarise_audit(audit, class_names(config.data)) if audit and is_own_audit else None,
         # An audit covers one training and validation split; folds have several.
         has_other_audit=bool(audit and not is_own_audit and not scores.get("out_of_fold")),
         training=page.Training(
@@ -179,10 +179,10 @@ def _is_audit_of(
     )
 
 
-def _summarise_audit(audit: dict[str, Any]) -> page.Audit:
+def _summarise_audit(audit: dict[str, Any], classes: tuple[str, str]) -> page.Audit:
     return page.Audit(
         # Without its note, which the page itself states.
-        text=leakage.table(audit | {"note": ""}),
+        text=leakage.table(audit | {"note": ""}, classes),
         has_leak=leakage.has_leak(audit),
         knows_slides=all(pair["shared_slides"] for pair in audit["pairs"].values()),
         knows_patients=all(pair.get("shared_patients") for pair in audit["pairs"].values()),

@@ -31,8 +31,6 @@ log = logging.getLogger("histo_jax")
 _FOLDER = "heatmaps"
 _DEFAULT_THRESHOLD = 0.5
 _SHOWN = 3
-# Classes that QuPath knows, in its spelling.
-_QUPATH_CLASSES = {"tumour": "Tumor"}
 
 
 def run(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
@@ -148,7 +146,7 @@ def _settings(predictor: Predictor, options: HeatmapConfig, folder: Path) -> sli
         threshold=threshold,
         threshold_source=source,
         tissue=tissue.Options(options.tissue, options.min_tissue_area, options.max_hole_area),
-        positive=_QUPATH_CLASSES.get(positive, positive),
+        positive=positive,
     )
 
 
@@ -210,13 +208,13 @@ def _make_all(
             log.warning("%s", error)
             results.record_failure(out, name, slide.path, str(error))
         rows.append(row)
-        index.write(out)
+        index.write(out, settings.positive)
         if number < len(own):
             left = (time.monotonic() - began) / number * (len(own) - number)
             log.info("%d of %d slides, about %.0f min left", number, len(own), left / 60)
     consensus.global_minimum(len(rows))  # all processes have finished
     if jax.process_index() == 0:
-        index.write(out)
+        index.write(out, settings.positive)
     log.info("%d slides in %s", len(rows), out / index.NAME)
     return pd.DataFrame(rows).drop(columns=["inputs"], errors="ignore")
 

@@ -13,11 +13,15 @@ from histo_jax.wsi import results
 NAME = "index.html"
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, positive: str) -> None:
     """Writes the page of all slides that have results in a folder, and of those that failed.
 
     The slide with the highest mean of the top 1% of its cells is the first: a single cell may be
     wrong by chance.
+
+    Args:
+        folder: of the results.
+        positive: name of the positive class.
     """
     slides = sorted(results.read_all(folder).items(), key=_order)
     template = jinja2.Environment(
@@ -27,6 +31,7 @@ def write(folder: Path) -> None:
     text = template.render(
         slides=[{"name": name, **_displayed(summary)} for name, summary in slides],
         failures=results.read_failures(folder),
+        positive=positive,
         version=VERSION,
     )
     files.write_text(folder / NAME, text)

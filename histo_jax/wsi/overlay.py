@@ -19,6 +19,7 @@ _COLOURS = np.array(
 )
 _TISSUE, _POSITIVE = (0, 0, 0), (213, 94, 0)
 _MARGIN, _PANEL = 24, 150
+_LONGEST = 14  # characters of a class name beside the colour bar
 # Lengths of a scale bar in micrometres: the longest that fits a quarter of the picture.
 _SCALE_BARS = [factor * 10**power for power in range(1, 6) for factor in (1, 2, 5)]
 
@@ -58,6 +59,7 @@ def draw(
     grid: Grid,
     threshold: float,
     title: str,
+    positive: str,
 ) -> Image.Image:
     """Returns the map over the thumbnail, with tissue outline, colour bar and scale bar.
 
@@ -68,6 +70,7 @@ def draw(
         grid: the cells.
         threshold: marked at the colour bar.
         title: name of the slide.
+        positive: name of the positive class.
     """
     enlargement = max(1, round(600 / max(canvas.image.shape[:2])))
     values = _resample(probabilities, canvas, grid)
@@ -84,7 +87,7 @@ def draw(
     sheet.paste(picture, (_MARGIN, _MARGIN + 12))
     pen = ImageDraw.Draw(sheet)
     pen.text((_MARGIN, 8), title, fill="black", font=_font(18))
-    _draw_colour_bar(sheet, pen, picture.width + 2 * _MARGIN, height, threshold)
+    _draw_colour_bar(sheet, pen, picture.width + 2 * _MARGIN, height, threshold, positive)
     _draw_scale_bar(pen, picture.size, canvas.mpp / enlargement)
     return sheet
 
@@ -115,13 +118,20 @@ def _outline(mask: np.ndarray, width: int) -> np.ndarray:
 
 
 def _draw_colour_bar(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, left: int, height: int, threshold: float
+    sheet: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    left: int,
+    height: int,
+    threshold: float,
+    positive: str,
 ) -> None:
     top, length, width = _MARGIN + 60, min(320, height - 60), 28
     ramp = colour(np.linspace(1, 0, length)[:, None]).repeat(width, axis=1)
     sheet.paste(Image.fromarray(ramp), (left, top))
     pen.rectangle((left - 1, top - 1, left + width, top + length), outline="black")
-    pen.text((left, top - 44), "Probability\nof tumour", fill="black", font=_font(14))
+    pen.text(
+        (left, top - 44), f"Probability\nof {_shortened(positive)}", fill="black", font=_font(14)
+    )
     for value in (0, 0.25, 0.5, 0.75, 1):
         y = top + (1 - value) * (length - 1)
         pen.line((left + width, y, left + width + 5, y), fill="black")
@@ -130,6 +140,11 @@ def _draw_colour_bar(
     pen.line((left - 8, y, left + width, y), fill=_POSITIVE, width=3)
     text = f"threshold {threshold:.2g}"
     pen.text((left, top + length + 8), text, fill=_POSITIVE, font=_font(14))
+
+
+def _shortened(name: str) -> str:
+    """Returns as much of a name as the panel has room for."""
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 3] + "..."
 
 
 def _draw_scale_bar(pen: ImageDraw.ImageDraw, size: tuple[int, int], mpp: float) -> None:

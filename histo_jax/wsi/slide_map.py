@@ -32,6 +32,8 @@ from histo_jax.wsi.search import SlideFile
 
 # Pixels of the longer side of the thumbnail, on which tissue is found and the map is shown.
 _THUMBNAIL = 2048
+# Classes that QuPath knows, in its spelling.
+_QUPATH_CLASSES = {"tumour": "Tumor"}
 
 
 class Settings(NamedTuple):
@@ -168,12 +170,15 @@ def _write(
 ) -> None:
     """Writes everything but `slide.json`."""
     grid, slide = view.grid, view.slide
-    labels = tables.Labels(settings.threshold, settings.positive)
+    qupath_class = _QUPATH_CLASSES.get(settings.positive, settings.positive)
+    labels = tables.Labels(settings.threshold, qupath_class)
     tables.write_cells(part, values, grid, labels, name, slide.offset)
     tables.write_regions(part / "regions.geojson", found, labels, name, slide.offset)
     pyramid.write(part / "heatmap.ome.tif", values, grid, view.spacing, name)
     title = slide.path.name
-    picture = overlay.draw(view.canvas, view.mask, values, grid, settings.threshold, title)
+    picture = overlay.draw(
+        view.canvas, view.mask, values, grid, settings.threshold, title, settings.positive
+    )
     picture.save(part / "overlay.png")
     Image.fromarray(view.canvas.image).save(part / "thumbnail.jpg", quality=85)
     overlay.map_picture(values).save(part / "map.png")

@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from histo_jax.data.record_files import SQUARES, SUMS
 from histo_jax.data.record_reader import Prepared
 from histo_jax.data.splits import Subset, Subsets, make_subsets
 from histo_jax.run import signals
+
+CLASSES = ("no tumour", "tumour")
 
 
 class Records:
@@ -108,9 +111,12 @@ def test_disjoint_subsets_pass(clean, capsys):
     assert (subset["slides"], subset["patches_per_slide"]) == (12, [5, 5.0, 5])
     assert subset["per_slide"]["train-0"] == [3, 2]
     assert (subset["duplicates"], subset["dark"]["count"], subset["white"]["count"]) == (0, 0, 0)
-    text = leakage.table(report)
+    text = leakage.table(report, CLASSES)
     assert "no leak found" in text
     assert "LEAK" not in text
+    named = leakage.table(report, ("not lesion", "lesion"))
+    assert re.search("^not lesion +30", named, re.MULTILINE)
+    assert "tumour" not in named
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     # Every image is read once, and the progress bar keeps quiet off a terminal.
     assert all((records.reads == 1).all() for records in clean.sources.values())
@@ -129,11 +135,11 @@ def test_shared_patients_are_a_leak(clean):
     report = leakage.audit(clean, clean.subsets("slide"), seed=0)
     assert counts(report, "shared_patients") == [0, 1, 0]
     assert leakage.has_leak(report)
-    assert "LEAK: shared patients (leak), train/test: ptrain-3" in leakage.table(report)
+    assert "LEAK: shared patients (leak), train/test: ptrain-3" in leakage.table(report, CLASSES)
     clean.tables["test"].loc[:4, "patient"] = ""
     report = leakage.audit(clean, clean.subsets("slide"), seed=0)
     assert report["pairs"]["train/test"]["shared_patients"] is None
-    assert "patients: not all known" in leakage.table(report)
+    assert "patients: not all known" in leakage.table(report, CLASSES)
 
 
 def test_an_identical_patch_is_a_leak(clean):
@@ -146,7 +152,7 @@ def test_an_identical_patch_is_a_leak(clean):
     # It is not reported as a near-duplicate, too.
     assert counts(report, "near_duplicates") == [0, 0, 0]
     assert leakage.has_leak(report)
-    text = leakage.table(report)
+    text = leakage.table(report, CLASSES)
     assert "LEAK FOUND" in text
     assert sha1(images[41]) in text
 
@@ -167,7 +173,7 @@ def test_a_rotated_and_recompressed_copy_is_a_near_duplicate(clean, rotations, f
     assert 0.9 < found["correlation"] <= 1
     assert counts(report, "identical") == [0, 0, 0]
     assert not leakage.has_leak(report)
-    assert sha1(images[8]) in leakage.table(report)
+    assert sha1(images[8]) in leakage.table(report, CLASSES)
 
 
 def test_hashes_that_match_by_chance_are_not_near_duplicates(clean):
@@ -206,7 +212,7 @@ def test_a_shared_slide_is_a_leak(clean):
     report = leakage.audit(clean, clean.subsets("slide"), seed=0)
     assert counts(report, "shared_slides") == [1, 0, 0]
     assert leakage.has_leak(report)
-    text = leakage.table(report)
+    text = leakage.table(report, CLASSES)
     assert "LEAK FOUND" in text
     assert "train-3" in text
 
@@ -220,7 +226,7 @@ def test_unknown_slides_are_not_shared_and_reported_as_unknown(clean):
     assert report["subsets"]["train"]["slides"] is None
     assert report["subsets"]["validation"]["slides"] == 4
     assert not leakage.has_leak(report)
-    text = leakage.table(report)
+    text = leakage.table(report, CLASSES)
     assert "slides: not all known" in text
     assert OPTIMISTIC in text
     assert report["note"] == OPTIMISTIC
@@ -316,7 +322,7 @@ def test_real_patches_pass(sample, tmp_path):
     assert counts(report, "identical") == counts(report, "near_duplicates") == [0, 0, 0]
     assert [subset["patches"] for subset in report["subsets"].values()] == [2250, 250, 629]
     assert report["subsets"]["test"]["unknown_label"] == 629
-    assert "slides: not all known" in leakage.table(report)
+    assert "slides: not all known" in leakage.table(report, CLASSES)
     # Colours alone classify better than chance, and far from perfectly.
     assert 0.75 < report["colour_histogram_baseline"]["validation_auc"] < 0.95
 

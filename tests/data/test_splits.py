@@ -356,7 +356,7 @@ def both_of(subsets):
 @pytest.mark.parametrize(
     ("slides", "count", "words"),
     [
-        (0, 500, "500 patches without, and there are 200"),
+        (0, 500, "500 patches of label 0, and there are 200"),
         (3, 4, "4 slides, and there are 3"),
         (4, 4, "patches of one class only"),
     ],

@@ -130,6 +130,8 @@ def test_the_page_uses_the_names_of_the_classes(contents, words):
     assert "classifies patches as <b>$x$ or not <b>$x$." in text
     assert "tumour" not in text.casefold()
     assert "lymph" not in text
+    assert "of the patches are of class <b>$x$, as here" in text
+    assert "of the patches have tumour, as here" in words(contents())
 
 
 def test_the_summary_states_the_result_of_the_audit(contents, words):

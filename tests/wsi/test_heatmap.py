@@ -1,5 +1,6 @@
 """From a slide to its files: every output, by coordinates, by content and by resuming."""
 
+import copy
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import histo_jax
 from histo_jax.config import HeatmapConfig
 from histo_jax.data.example import PatchSpec
 from histo_jax.errors import ConfigError
+from histo_jax.predictor import Predictor
 from histo_jax.run import signals
 from histo_jax.wsi import grid as grids
 from histo_jax.wsi import heatmap, reader, resolution, results, scaling, slide_map
@@ -382,6 +384,19 @@ def test_networks_without_a_scale_are_refused(predictor, square_slide, tmp_path,
     monkeypatch.setattr(predictor, "patch", PatchSpec(96, 32, None))
     with pytest.raises(ConfigError, match=r"config\.data\.mpp"):
         histo_jax.heatmap(predictor, square_slide, tmp_path)
+
+
+def test_maps_use_the_name_of_the_positive_class(predictor, square_slide, tmp_path):
+    trained = predictor.trained[0]
+    config = copy.deepcopy(trained.config)
+    config.data.source, config.data.positive = "images", "<b>a long name"
+    own = Predictor([trained._replace(config=config)], batch_size=32)
+    histo_jax.heatmap(own, square_slide, tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("probability of &lt;b&gt;a long name") == 2
+    assert "tumour" not in page
+    (region,) = features(tmp_path / "square_slide/regions.geojson")
+    assert region["properties"]["classification"]["name"] == "<b>a long name"
 
 
 def test_the_page_lists_the_most_suspicious_slide_first(

@@ -4,7 +4,8 @@ A source is a class. `histo_jax.register_source` describes its constructor, `spl
 `fingerprint()`. It may also have these attributes and methods:
 
 - `image_size`: class attribute, height and width of its patches in pixels, if these are fixed.
-- `classes`: class attribute, the names of label 0 and label 1 in reports and exports.
+- `classes`: class attribute, the names of label 0 and label 1 in reports, maps and exports, such as
+  `("no tumour", "tumour")`; by default `("negative", "positive")`.
 - `label_region`, `mpp`: class attributes, see `histo_jax.data.example.PatchSpec`.
 - `modified() -> str | None`: hash of the modification times of files that the fingerprint covers
   in part only. A change is logged.

@@ -17,6 +17,7 @@ from histo_jax.config import Config
 from histo_jax.config_checks import validate
 from histo_jax.data import leakage, records
 from histo_jax.data.example import Example
+from histo_jax.data.source_adapter import class_names
 from histo_jax.data.splits import make_subsets
 from histo_jax.errors import DataError, UserError
 from histo_jax.metrics import Calibration
@@ -328,3 +329,19 @@ def test_records_of_sources_with_similar_names_are_kept_apart(config):
     assert prepare(config).name == "mine-2"
     config.data.source = "mine"
     assert prepare(config).name == "mine"
+
+
+def test_the_names_of_the_classes(config):
+    # A source that is not registered here, as that of an exported network.
+    assert class_names(config.data) == ("negative", "positive")
+    register({"train": examples()})
+    assert class_names(config.data) == ("negative", "positive")
+    registry.SOURCES._entries["mine"].classes = ["healthy", "lesion"]
+    assert class_names(config.data) == ("healthy", "lesion")
+
+
+@pytest.mark.parametrize("classes", ["ab", ("lesion",), ("lesion", "lesion"), (0, 1), ("", "b")])
+def test_wrong_names_of_the_classes(config, classes):
+    register({"train": examples()}, classes=classes)
+    with pytest.raises(DataError, match=r"^source 'mine': classes = .* label 0 and of label 1"):
+        class_names(config.data)
