@@ -5,6 +5,7 @@ Annotations are not postponed: the command line parses values by the types of th
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -344,7 +345,10 @@ class ExportConfig:
     license: str = _option(
         "unknown",
         "license of the weights in the model card, by Hugging Face's names, such as cc-by-4.0",
-        Limit(bool, "a name"),
+        Limit(
+            lambda value: bool(re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", value)),
+            "a name that Hugging Face knows, such as cc-by-4.0: lower case, no blanks",
+        ),
     )
 
 
