@@ -30,7 +30,7 @@ FOLDER = "export"
 # Patches on which the files are compared with the predictor.
 _COMPARED = 256
 _ONNX, _STABLEHLO, _WSINFER, _CARD = "model.onnx", "model.stablehlo", "wsinfer", "README.md"
-# What may stand in the folder: Python writes the last one where `model.py` is imported.
+# What the folder may contain: Python writes the last one where `model.py` is imported.
 _WRITTEN = (
     _ONNX, _STABLEHLO, _WSINFER, _CARD, exported.CONFIG_NAME, exported.WEIGHTS_NAME,
     safetensors.MODEL_NAME, parity.PARITY_NAME, "__pycache__",

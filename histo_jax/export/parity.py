@@ -1,6 +1,7 @@
 """`parity.json`: how far each exported file is from the predictor, and whether that is enough."""
 
 import importlib.util
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -55,7 +56,9 @@ def measure(predictor: Predictor, patches: Patches, files: dict[str, Path]) -> d
     expected = _reference(predictor, patches)
     with tempfile.TemporaryDirectory() as temporary:
         images = Path(temporary) / "images.npy"
-        np.save(images, patches.images)
+        content = io.BytesIO()  # NumPy's own error on a full disk names no file
+        np.save(content, patches.images)
+        run_files.write_bytes(images, content.getvalue())
         formats = {
             name: _compare(name, expected, *_apply(name, path, patches.images, images))
             for name, path in files.items()

@@ -19,7 +19,7 @@ from histo_jax.config import Config, ModelConfig
 from histo_jax.data.example import PatchSpec
 from histo_jax.errors import CheckpointError, UserError
 from histo_jax.export import onnx as onnx_format
-from histo_jax.export import parity, stablehlo, torchscript
+from histo_jax.export import parity, processes, stablehlo, torchscript
 from histo_jax.export import safetensors as safetensors_format
 from histo_jax.export.function import precise_logits
 from histo_jax.metrics import Calibration
@@ -335,3 +335,20 @@ def test_logits_that_are_not_finite_are_refused(monkeypatch):
 
 def test_every_config_is_covered():
     assert {name for names, _, _ in CASES.values() for name in names} == set(CONFIGS)
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def fail(*_):
+        raise processes.ProcessError("OSError: [Errno 28] No space left on device: 'x'")
+
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(processes, "run", fail)
+    with pytest.raises(OSError, match=r"No space left on device.*torchscript_model.pt"):
+        torchscript.write(tmp_path / "wsinfer", contents("resnet18"), contents("resnet18").pack())
+    monkeypatch.setattr(parity, "precise_logits", lambda *_: np.zeros(1))
+    monkeypatch.setattr(parity.run_files, "write_bytes", full)
+    patches = parity.Patches(np.zeros((1, SIZE, SIZE, 3), np.uint8), "")
+    with pytest.raises(OSError, match=r"No space left on device.*images.npy"):
+        parity.measure(make_predictor("resnet18"), patches, {})
