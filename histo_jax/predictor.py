@@ -328,7 +328,8 @@ def load(
 
     Raises:
         UserError: a folder is not that of a run, a run has no usable checkpoint or is given twice,
-            or the runs' settings differ where an argument is None.
+            an exported folder was changed or its network is not registered, or the runs' settings
+            differ where an argument is None.
         ValueError: `prior` or `batch_size` is out of range.
     """
     if not workdirs:

@@ -98,8 +98,13 @@ def _describe(predictor: Predictor, config: Config) -> Exported:
         Network(each.config, each.weights, each.calibration, each.step, each.fingerprint)
         for each in predictor.trained
     ]
-    classes = class_names(predictor.trained[0].config.data)
-    return Exported(networks, predictor.tta, predictor.prior, predictor.patch, classes)
+    classes = [class_names(each.config.data) for each in predictor.trained]
+    if len(set(classes)) > 1:
+        log.warning(
+            "the runs name their classes differently (%s): the files name those of the first",
+            "; ".join(", ".join(names) for names in dict.fromkeys(classes)),
+        )
+    return Exported(networks, predictor.tta, predictor.prior, predictor.patch, classes[0])
 
 
 def _check_replaceable(folder: Path, new: Exported) -> None:
@@ -195,7 +200,7 @@ def _patches(data: ensemble.TrainingData | None, size: int, seed: int) -> parity
     if data is None:
         rng = np.random.default_rng(seed)
         images = rng.integers(0, 256, (_COMPARED, size, size, 3), np.uint8)
-        return parity.Patches(images, "random pixels, because the run's records are missing")
+        return parity.Patches(images, "random pixels, because the run's records are missing or changed")
     rows = data.subsets.validation.rows
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _COMPARED)).astype(int)]
     source = data.prepared.source(data.subsets.validation.records)

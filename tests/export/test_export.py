@@ -128,8 +128,9 @@ def test_the_model_card_has_the_scores_of_the_evaluation(run):
 
 
 def test_options_and_an_ensemble_are_inside_all_files(
-    run, save_run, run_command, tmp_path, make_tiny_config
+    run, save_run, run_command, tmp_path, make_tiny_config, monkeypatch
 ):
+    monkeypatch.setattr(exporting, "class_names", lambda data: ("no", f"class {data.split_seed}"))
     other = make_tiny_config()
     other.seed, other.data.split_seed = 1, 0
     second = save_run(other, tmp_path / "second", Calibration(0.7, -0.1, 0.6))
@@ -139,6 +140,7 @@ def test_options_and_an_ensemble_are_inside_all_files(
         "--config.export.formats=safetensors", "--config.export.license=cc-by-4.0",
     )  # fmt: skip
     assert done.status == 0, done.stderr
+    assert "the runs name their classes differently (no, class None; no, class 0)" in done.stderr
     folder = tmp_path / "both" / "export"
     images = np.random.default_rng(0).integers(0, 256, (5, 96, 96, 3), np.uint8)
     loaded, expected = histo_jax.load(folder, batch_size=8), histo_jax.load(run, second, prior=0.1)
