@@ -139,7 +139,9 @@ class DataConfig:
         "skip = leave them out and list them",
         choices=("stop", "skip"),
     )
-    allow_leak: bool = _option(False, "train even if training patches are also in the test split")
+    allow_leak: bool = _option(
+        False, "train even if training patches are also in the data's validation or test split"
+    )
     placement: str = _option(
         "auto",
         "where fit keeps the pixels: device = in the memory of each device, host = in memory, "

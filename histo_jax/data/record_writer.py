@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
-from histo_jax.data.example import Example
+from histo_jax.data.example import Example, ReadAgain
 from histo_jax.data.record_files import (
     DATASET,
     FILE_FORMAT,
@@ -76,7 +76,12 @@ def write_once(
         try:
             with files.naming(directory.parent), files.disk_errors(directory.parent):
                 folder.mkdir()
-                _write(folder, source)
+                try:
+                    _write(folder, source)
+                except ReadAgain:
+                    shutil.rmtree(folder)
+                    folder.mkdir()
+                    _write(folder, source)
                 for path, reason in source.corrupt.items():
                     log.warning("left out: %s %s", path, reason)
                 Manifest(

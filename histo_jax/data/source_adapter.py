@@ -106,8 +106,8 @@ class SourceAdapter:
         with self._errors("modified()"):
             return self._source.modified() if hasattr(self._source, "modified") else None
 
-    def intact(self, corrupt: Iterable[str]) -> list[str]:
-        """Returns those of the corrupt files that can be read by now."""
+    def intact(self, corrupt: Mapping[str, str]) -> list[str]:
+        """Returns those of the corrupt files, listed as by `corrupt`, that can be read by now."""
         with self._errors("intact()"):
             return self._source.intact(corrupt) if hasattr(self._source, "intact") else []
 

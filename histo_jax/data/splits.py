@@ -11,7 +11,7 @@ import pandas as pd
 
 from histo_jax.config import DataConfig
 from histo_jax.data import groups, overlap, sampling
-from histo_jax.data.record_files import SQUARES, SUMS
+from histo_jax.data.record_files import SQUARES, SUMS, pixel_hashes
 from histo_jax.errors import DataError
 
 log = logging.getLogger("histo_jax")
@@ -254,42 +254,46 @@ def check_size(expected: int, actual: int, tfds_dir: str) -> None:
 
 
 def refuse_leak(tables: dict[str, pd.DataFrame], subsets: Subsets, allow: bool) -> None:
-    """Refuses to train on pixels of the test set, and on patients of the data's own splits.
+    """Refuses to train on pixels and patients of the data's own validation and test splits.
 
-    Patches of one colour are excepted.
+    Pixels of patches of one colour are excepted.
 
     Raises:
         DataError: there are some, and `allow` is false.
     """
     train = tables[subsets.train.records].iloc[subsets.train.rows]
-    for leak, fix in _leaks(tables, subsets, train):
-        if not allow:
-            raise DataError(
-                f"{leak}: {fix}, or set --config.data.allow_leak=true and trust no test score"
-            )
-        log.warning(
-            "LEAK: %s; config.data.allow_leak is set, so no test score can be trusted", leak
-        )
-
-
-def _leaks(
-    tables: dict[str, pd.DataFrame], subsets: Subsets, train: pd.DataFrame
-) -> Iterator[tuple[str, str]]:
-    """Yields what the data's own splits share with the training patches, each with its fix."""
     for other in (subsets.validation, subsets.test):
         if other is None or other.records == "train":
             continue
-        evaluated = tables[other.records].iloc[other.rows]
-        if shared := sorted(overlap.shared_names(train, evaluated, "patient")):
-            yield (
-                f"{len(shared)} patients have patches in the train and in the {other.records} "
-                f"split, the first is {shared[0]!r}",
-                "correct the splits",
-            )
-    if subsets.test is not None:
-        ids = overlap.shared_ids(train, tables[subsets.test.records].iloc[subsets.test.rows])
-        if not ids.empty:
-            yield (
-                f"{len(ids)} training patches are also test patches, the first is {ids.iloc[0]}",
-                "remove them",
-            )
+        split = other.records
+        for leak, fix in _leaks(train, tables[split].iloc[other.rows], split):
+            if not allow:
+                raise DataError(
+                    f"{leak}: {fix}, or set --config.data.allow_leak=true and trust no {split} "
+                    "score"
+                )
+            log.warning(
+                "LEAK: %s; config.data.allow_leak is set, so no %s score can be trusted",
+                leak, split,
+            )  # fmt: skip
+
+
+def _leaks(train: pd.DataFrame, evaluated: pd.DataFrame, split: str) -> Iterator[tuple[str, str]]:
+    """Yields what a split of the data shares with the training patches, each with its fix."""
+    if shared := sorted(overlap.shared_names(train, evaluated, "patient")):
+        yield (
+            f"{len(shared)} patients have patches in the train and in the {split} split, the first "
+            f"is {shared[0]!r}",
+            "correct the splits",
+        )
+    ids = overlap.shared_ids(train, evaluated)
+    if not ids.empty:
+        row = train.loc[ids.index[0]]
+        is_same = pixel_hashes(evaluated) == pixel_hashes(train)[ids.index[0]]
+        paths = [part.get("path") for part in (row, evaluated[is_same].iloc[0])]
+        files = f" ({' and '.join(paths)})" if all(paths) else ""
+        yield (
+            f"{len(ids)} training patches are also {split} patches, the first is {row['id']}"
+            f"{files}",
+            "remove them",
+        )

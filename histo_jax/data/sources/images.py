@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import pandas as pd
 
 from histo_jax.config import DataConfig
 from histo_jax.data import raw_files
-from histo_jax.data.example import SIZES, UNLABELLED, Example, SizedExamples
+from histo_jax.data.example import SIZES, UNLABELLED, Example, ReadAgain, SizedExamples
 from histo_jax.data.image_files import (
     ImageFile,
     describe_conversions,
@@ -44,6 +44,7 @@ log = logging.getLogger("histo_jax")
 _SPLITS = ("train", "validation", "test")
 # Files whose header is read for the size of all, and whose content the fingerprint covers.
 _SAMPLE = 64
+_CONTRADICTORY = "has the same pixels as an image with another label"
 
 
 @register_source("images")
@@ -61,6 +62,7 @@ class Images:
         self._table = expand(data.table, "--config.data.table") if data.table else None
         self.origin = str(self._table and self._table.absolute())
         self.corrupt: dict[str, str] = {}
+        self._contradictory: set[int] = set()  # rows of training images that are left out
 
     @staticmethod
     def recognizes(raw_dir: Path) -> bool:
@@ -102,13 +104,11 @@ class Images:
         size = self._data.image_size or common_size(images.files())
         conversions: collections.Counter[str] = collections.Counter()
         splits: dict[str, Iterable[Example]] = {}
-        for split in _SPLITS:
-            rows = images.rows[images.rows["split"] == split]
-            if len(rows):
-                part = images._replace(rows=rows)
-                splits[split] = SizedExamples(
-                    self._read(split, part, size, conversions, len(images.rows)), len(rows)
-                )
+        rows = images.rows[~images.rows.index.isin(self._contradictory)]
+        for split in filter(set(rows["split"]).__contains__, _SPLITS):
+            part = images._replace(rows=rows[rows["split"] == split])
+            examples = self._read(split, part, size, conversions)
+            splits[split] = SizedExamples(examples, len(part.rows))
         return splits
 
     @functools.cached_property
@@ -135,7 +135,6 @@ class Images:
         images: ImageList,
         size: int,
         conversions: collections.Counter[str],
-        total: int,
     ) -> Iterator[Example]:
         """Yields the images of a split; logs what was done to them.
 
@@ -144,21 +143,21 @@ class Images:
             images: of this split.
             size: of all images.
             conversions: counts those of all splits.
-            total: images of all splits.
 
         Raises:
             DataError: images cannot be used, unless they may be left out; or the system cannot read
                 a file.
+            ReadAgain: see `_check_repeats`.
         """
         skip = self._data.on_damaged == "skip" and split == "train"
         refused: dict[str, str] = {}
-        ids: set[str] = set()
-        repeated: list[Path] = []
+        first: dict[str, int] = {}
+        repeats: dict[str, list[int]] = {}
         files = images.files()
         results = read_images(files, self._data.image_size)
         columns = ("label", "slide", "patient", "path")
         rows = zip(*(images.rows[column].tolist() for column in columns), strict=True)
-        for path, row, result in zip(files, rows, results, strict=True):
+        for number, (path, row, result) in enumerate(zip(files, rows, results, strict=True)):
             if isinstance(result, Exception):
                 raise unreadable_files(path, result, results)
             if isinstance(result, ImageFile) and len(result.pixels) != size:
@@ -171,34 +170,60 @@ class Images:
             if refused and not skip:
                 continue  # read on, so that one error names all
             name = hashlib.sha1(result.pixels.data).hexdigest()
-            if split == "train" and name in ids:
-                repeated.append(path)
+            if split == "train" and first.setdefault(name, number) != number:
+                repeats.setdefault(name, [first[name]]).append(number)
                 continue
-            ids.add(name)
             conversions.update(result.conversions)
             yield Example(name, result.pixels, *row)
         if refused and (not skip or len(refused) == len(files)):
             raise _refused_error(refused, len(files), split)
         self.corrupt |= refused
-        if repeated:
+        if repeats:
+            self._check_repeats(images, list(repeats.values()), skip)
+        every = self._images.rows["split"]
+        is_last = split == max(every, key=_SPLITS.index)
+        if is_last and (text := describe_conversions(conversions, size)):
+            log.info("of %s images: %s", f"{len(every):,}", text)
+
+    def _check_repeats(self, images: ImageList, repeats: list[list[int]], skip: bool) -> None:
+        """Logs training images with the same pixels, of which the first is kept.
+
+        Args:
+            images: of the split.
+            repeats: the numbers of the images with the same pixels, for each such group.
+            skip: leave out all images of a group whose labels differ.
+
+        Raises:
+            DataError: labels of a group differ, and `skip` is false or nothing else would be left.
+            ReadAgain: labels differed, and the images of these groups are left out from now on.
+        """
+        files, labels = images.files(), images.rows["label"].to_numpy()
+        wrong = [group for group in repeats if len(set(labels[group])) > 1]
+        if not wrong:
+            count = sum(map(len, repeats)) - len(repeats)
             log.warning(
                 "%d training images have the same pixels as an earlier one and are left out, the "
-                "first is %s", len(repeated), repeated[0],
+                "first is %s", count, files[repeats[0][1]],
             )  # fmt: skip
-        if files[-1] == self._last and (text := describe_conversions(conversions, size)):
-            log.info("of %s images: %s", f"{total:,}", text)
+            return
+        first = wrong[0][0]
+        other = next(number for number in wrong[0] if labels[number] != labels[first])
+        numbers = sorted(itertools.chain(*wrong))
+        more = f" ({len(numbers):,} training images are like this)" if len(numbers) > 2 else ""
+        problem = f"{files[first]} and {files[other]} have the same pixels and different labels"
+        if not skip or len(numbers) == len(files):
+            way_out = "" if skip else ", or leave all of them out by --config.data.on_damaged=skip"
+            raise DataError(f"{problem}{more}: correct the labels{way_out}")
+        log.warning("%s%s; all of them are left out", problem, more)
+        self.corrupt |= {str(files[number]): _CONTRADICTORY for number in numbers}
+        self._contradictory |= set(images.rows.index[numbers])
+        raise ReadAgain
 
-    @functools.cached_property
-    def _last(self) -> Path:
-        """The file that is read last."""
-        images = self._images
-        last = max(images.rows["split"], key=_SPLITS.index)
-        return images._replace(rows=images.rows[images.rows["split"] == last]).files()[-1]
-
-    def intact(self, corrupt: Iterable[str]) -> list[str]:
+    def intact(self, corrupt: Mapping[str, str]) -> list[str]:
         """Returns those of the refused files that can be used by now."""
+        paths = (Path(path) for path, reason in corrupt.items() if reason != _CONTRADICTORY)
         size = self._data.image_size
-        return [path for path in corrupt if isinstance(read_image(Path(path), size), ImageFile)]
+        return [str(path) for path in paths if isinstance(read_image(path, size), ImageFile)]
 
 
 def common_size(paths: list[Path]) -> int:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import histo_jax
 from histo_jax.config import Config, DataConfig
-from histo_jax.data import image_tables
+from histo_jax.data import image_tables, records
 from histo_jax.data.image_files import ImageFile, read_image
 from histo_jax.data.sources import kaggle
 from histo_jax.data.sources.images import Images
@@ -299,6 +299,25 @@ def test_repeated_training_images_are_left_out(raw, messages):
     assert any("1 training images have the same pixels" in line for line in messages)
 
 
+def test_training_images_with_the_same_pixels_and_different_labels(raw, tmp_path, messages):
+    for name in ("a1.png", "a2.png"):
+        shutil.copy(raw / "tiles/a0.png", raw / "tiles" / name)
+    words = "a0.png and .*a1.png have the same pixels and different labels .3 training images"
+    with pytest.raises(UserError, match=words):
+        read(raw)
+    data = DataConfig(
+        source="images", raw_dir=str(raw), tfds_dir=str(tmp_path / "tfds"), on_damaged="skip"
+    )
+    prepared = records.prepare(data, 0)
+    assert prepared.tables["train"]["path"].tolist() == [f"tiles/a{k}.png" for k in range(3, 8)]
+    assert sum("left out: " in line and "another label" in line for line in messages) == 3
+    records.prepare(data, 0)
+    assert not any("intact now" in line for line in messages)
+    data.on_damaged = "stop"
+    with pytest.raises(UserError, match="3 corrupt patches were left out"):
+        records.prepare(data, 0)
+
+
 def test_fingerprint_and_times(raw):
     def state():
         source = Images(DataConfig(raw_dir=str(raw)))
@@ -325,18 +344,19 @@ def test_a_large_folder_with_one_percent_of_every_fault(tmp_path):
         image.save(tmp_path / name)
         contents[name] = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
-    PATCH.save(tmp_path / "a.png")
-    plain = (tmp_path / "a.png").read_bytes()
+    plain = []
+    for image in (PATCH, PATCH.rotate(90)):
+        image.save(tmp_path / "a.png")
+        plain.append((tmp_path / "a.png").read_bytes())
     (tmp_path / "a.png").unlink()
-    contents |= {"cut.png": plain[:900], "empty.png": b"", "text.png": b"no image"}
+    contents |= {"cut.png": plain[0][:900], "empty.png": b"", "text.png": b"no image"}
     for number in range(3000):
         name = f"{number:04}.png"
         content = list(contents.items())[number % 100] if number % 100 < len(contents) else None
-        path = (
-            tmp_path / "raw" / str(number // 100 % 2) / (name if not content else name + content[0])
-        )
+        label = number // 100 % 2
+        path = tmp_path / "raw" / str(label) / (name if not content else name + content[0])
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content[1] if content else plain)
+        path.write_bytes(content[1] if content else plain[label])
     raw = tmp_path / "raw"
     with pytest.raises(UserError) as error:
         read(raw)
@@ -344,7 +364,7 @@ def test_a_large_folder_with_one_percent_of_every_fault(tmp_path):
     assert str(error.value).count("(30 files are like this)") == len(contents)
     assert str(error.value).isprintable()
     source = Images(DataConfig(raw_dir=str(raw), on_damaged="skip"))
-    assert len(list(source.splits()["train"])) == 1  # all intact ones have the same pixels
+    assert len(list(source.splits()["train"])) == 2  # the intact ones of a class are equal
     assert len(source.corrupt) == 240
     fixed = next(path for path in source.corrupt if path.endswith("empty.png"))
     assert source.intact(source.corrupt) != [fixed]
