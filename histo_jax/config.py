@@ -297,7 +297,7 @@ class PredictConfig:
     )
     images: str | None = _option(
         None,
-        "predict: folder or table of images to score with the trained network instead of the test "
+        "predict: folder, table or image to score with the trained network instead of the test "
         "split; writes predictions.csv and predictions.json",
         Limit(bool, "a folder, a file, or None"),
         LOCAL_PATH,

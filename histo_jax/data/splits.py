@@ -11,6 +11,7 @@ import pandas as pd
 
 from histo_jax.config import DataConfig
 from histo_jax.data import groups, overlap, sampling
+from histo_jax.data.example import UNLABELLED
 from histo_jax.data.record_files import SQUARES, SUMS, pixel_hashes
 from histo_jax.errors import DataError
 
@@ -170,6 +171,12 @@ def _is_safe(tables: dict[str, pd.DataFrame], data: DataConfig) -> np.ndarray:
     if unit not in groups.UNITS:
         return np.ones(len(table), bool)
     return (groups.names(table, unit) != "").to_numpy()
+
+
+def labelled(tables: dict[str, pd.DataFrame], subset: Subset) -> Subset:
+    """Returns those examples of a subset whose label is known."""
+    labels = tables[subset.records]["label"].to_numpy()[subset.rows]
+    return subset._replace(rows=subset.rows[labels != UNLABELLED])
 
 
 def left_out(tables: dict[str, pd.DataFrame], data: DataConfig) -> str:

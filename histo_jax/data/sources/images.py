@@ -1,6 +1,7 @@
 """The source `images`: a user's own images, listed by a table or by class folders.
 
-`histo_jax.data.image_tables` describes both forms, `histo_jax.data.image_files` the files.
+`histo_jax.data.image_tables` describes the tables, `histo_jax.data.image_folders` the folders,
+`histo_jax.data.image_files` the files.
 """
 
 import collections
@@ -8,7 +9,6 @@ import functools
 import hashlib
 import itertools
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +18,8 @@ import pandas as pd
 
 from histo_jax.config import DataConfig
 from histo_jax.data import raw_files
-from histo_jax.data.example import SIZES, UNLABELLED, Example, ReadAgain, SizedExamples
+from histo_jax.data.example import SIZES, Example, ReadAgain, SizedExamples
+from histo_jax.data.image_checks import SPLITS, check_labels, check_leaks, read_states
 from histo_jax.data.image_files import (
     ImageFile,
     describe_conversions,
@@ -26,14 +27,9 @@ from histo_jax.data.image_files import (
     read_images,
     read_size,
 )
-from histo_jax.data.image_tables import (
-    TABLE,
-    ImageList,
-    binary_labels,
-    has_class_folders,
-    list_images,
-)
-from histo_jax.data.names import identity
+from histo_jax.data.image_folders import has_class_folders
+from histo_jax.data.image_list import ImageList
+from histo_jax.data.image_tables import TABLE, binary_labels, list_images
 from histo_jax.data.read_ahead import unreadable_files
 from histo_jax.errors import DataError
 from histo_jax.registry import register_source
@@ -41,7 +37,6 @@ from histo_jax.run.files import expand
 
 log = logging.getLogger("histo_jax")
 
-_SPLITS = ("train", "validation", "test")
 # Files whose header is read for the size of all, and whose content the fingerprint covers.
 _SAMPLE = 64
 _CONTRADICTORY = "has the same pixels as an image with another label"
@@ -101,11 +96,11 @@ class Images:
             )
         assert self._stats is not None  # all files are there
         images = self._images
-        size = self._data.image_size or common_size(images.files())
+        size = self._data.image_size or common_size(images)
         conversions: collections.Counter[str] = collections.Counter()
         splits: dict[str, Iterable[Example]] = {}
         rows = images.rows[~images.rows.index.isin(self._contradictory)]
-        for split in filter(set(rows["split"]).__contains__, _SPLITS):
+        for split in filter(set(rows["split"]).__contains__, SPLITS):
             part = images._replace(rows=rows[rows["split"] == split])
             examples = self._read(split, part, size, conversions)
             splits[split] = SizedExamples(examples, len(part.rows))
@@ -120,14 +115,14 @@ class Images:
             split=images.rows["split"].where(images.rows["split"] != "", "train"),
         )
         checked = images._replace(rows=rows)
-        _check_labels(checked)
-        _check_leaks(checked, self._data.allow_leak)
+        check_labels(checked, images.rows["label"])
+        check_leaks(checked, self._data.allow_leak)
         return checked
 
     @functools.cached_property
     def _stats(self) -> pd.DataFrame:
         """Size and modification time of each file."""
-        return _stat(self._images)
+        return read_states(self._images)
 
     def _read(
         self,
@@ -181,7 +176,7 @@ class Images:
         if repeats:
             self._check_repeats(images, list(repeats.values()), skip)
         every = self._images.rows["split"]
-        is_last = split == max(every, key=_SPLITS.index)
+        is_last = split == max(every, key=SPLITS.index)
         if is_last and (text := describe_conversions(conversions, size)):
             log.info("of %s images: %s", f"{len(every):,}", text)
 
@@ -226,20 +221,24 @@ class Images:
         return [str(path) for path in paths if isinstance(read_image(path, size), ImageFile)]
 
 
-def common_size(paths: list[Path]) -> int:
+def common_size(images: ImageList) -> int:
     """Returns the size of most of a sample of files.
 
     Raises:
         DataError: patches cannot have this size.
     """
+    paths = images.files()
     sizes = collections.Counter(filter(None, map(read_size, _spread(paths))))
-    (width, height), _ = sizes.most_common(1)[0] if sizes else ((SIZES[0], SIZES[0]), 0)
+    any_size = next(filter(None, map(read_size, paths)), None) if not sizes else None
+    # If no file is readable, the reading says so of each.
+    (width, height), _ = sizes.most_common(1)[0] if sizes else (any_size or (SIZES[0],) * 2, 0)
     if width == height and width in SIZES:
         return width
     near = min(SIZES, key=lambda size: abs(size - min(width, height)))
     raise DataError(
-        f"{paths[0].parent}: the images have {width}x{height} pixels, and must be square and a "
-        f"multiple of 32 from 32 to 512: scale them, as by --config.data.image_size={near}"
+        f"{images.table or images.folder}: most images have {width}x{height} pixels, and must be "
+        "square and a multiple of 32 from 32 to 512: scale them, as by "
+        f"--config.data.image_size={near}"
     )
 
 
@@ -247,74 +246,6 @@ def _spread(paths: list[Path]) -> list[Path]:
     """Returns at most `_SAMPLE` of the paths, evenly spread."""
     count = min(_SAMPLE, len(paths))
     return [paths[k] for k in np.linspace(0, len(paths) - 1, count).round().astype(int)]
-
-
-def _check_labels(images: ImageList) -> None:
-    """Refuses images without a label, and training images of one class."""
-    rows = images.rows
-    place = images.table or images.folder
-    fix = "add it" if images.table else "move the images into a folder for each class"
-    unlabelled = (rows["label"] == UNLABELLED) & (rows["split"] != "test")
-    images.check(unlabelled, "the label is missing", fix, rows["path"])
-    train = rows["label"][rows["split"] == "train"]
-    if train.empty:
-        raise DataError(f"{place} has no training images: add some, or correct the splits")
-    if train.nunique() < 2:
-        raise DataError(
-            f"{place}: all {len(train):,} training images are of one class; add images of the other"
-        )
-    known = rows["label"][rows["split"] == "test"] != UNLABELLED
-    if 0 < known.sum() < len(known):
-        missing = (rows["label"] == UNLABELLED) & (rows["split"] == "test")
-        images.check(
-            missing, "a test image without a label among labelled ones",
-            "give all labels of the test split, or none", rows["path"],
-        )  # fmt: skip
-
-
-def _check_leaks(images: ImageList, allow: bool) -> None:
-    """Refuses patients and slides that two splits share."""
-    for column in ("patient", "slide"):
-        names = images.rows[column].map(
-            {name: identity(name) for name in images.rows[column].unique()}
-        )
-        by_split = {split: names[images.rows["split"] == split] for split in _SPLITS}
-        for first, second in itertools.combinations(_SPLITS, 2):
-            shared = by_split[second][by_split[second].isin(set(by_split[first]) - {""})]
-            if shared.empty:
-                continue
-            name = images.rows.at[shared.index[0], column]
-            leak = (
-                f"{images.place(shared.index[0])}: {column} {name!r} is in the {first} and the "
-                f"{second} split, as are {shared.nunique() - 1} others"
-            )
-            if not allow:
-                raise DataError(
-                    f"{leak}: correct the split, or set --config.data.allow_leak=true and trust no "
-                    f"{second} score"
-                )
-            log.warning("LEAK: %s; config.data.allow_leak is set", leak)
-
-
-def _stat(images: ImageList) -> pd.DataFrame:
-    """Returns `size` and `time` of each file; refuses missing ones."""
-    found: dict[str, tuple[int, int]] = {}
-    files = images.files()
-    for folder in {path.parent for path in files}:
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_file():
-                        status = entry.stat()
-                        found[entry.path] = status.st_size, status.st_mtime_ns
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise raw_files.unreadable(folder, error) from None
-    texts = pd.Series([str(path) for path in files], images.rows.index)
-    missing = ~texts.isin(found)
-    images.check(missing, "{} is missing", "restore the file, or remove the row", texts)
-    return pd.DataFrame([found[text] for text in texts], columns=["size", "time"])
 
 
 def _refused_error(refused: dict[str, str], total: int, split: str) -> DataError:
@@ -327,7 +258,7 @@ def _refused_error(refused: dict[str, str], total: int, split: str) -> DataError
         more = f" ({len(paths):,} files are like this)" if len(paths) > 1 else ""
         parts.append(f"{paths[0]} {refused[paths[0]]}{more}")
     fix = "replace or remove them"
-    if any("pixels" in reason for reason in refused.values()):
+    if any(" pixels, not " in reason or " pixels, most " in reason for reason in refused.values()):
         fix += ", or scale all images by --config.data.image_size"
     if len(refused) < total and split == "train":
         fix += ", or leave them out by --config.data.on_damaged=skip"

@@ -14,9 +14,9 @@ from PIL import Image
 
 import histo_jax
 from histo_jax.config import Config, DataConfig
-from histo_jax.data import image_tables, records
+from histo_jax.data import image_tables, records, source_adapter
 from histo_jax.data.image_files import ImageFile, read_image
-from histo_jax.data.sources import kaggle
+from histo_jax.data.sources import images, kaggle
 from histo_jax.data.sources.images import Images
 from histo_jax.errors import UserError
 
@@ -59,6 +59,7 @@ HABITS = {
     "byte-order-mark": lambda t: "\ufeff" + t,
     "windows": lambda t: t.replace("\n", "\r\n"),
     "semicolons": lambda t: t.replace(",", ";"),
+    "delimiter-line": lambda t: "\ufeffsep=;\r\n" + t.replace(",", ";"),
     "tabs": lambda t: t.replace(",", "\t"),
     "utf-16": lambda t: t.encode("utf-16"),
     "quotes": lambda t: "\n".join(f'"{line.replace(",", chr(34) + "," + chr(34))}"'
@@ -101,10 +102,26 @@ def test_tsv_parquet_and_absolute_paths(raw, tmp_path):
         assert examples[0].path == "tiles/a0.png"
 
 
-def test_used_columns_are_logged(raw, messages):
+def test_used_columns_are_logged_once_in_a_command(raw, log):
     write(raw, HABITS["names"])
     read(raw)
-    assert any("path (column 'file name'), label (column 'class')" in line for line in messages)
+    (record,) = log.records
+    assert "path (column 'file name'), label (column 'class')" in record.getMessage()
+    assert record.is_once
+
+
+def test_paths_of_the_table_itself(raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "tmp.*/images.csv: no such table; .* current folder: --config.data.table=.*raw/images.csv"
+    )
+    with pytest.raises(UserError, match=words):
+        read(raw, table="images.csv")
+    (raw / "bad.parquet").write_bytes(b"PAR1xxxx")
+    with pytest.raises(UserError, match=r"corrupt.*[^.]\): write it again"):
+        read(raw, table=str(raw / "bad.parquet"))
+    with pytest.raises(UserError, match=r"images.csv: not a folder; .*data.table to a table"):
+        source_adapter.check_layout(DataConfig(source="images", raw_dir=str(raw / "images.csv")))
 
 
 def test_splits_and_unlabelled_test_rows(raw):
@@ -113,11 +130,12 @@ def test_splits_and_unlabelled_test_rows(raw):
         lambda _: (
             "img,y,fold\ntiles/a0.png,1,Train\ntiles/a1.png,0,training\n"
             "tiles/a2.png,1,val\ntiles/a3.png,0,VALID\ntiles/a4.png,,test\ntiles/a5.png,nan,test\n"
+            "tiles/a6.png,1,test\n"
         ),
     )
     splits = read(raw)
     assert {split: [e.label for e in part] for split, part in splits.items()} == {
-        "train": [1, 0], "validation": [1, 0], "test": [-1, -1],
+        "train": [1, 0], "validation": [1, 0], "test": [-1, -1, 1],
     }  # fmt: skip
 
 
@@ -136,6 +154,11 @@ BAD_TABLES = {
     "no-row-path": (lambda t: t.replace("tiles/a2.png", ""), "line 4: the path is missing"),
     "split": (lambda _: "path,label,fold\ntiles/a0.png,1,0\n", "line 2: split '0' must be train"),
     "zero": (lambda t: t.replace("tiles/a2", "tiles/a\0"), "line 4"),
+    "split-blank": (lambda _: "path,label,fold\na.png,1,test\nb.png,1,\n", "line 3: the split is"),
+    "label-na": (lambda t: t.replace(",1,", ",NA,"), "line 3: label 'NA' means that it is"),
+    "address": (lambda t: t.replace("tiles/a4", "https://x/a4"), "line 6: .* is an address; down"),
+    "windows": (lambda t: t.replace("tiles/a4", r"C:\a4"), r"line 6: path 'C:.* is one of Windows"),
+    "no-file": (lambda t: t.replace("/a6.png", ""), "line 8: .*tiles' is not a file; remove"),
 }  # fmt: skip
 
 
@@ -153,18 +176,24 @@ def test_a_leak_of_given_splits_is_refused(raw, column, messages):
     rows = "".join(f"tiles/a{k}.png,{k % 2},{'train' if k < 6 else 'test'},N {k}\n"
                    for k in range(8)).replace("N 7", "n  1")  # fmt: skip
     write(raw, lambda _: f"path,label,split,{column}\n{rows}")
-    with pytest.raises(UserError, match=f"line 9: {column} 'n 1' is in the train and the test"):
+    with pytest.raises(
+        UserError, match=f"line 9: {column} 'n 1' is in the train and the test split: cor"
+    ):
         read(raw)
     assert len(read(raw, allow_leak=True)["test"]) == 2
     assert any("LEAK" in line for line in messages)
 
 
 def test_the_positive_class(raw):
+    with pytest.raises(UserError, match=r"'tumor' is no class .* labels are 0 and 1: leave it out"):
+        read(raw, positive="tumor")
     write(raw, lambda t: t.replace(",1,", ",Tumor,").replace(",0,", ",none,"))
     labels = [example.label for example in read(raw, positive="tumor")["train"]]
     assert labels == [0, 1] * 4
     with pytest.raises(UserError, match=r"positive = 'cancer' is no class .*'Tumor', 'none'"):
         read(raw, positive="cancer")
+    write(raw, lambda t: t.replace(",1,", ",NA,"))
+    assert [example.label for example in read(raw, positive="na")["train"]] == labels
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -188,6 +217,28 @@ def test_class_folders_and_debris(tmp_path):
         "validation": [("val/tumor/c.png", 1)],
         "test": [("Test/d.png", -1)],
     }
+
+
+def test_links_to_folders_and_images_beside_the_splits(tmp_path, messages):
+    for number, name in enumerate(
+        ("train/NA/0.png", "train/tumor/1.png", "more/2.png", "3.png", "notes/x")
+    ):
+        draw(tmp_path / name, number) if number < 4 else (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "train/tumor/loop").symlink_to(tmp_path)
+    (tmp_path / "train/NA/twin").symlink_to("../tumor")
+    (tmp_path / "train/tumor/twin").symlink_to("../NA")
+    rows = image_tables.list_images(tmp_path).rows
+    assert rows[["path", "label"]].to_numpy().tolist() == [
+        ["train/NA/0.png", "NA"], ["train/NA/twin/1.png", "NA"],
+        ["train/tumor/1.png", "tumor"], ["train/tumor/twin/0.png", "tumor"],
+    ]  # fmt: skip
+    assert any(line.endswith("splits are ignored: 3.png, more") for line in messages)
+    for name in ("NA", "tumor"):
+        (tmp_path / "train" / name / "twin").unlink()
+    assert [e.label for e in read(tmp_path, positive="tumor")["train"]] == [0, 1]
+    (tmp_path / "train/NA/self.png").symlink_to("self.png")
+    with pytest.raises(UserError, match=r"self.png' is missing; .* remove the link"):
+        read(tmp_path, positive="tumor")
 
 
 def test_folders_without_splits(tmp_path):
@@ -280,16 +331,24 @@ def test_reduced_pixels_are_means_over_areas(tmp_path, before, after):
     assert result.conversions == ("cropped to the square in their centre", "reduced")
 
 
-def test_sizes(raw, tmp_path):
+def test_sizes(raw, tmp_path, monkeypatch, messages):
     draw(raw / "tiles" / "a3.png", 3, size=64)
     with pytest.raises(UserError, match=r"a3.png is 64x64 pixels, most are 32x32.*image_size"):
         read(raw)
     assert len(read(raw, on_damaged="skip")["train"]) == 7
     assert {e.image.shape for e in read(raw, image_size=64)["train"]} == {(64, 64, 3)}
+    Image.new("1", (7000, 7000)).save(raw / "tiles" / "a3.png")
+    with pytest.raises(UserError, match=r"a3.png is .* than 33,554,432: replace .* them, or leave"):
+        read(raw, image_size=32)
+    (raw / "tiles" / "a0.png").write_bytes(b"x")
+    monkeypatch.setattr(images, "_SAMPLE", 1)  # the size is that of the first readable file
+    assert len(read(raw, on_damaged="skip")["train"]) == 6
     for number in range(8):
         draw(raw / "tiles" / f"a{number}.png", number, size=100)
-    with pytest.raises(UserError, match=r"100x100 pixels.*image_size=96"):
-        read(raw)
+    data = DataConfig(source="images", raw_dir=str(raw), tfds_dir=str(tmp_path / "tfds"))
+    with pytest.raises(UserError, match=r"raw/images.csv: most .* 100x100 pixels.*image_size=96"):
+        records.prepare(data, 0)
+    assert not any("preparing" in line for line in messages)
     assert {e.image.shape for e in read(raw, image_size=96)["train"]} == {(96, 96, 3)}
 
 
