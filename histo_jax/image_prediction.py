@@ -158,12 +158,15 @@ def _labels(images: ImageList, config: Config) -> Int[np.ndarray, " n"]:
     names = images.rows["label"]
     if (names == "").all() or (images.table is None and (names == "").any()):
         return unknown
-    try:
-        return binary_labels(images, config.data.positive).to_numpy()
-    except DataError as error:
-        if images.table is not None:
-            log.warning("the labels are not used: %s", error)
-        return unknown
+    problems = []
+    for positive in (config.data.positive, None):  # 0 and 1 need no name
+        try:
+            return binary_labels(images, positive).to_numpy()
+        except DataError as error:
+            problems.append(error)
+    if images.table is not None:
+        log.warning("the labels are not used: %s", problems[0])
+    return unknown
 
 
 def _write(

@@ -137,9 +137,10 @@ def test_ensembles_symmetries_and_priors_are_those_of_the_predictor(config, run,
 def test_images_of_any_size_are_scaled_where_the_run_scales(config, run, tmp_path, log):
     scaled = shutil.copytree(run, tmp_path / "run")
     config = copy.deepcopy(config)
-    config.data.image_size = 96
+    config.data.image_size, config.data.positive = 96, "tumour"
     saved = json.loads((scaled / "config.json").read_text())
-    (scaled / "config.json").write_text(json.dumps(saved | {"data.image_size": 96}))
+    saved |= {"data.image_size": 96, "data.positive": "tumour"}
+    (scaled / "config.json").write_text(json.dumps(saved))
     for label, size in ((0, (192, 192)), (1, (96, 130))):
         path = tmp_path / "images" / str(label) / "x.png"
         path.parent.mkdir(parents=True)

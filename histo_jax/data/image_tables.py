@@ -234,11 +234,11 @@ def _cells(column: Any) -> list[str]:
 
 
 def _check_forms(images: ImageList) -> None:
-    """Refuses addresses and the absolute paths of Windows."""
+    """Refuses URLs and absolute Windows paths."""
     cells = images.rows["path"]
     for form, problem, fix in (
-        (_URL, "path {} is an address", "download the images, and give the paths of the files"),
-        (_WINDOWS_PATH, "path {} is one of Windows", f"give it relative to {images.folder}"),
+        (_URL, "path {} is a URL", "download the images, and give the paths of the files"),
+        (_WINDOWS_PATH, "{} is an absolute Windows path", f"give it relative to {images.folder}"),
     ):
         images.check(cells.str.match(form), problem, fix, cells)
 

@@ -156,8 +156,8 @@ BAD_TABLES = {
     "zero": (lambda t: t.replace("tiles/a2", "tiles/a\0"), "line 4"),
     "split-blank": (lambda _: "path,label,fold\na.png,1,test\nb.png,1,\n", "line 3: the split is"),
     "label-na": (lambda t: t.replace(",1,", ",NA,"), "line 3: label 'NA' means that it is"),
-    "address": (lambda t: t.replace("tiles/a4", "https://x/a4"), "line 6: .* is an address; down"),
-    "windows": (lambda t: t.replace("tiles/a4", r"C:\a4"), r"line 6: path 'C:.* is one of Windows"),
+    "address": (lambda t: t.replace("tiles/a4", "https://x/a4"), "line 6: .* is a URL; download"),
+    "windows": (lambda t: t.replace("tiles/a4", r"C:\a4"), r"line 6: 'C:.* absolute Windows path"),
     "no-file": (lambda t: t.replace("/a6.png", ""), "line 8: .*tiles' is not a file; remove"),
 }  # fmt: skip
 
