@@ -6,15 +6,12 @@ import os
 
 import pandas as pd
 
-from histo_jax.data import raw_files
+from histo_jax.data import groups, raw_files
 from histo_jax.data.example import UNLABELLED
-from histo_jax.data.image_list import ImageList
-from histo_jax.data.names import identity
+from histo_jax.data.image_list import SPLITS, ImageList
 from histo_jax.errors import DataError
 
 log = logging.getLogger("histo_jax")
-
-SPLITS = ("train", "validation", "test")
 
 
 def check_labels(images: ImageList, texts: pd.Series) -> None:
@@ -23,6 +20,9 @@ def check_labels(images: ImageList, texts: pd.Series) -> None:
     Args:
         images: with labels 0, 1 and -1.
         texts: their labels as written.
+
+    Raises:
+        DataError: names the first image, or what is missing.
     """
     rows = images.rows
     place = images.table or images.folder
@@ -42,11 +42,17 @@ def check_labels(images: ImageList, texts: pd.Series) -> None:
 
 
 def check_leaks(images: ImageList, allow: bool) -> None:
-    """Refuses patients and slides that two splits share."""
-    for column in ("patient", "slide"):
-        names = images.rows[column].map(
-            {name: identity(name) for name in images.rows[column].unique()}
-        )
+    """Refuses patients and slides that two splits share.
+
+    Args:
+        images: their splits are known.
+        allow: log them instead.
+
+    Raises:
+        DataError: names the first image of the later split.
+    """
+    for column in groups.UNITS:
+        names = groups.identities(images.rows, column)
         by_split = {split: names[images.rows["split"] == split] for split in SPLITS}
         for first, second in itertools.combinations(SPLITS, 2):
             shared = by_split[second][by_split[second].isin(set(by_split[first]) - {""})]
@@ -67,7 +73,11 @@ def check_leaks(images: ImageList, allow: bool) -> None:
 
 
 def read_states(images: ImageList) -> pd.DataFrame:
-    """Returns `size` and `time` of each file; refuses missing ones."""
+    """Returns `size`, in bytes, and `time`, of modification in nanoseconds, of each file.
+
+    Raises:
+        DataError: files are missing; names the first, and their number.
+    """
     found: dict[str, tuple[int, int]] = {}
     files = images.files()
     for folder in {path.parent for path in files}:

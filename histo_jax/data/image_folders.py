@@ -8,12 +8,14 @@ import logging
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pandas as pd
 
 from histo_jax import environment
 from histo_jax.data.image_files import suffixes
-from histo_jax.data.image_list import COLUMNS, SPLITS, ImageList
+from histo_jax.data.image_list import COLUMNS, SPLIT_WORDS, ImageList
+from histo_jax.data.raw_files import unreadable
 from histo_jax.errors import DataError
 
 log = logging.getLogger("histo_jax")
@@ -24,7 +26,7 @@ _DEBRIS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "$recycle.bin"
 
 def has_class_folders(folder: Path) -> bool:
     """Whether a folder has class folders with images, with or without splits."""
-    splits = [place for place in _subfolders(folder) if place.name.casefold() in SPLITS]
+    splits = [place for place in _subfolders(folder) if place.name.casefold() in SPLIT_WORDS]
     classes = [place for top in splits or [folder] for place in _subfolders(top)]
     return any(next(_walk(place, set()), None) for place in classes)
 
@@ -37,10 +39,10 @@ def list_folder(folder: Path, has_splits: bool = True) -> ImageList:
         has_splits: only the folders of splits are listed, where there are some; false lists all.
 
     Raises:
-        DataError: there are none, or the name of one is not text.
+        DataError: there are none, the name of one is not text, or a folder cannot be read.
     """
     others: set[str] = set()
-    splits = {place: SPLITS.get(place.name.casefold(), "") for place in _subfolders(folder)}
+    splits = {place: SPLIT_WORDS.get(place.name.casefold(), "") for place in _subfolders(folder)}
     splits = {place: split for place, split in splits.items() if split and has_splits}
     if splits and (ignored := _find_beside(folder, splits)):
         shown = ", ".join(ignored[:5]) + ", ..." * (len(ignored) > 5)
@@ -49,7 +51,7 @@ def list_folder(folder: Path, has_splits: bool = True) -> ImageList:
     for top, split in (splits or {folder: ""}).items():
         for path in _walk(top, others):
             below = path.relative_to(top).parts
-            if not split and below[0].casefold() in SPLITS:
+            if not split and below[0].casefold() in SPLIT_WORDS:
                 below = below[1:]
             label = below[0] if len(below) > 1 else ""
             _check_name(path)
@@ -90,7 +92,7 @@ def _find_beside(folder: Path, splits: Collection[Path]) -> list[str]:
 
 def _walk(folder: Path, others: set[str]) -> Iterator[Path]:
     """Yields the image files below a folder in a fixed order; adds other files' suffixes."""
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not _is_debris(name))
         folders[:] = [name for name in folders if not _is_loop(folder, Path(place, name))]
         for name in sorted(names):
@@ -99,6 +101,10 @@ def _walk(folder: Path, others: set[str]) -> Iterator[Path]:
                 yield Path(place, name)
             elif not _is_debris(name):
                 others.add(suffix or name)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise unreadable(Path(error.filename), error) from None
 
 
 def _is_loop(top: Path, path: Path) -> bool:

@@ -8,7 +8,8 @@ import pandas as pd
 from histo_jax.errors import DataError
 
 COLUMNS = ("path", "label", "slide", "patient", "split")
-SPLITS = {
+SPLITS = ("train", "validation", "test")
+SPLIT_WORDS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
     "test": "test", "testing": "test",
@@ -20,7 +21,7 @@ class ImageList(NamedTuple):
 
     Attributes:
         rows: columns `path` (relative to `folder`, with '/', or absolute), `label`, `slide`,
-            `patient` and `split` (a value of `SPLITS`); text, '' = not known. The index is the line
+            `patient` and `split` (one of `SPLITS`); text, '' = not known. The index is the line
             or row of the table, or counts the files of folders.
         folder: of relative paths.
         table: the table; None = the images are those of a folder.

@@ -29,7 +29,7 @@ import pandas as pd
 from histo_jax import environment
 from histo_jax.data.image_files import suffixes
 from histo_jax.data.image_folders import list_folder
-from histo_jax.data.image_list import COLUMNS, SPLITS, ImageList
+from histo_jax.data.image_list import COLUMNS, SPLIT_WORDS, ImageList
 from histo_jax.data.names import UNKNOWN, clean_column, identity
 from histo_jax.data.raw_files import is_system_error, unreadable
 from histo_jax.data.tables import parse_label, read_columns, shorten
@@ -162,7 +162,7 @@ def _read_table(path: Path, folder: Path, has_splits: bool) -> ImageList:
     rows = found.reindex(columns=list(COLUMNS), fill_value="")
     images = ImageList(rows, folder, path)
     images.check(rows["path"] == "", "the path is missing{:.0}", "add it", rows["path"])
-    _check_forms(images)
+    _check_paths(images)
     rows["split"] = _clean_splits(images) if has_splits else ""
     rows["slide"], rows["patient"] = clean_column(rows["slide"]), clean_column(rows["patient"])
     paths = rows["path"].map(functools.partial(_clean_path, folder=str(folder)))
@@ -233,7 +233,7 @@ def _cells(column: Any) -> list[str]:
     return ["" if value is None else str(value).strip() for value in column.to_pylist()]
 
 
-def _check_forms(images: ImageList) -> None:
+def _check_paths(images: ImageList) -> None:
     """Refuses URLs and absolute Windows paths."""
     cells = images.rows["path"]
     for form, problem, fix in (
@@ -244,9 +244,9 @@ def _check_forms(images: ImageList) -> None:
 
 
 def _clean_splits(images: ImageList) -> pd.Series:
-    """Returns a value of `SPLITS` for each row; '' where the table has no splits."""
+    """Returns a value of `SPLIT_WORDS` for each row; '' where the table has no splits."""
     cells = images.rows["split"]
-    words = {cell: SPLITS.get(cell.casefold(), "") for cell in cells.unique()}
+    words = {cell: SPLIT_WORDS.get(cell.casefold(), "") for cell in cells.unique()}
     splits = cells.map(words)
     if (cells != "").any():
         images.check(

@@ -19,7 +19,7 @@ import pandas as pd
 from histo_jax.config import DataConfig
 from histo_jax.data import raw_files
 from histo_jax.data.example import SIZES, Example, ReadAgain, SizedExamples
-from histo_jax.data.image_checks import SPLITS, check_labels, check_leaks, read_states
+from histo_jax.data.image_checks import check_labels, check_leaks, read_states
 from histo_jax.data.image_files import (
     ImageFile,
     describe_conversions,
@@ -28,7 +28,7 @@ from histo_jax.data.image_files import (
     read_size,
 )
 from histo_jax.data.image_folders import has_class_folders
-from histo_jax.data.image_list import ImageList
+from histo_jax.data.image_list import SPLITS, ImageList
 from histo_jax.data.image_tables import TABLE, binary_labels, list_images
 from histo_jax.data.read_ahead import unreadable_files
 from histo_jax.errors import DataError
@@ -228,10 +228,10 @@ def common_size(images: ImageList) -> int:
         DataError: patches cannot have this size.
     """
     paths = images.files()
-    sizes = collections.Counter(filter(None, map(read_size, _spread(paths))))
-    any_size = next(filter(None, map(read_size, paths)), None) if not sizes else None
-    # If no file is readable, the reading says so of each.
-    (width, height), _ = sizes.most_common(1)[0] if sizes else (any_size or (SIZES[0],) * 2, 0)
+    sizes = list(filter(None, map(read_size, _spread(paths))))
+    # If the sample is corrupt, any other file tells the size; if all are, `splits` says so of each.
+    sizes = sizes or [next(filter(None, map(read_size, paths)), (SIZES[0], SIZES[0]))]
+    (width, height), _ = collections.Counter(sizes).most_common(1)[0]
     if width == height and width in SIZES:
         return width
     near = min(SIZES, key=lambda size: abs(size - min(width, height)))

@@ -1,5 +1,6 @@
 """Own images: tables, class folders, conversions, faults."""
 
+import errno
 import hashlib
 import os
 import re
@@ -219,7 +220,7 @@ def test_class_folders_and_debris(tmp_path):
     }
 
 
-def test_links_to_folders_and_images_beside_the_splits(tmp_path, messages):
+def test_links_to_folders_and_images_beside_the_splits(tmp_path, messages, monkeypatch):
     for number, name in enumerate(
         ("train/NA/0.png", "train/tumor/1.png", "more/2.png", "3.png", "notes/x")
     ):
@@ -238,6 +239,15 @@ def test_links_to_folders_and_images_beside_the_splits(tmp_path, messages):
     assert [e.label for e in read(tmp_path, positive="tumor")["train"]] == [0, 1]
     (tmp_path / "train/NA/self.png").symlink_to("self.png")
     with pytest.raises(UserError, match=r"self.png' is missing; .* remove the link"):
+        read(tmp_path, positive="tumor")
+
+    def scandir(path, real=os.scandir):
+        if str(path).endswith("NA"):
+            raise PermissionError(errno.EACCES, "denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"train/NA cannot be read .*: change its permissions"):
         read(tmp_path, positive="tumor")
 
 
