@@ -263,12 +263,14 @@ def check_size(expected: int, actual: int, tfds_dir: str) -> None:
 def refuse_leak(tables: dict[str, pd.DataFrame], subsets: Subsets, allow: bool) -> None:
     """Refuses to train on pixels and patients of the data's own validation and test splits.
 
+    Patches that are drawn from the training split to validate count as those that are trained on.
     Pixels of patches of one colour are excepted.
 
     Raises:
         DataError: there are some, and `allow` is false.
     """
-    train = tables[subsets.train.records].iloc[subsets.train.rows]
+    own = [part.rows for part in (subsets.train, subsets.validation) if part.records == "train"]
+    train = tables["train"].iloc[np.sort(np.concatenate(own))]
     for other in (subsets.validation, subsets.test):
         if other is None or other.records == "train":
             continue
