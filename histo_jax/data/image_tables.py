@@ -77,9 +77,10 @@ class ImageList(NamedTuple):
     folder: Path
     table: Path | None
 
-    def files(self) -> list[Path]:
-        """Returns the file of each row."""
-        return [self.folder / path for path in self.rows["path"]]
+    def files(self) -> list[str]:
+        """Returns the path of each row, with the folder; as text, which is smaller than `Path`."""
+        folder = str(self.folder)
+        return [os.path.join(folder, path) for path in self.rows["path"].tolist()]
 
     def place(self, row: Any) -> str:
         """Returns where an image is listed, for messages.
@@ -313,13 +314,14 @@ def _list_folders(folder: Path, has_splits: bool) -> ImageList:
     splits = splits or {folder: ""}
     rows = []
     for top, split in splits.items():
+        prefix = f"{top.name}/" if split else ""
         for path in _walk(top, others):
-            below = path.relative_to(top).parts
+            below = path.split("/")
             if not split and below[0].casefold() in SPLITS:
                 below = below[1:]
             label = below[0] if len(below) > 1 else ""
-            _check_name(path)
-            rows.append((path.relative_to(folder).as_posix(), label, "", "", split))
+            _check_name(folder, prefix + path)
+            rows.append((prefix + path, label, "", "", split))
     if others:
         log.info("%s: files that are no images are ignored: %s", folder, ", ".join(sorted(others)))
     if not rows:
@@ -327,12 +329,12 @@ def _list_folders(folder: Path, has_splits: bool) -> ImageList:
     return ImageList(pd.DataFrame(rows, columns=list(_ALIASES)), folder, None)
 
 
-def _check_name(path: Path) -> None:
+def _check_name(folder: Path, path: str) -> None:
     """Refuses a file whose name is not text, which no table can hold."""
     try:
-        str(path).encode()
+        path.encode()
     except UnicodeEncodeError:
-        name = os.fsencode(path).decode(errors="backslashreplace")
+        name = os.fsencode(folder / path).decode(errors="backslashreplace")
         raise DataError(f"{name}: the name is not UTF-8; rename the file or its folder") from None
 
 
@@ -340,14 +342,18 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_debris(path.name))
 
 
-def _walk(folder: Path, others: set[str]) -> Iterator[Path]:
-    """Yields the image files below a folder in a fixed order; adds other files' suffixes."""
+def _walk(folder: Path, others: set[str]) -> Iterator[str]:
+    """Yields the image files below a folder in a fixed order; adds other files' suffixes.
+
+    The paths are relative to the folder, with '/'.
+    """
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not _is_debris(name))
+        prefix = "".join(f"{part}/" for part in Path(place).relative_to(folder).parts)
         for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()
             if suffix in suffixes() and not _is_debris(name):
-                yield Path(place, name)
+                yield prefix + name
             elif not _is_debris(name):
                 others.add(suffix or name)
 

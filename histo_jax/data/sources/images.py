@@ -76,7 +76,8 @@ class Images:
         rows = images.rows[["path", "label", "slide", "patient", "split"]]
         for row, size in sorted(zip(rows.itertuples(index=False), stats["size"], strict=True)):
             digest.update(f"{list(row)} {size}\n".encode(errors="backslashreplace"))
-        for path in _spread(sorted(images.files())):
+        by_folder = sorted(images.files(), key=lambda path: path.split("/"))
+        for path in map(Path, _spread(by_folder)):
             try:
                 digest.update(path.read_bytes())
             except OSError as error:
@@ -153,20 +154,20 @@ class Images:
         skip = self._data.on_damaged == "skip" and split == "train"
         refused: dict[str, str] = {}
         ids: set[str] = set()
-        repeated: list[Path] = []
+        repeated: list[str] = []
         files = images.files()
-        results = read_images(files, self._data.image_size)
+        results = read_images(map(Path, files), self._data.image_size)
         columns = ("label", "slide", "patient", "path")
         rows = zip(*(images.rows[column].tolist() for column in columns), strict=True)
         for path, row, result in zip(files, rows, results, strict=True):
             if isinstance(result, Exception):
-                raise unreadable_files(path, result, results)
+                raise unreadable_files(Path(path), result, results)
             if isinstance(result, ImageFile) and len(result.pixels) != size:
                 result = (
                     f"is {len(result.pixels)}x{len(result.pixels)} pixels, most are {size}x{size}"
                 )
             if isinstance(result, str):
-                refused[str(path)] = result
+                refused[path] = result
                 continue
             if refused and not skip:
                 continue  # read on, so that one error names all
@@ -189,7 +190,7 @@ class Images:
             log.info("of %s images: %s", f"{total:,}", text)
 
     @functools.cached_property
-    def _last(self) -> Path:
+    def _last(self) -> str:
         """The file that is read last."""
         images = self._images
         last = max(images.rows["split"], key=_SPLITS.index)
@@ -201,24 +202,24 @@ class Images:
         return [path for path in corrupt if isinstance(read_image(Path(path), size), ImageFile)]
 
 
-def common_size(paths: list[Path]) -> int:
+def common_size(paths: list[str]) -> int:
     """Returns the size of most of a sample of files.
 
     Raises:
         DataError: patches cannot have this size.
     """
-    sizes = collections.Counter(filter(None, map(read_size, _spread(paths))))
+    sizes = collections.Counter(filter(None, map(read_size, map(Path, _spread(paths)))))
     (width, height), _ = sizes.most_common(1)[0] if sizes else ((SIZES[0], SIZES[0]), 0)
     if width == height and width in SIZES:
         return width
     near = min(SIZES, key=lambda size: abs(size - min(width, height)))
     raise DataError(
-        f"{paths[0].parent}: the images have {width}x{height} pixels, and must be square and a "
-        f"multiple of 32 from 32 to 512: scale them, as by --config.data.image_size={near}"
+        f"{Path(paths[0]).parent}: the images have {width}x{height} pixels, and must be square and "
+        f"a multiple of 32 from 32 to 512: scale them, as by --config.data.image_size={near}"
     )
 
 
-def _spread(paths: list[Path]) -> list[Path]:
+def _spread(paths: list[str]) -> list[str]:
     """Returns at most `_SAMPLE` of the paths, evenly spread."""
     count = min(_SAMPLE, len(paths))
     return [paths[k] for k in np.linspace(0, len(paths) - 1, count).round().astype(int)]
@@ -275,7 +276,7 @@ def _stat(images: ImageList) -> pd.DataFrame:
     """Returns `size` and `time` of each file; refuses missing ones."""
     found: dict[str, tuple[int, int]] = {}
     files = images.files()
-    for folder in {path.parent for path in files}:
+    for folder in {os.path.dirname(path) for path in files}:
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -285,11 +286,11 @@ def _stat(images: ImageList) -> pd.DataFrame:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise raw_files.unreadable(folder, error) from None
-    texts = pd.Series([str(path) for path in files], images.rows.index)
-    missing = ~texts.isin(found)
-    images.check(missing, "{} is missing", "restore the file, or remove the row", texts)
-    return pd.DataFrame([found[text] for text in texts], columns=["size", "time"])
+            raise raw_files.unreadable(Path(folder), error) from None
+    paths = pd.Series(files, images.rows.index)
+    missing = ~paths.isin(found)
+    images.check(missing, "{} is missing", "restore the file, or remove the row", paths)
+    return pd.DataFrame([found[path] for path in files], columns=["size", "time"])
 
 
 def _refused_error(refused: dict[str, str], total: int, split: str) -> DataError:
