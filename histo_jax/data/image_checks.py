@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+from pathlib import Path
 
 import pandas as pd
 
@@ -80,7 +81,7 @@ def read_states(images: ImageList) -> pd.DataFrame:
     """
     found: dict[str, tuple[int, int]] = {}
     files = images.files()
-    for folder in {path.parent for path in files}:
+    for folder in {os.path.dirname(path) for path in files}:
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
@@ -92,11 +93,11 @@ def read_states(images: ImageList) -> pd.DataFrame:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise raw_files.unreadable(folder, error) from None
-    texts = pd.Series([str(path) for path in files], images.rows.index)
+            raise raw_files.unreadable(Path(folder), error) from None
+    texts = pd.Series(files, images.rows.index)
     missing = ~texts.isin(found)
     existing = set(filter(os.path.exists, texts[missing]))
     fix = "remove the row" if images.table else "remove the link"
     images.check(texts.isin(existing), "{} is not a file", fix, texts)
     images.check(missing, "{} is missing", f"restore the file, or {fix}", texts)
-    return pd.DataFrame([found[text] for text in texts], columns=["size", "time"])
+    return pd.DataFrame([found[path] for path in files], columns=["size", "time"])

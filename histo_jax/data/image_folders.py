@@ -49,13 +49,14 @@ def list_folder(folder: Path, has_splits: bool = True) -> ImageList:
         log.warning("%s: images beside the folders of the splits are ignored: %s", folder, shown)
     rows = []
     for top, split in (splits or {folder: ""}).items():
+        prefix = f"{top.name}/" if split else ""
         for path in _walk(top, others):
-            below = path.relative_to(top).parts
+            below = path.split("/")
             if not split and below[0].casefold() in SPLIT_WORDS:
                 below = below[1:]
             label = below[0] if len(below) > 1 else ""
-            _check_name(path)
-            rows.append((path.relative_to(folder).as_posix(), label, "", "", split))
+            _check_name(folder, prefix + path)
+            rows.append((prefix + path, label, "", "", split))
     if others:
         listed = ", ".join(sorted(others))
         message = f"{folder}: files that are no images are ignored: {listed}"
@@ -65,12 +66,12 @@ def list_folder(folder: Path, has_splits: bool = True) -> ImageList:
     return ImageList(pd.DataFrame(rows, columns=list(COLUMNS)), folder, None)
 
 
-def _check_name(path: Path) -> None:
+def _check_name(folder: Path, path: str) -> None:
     """Refuses a file whose name is not text, which no table can hold."""
     try:
-        str(path).encode()
+        path.encode()
     except UnicodeEncodeError:
-        name = os.fsencode(path).decode(errors="backslashreplace")
+        name = os.fsencode(folder / path).decode(errors="backslashreplace")
         raise DataError(f"{name}: the name is not UTF-8; rename the file or its folder") from None
 
 
@@ -90,15 +91,19 @@ def _find_beside(folder: Path, splits: Collection[Path]) -> list[str]:
     return names
 
 
-def _walk(folder: Path, others: set[str]) -> Iterator[Path]:
-    """Yields the image files below a folder in a fixed order; adds other files' suffixes."""
+def _walk(folder: Path, others: set[str]) -> Iterator[str]:
+    """Yields the image files below a folder in a fixed order; adds other files' suffixes.
+
+    The paths are relative to the folder, with '/'.
+    """
     for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not _is_debris(name))
         folders[:] = [name for name in folders if not _is_loop(folder, Path(place, name))]
+        prefix = "".join(f"{part}/" for part in Path(place).relative_to(folder).parts)
         for name in sorted(names):
             suffix = os.path.splitext(name)[1].lower()
             if suffix in suffixes() and not _is_debris(name):
-                yield Path(place, name)
+                yield prefix + name
             elif not _is_debris(name):
                 others.add(suffix or name)
 

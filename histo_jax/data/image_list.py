@@ -1,5 +1,6 @@
 """A list of images, as tables and folders give it."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +32,10 @@ class ImageList(NamedTuple):
     folder: Path
     table: Path | None
 
-    def files(self) -> list[Path]:
-        """Returns the file of each row."""
-        return [self.folder / path for path in self.rows["path"]]
+    def files(self) -> list[str]:
+        """Returns the path of each row, with the folder; as text, which is smaller than `Path`."""
+        folder = str(self.folder)
+        return [os.path.join(folder, path) for path in self.rows["path"].tolist()]
 
     def place(self, row: Any) -> str:
         """Returns where an image is listed, for messages.

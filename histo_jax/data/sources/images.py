@@ -73,7 +73,8 @@ class Images:
         rows = images.rows[["path", "label", "slide", "patient", "split"]]
         for row, size in sorted(zip(rows.itertuples(index=False), stats["size"], strict=True)):
             digest.update(f"{list(row)} {size}\n".encode(errors="backslashreplace"))
-        for path in _spread(sorted(images.files())):
+        by_folder = sorted(images.files(), key=lambda path: path.split("/"))
+        for path in map(Path, _spread(by_folder)):
             try:
                 digest.update(path.read_bytes())
             except OSError as error:
@@ -149,18 +150,18 @@ class Images:
         first: dict[str, int] = {}
         repeats: dict[str, list[int]] = {}
         files = images.files()
-        results = read_images(files, self._data.image_size)
+        results = read_images(map(Path, files), self._data.image_size)
         columns = ("label", "slide", "patient", "path")
         rows = zip(*(images.rows[column].tolist() for column in columns), strict=True)
         for number, (path, row, result) in enumerate(zip(files, rows, results, strict=True)):
             if isinstance(result, Exception):
-                raise unreadable_files(path, result, results)
+                raise unreadable_files(Path(path), result, results)
             if isinstance(result, ImageFile) and len(result.pixels) != size:
                 result = (
                     f"is {len(result.pixels)}x{len(result.pixels)} pixels, most are {size}x{size}"
                 )
             if isinstance(result, str):
-                refused[str(path)] = result
+                refused[path] = result
                 continue
             if refused and not skip:
                 continue  # read on, so that one error names all
@@ -210,7 +211,7 @@ class Images:
             way_out = "" if skip else ", or leave all of them out by --config.data.on_damaged=skip"
             raise DataError(f"{problem}{more}: correct the labels{way_out}")
         log.warning("%s%s; all of them are left out", problem, more)
-        self.corrupt |= {str(files[number]): _CONTRADICTORY for number in numbers}
+        self.corrupt |= {files[number]: _CONTRADICTORY for number in numbers}
         self._contradictory |= set(images.rows.index[numbers])
         raise ReadAgain
 
@@ -228,9 +229,9 @@ def common_size(images: ImageList) -> int:
         DataError: patches cannot have this size.
     """
     paths = images.files()
-    sizes = list(filter(None, map(read_size, _spread(paths))))
+    sizes = list(filter(None, map(read_size, map(Path, _spread(paths)))))
     # If the sample is corrupt, any other file tells the size; if all are, `splits` says so of each.
-    sizes = sizes or [next(filter(None, map(read_size, paths)), (SIZES[0], SIZES[0]))]
+    sizes = sizes or [next(filter(None, map(read_size, map(Path, paths))), (SIZES[0], SIZES[0]))]
     (width, height), _ = collections.Counter(sizes).most_common(1)[0]
     if width == height and width in SIZES:
         return width
@@ -242,7 +243,7 @@ def common_size(images: ImageList) -> int:
     )
 
 
-def _spread(paths: list[Path]) -> list[Path]:
+def _spread(paths: list[str]) -> list[str]:
     """Returns at most `_SAMPLE` of the paths, evenly spread."""
     count = min(_SAMPLE, len(paths))
     return [paths[k] for k in np.linspace(0, len(paths) - 1, count).round().astype(int)]
