@@ -200,7 +200,8 @@ def _patches(data: ensemble.TrainingData | None, size: int, seed: int) -> parity
     if data is None:
         rng = np.random.default_rng(seed)
         images = rng.integers(0, 256, (_COMPARED, size, size, 3), np.uint8)
-        return parity.Patches(images, "random pixels, because the run's records are missing or changed")
+        reason = "the run's records are missing or changed"
+        return parity.Patches(images, f"random pixels, because {reason}")
     rows = data.subsets.validation.rows
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _COMPARED)).astype(int)]
     source = data.prepared.source(data.subsets.validation.records)
