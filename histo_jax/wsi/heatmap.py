@@ -22,7 +22,6 @@ from histo_jax.errors import ConfigError, DataError, UserError
 from histo_jax.metrics import Calibration
 from histo_jax.predictor import Predictor, load
 from histo_jax.run import files, progress, signals
-from histo_jax.run.folders import recover
 from histo_jax.run.workdir import Workdir
 from histo_jax.wsi import index, libraries, results, search, slide_map, tissue
 from histo_jax.wsi.grid import cell_size
@@ -228,7 +227,7 @@ def _make_one(
     position: str,
 ) -> dict[str, Any]:
     """Makes the map of one slide unless it is finished."""
-    recover(folder)
+    results.remove_leftovers(folder.parent, folder.name)
     finished = results.read_summary(folder)
     if finished and slide.path.exists():
         if finished["inputs"] == settings.inputs(predictor, slide, folder.name):
