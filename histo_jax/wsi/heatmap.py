@@ -60,11 +60,11 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         )
     libraries.check()
     slides = search.find(paths, options.mpp)
+    _check_mask(options.tissue, slides)
     with command.start(config, workdir, "heatmap") as session:
         predictor = ensemble.load_predictor(config, session.path, config.predict.prior)
         _acquire(session, config)
         settings = _settings(predictor, options, session.path)
-        _check_mask(options.tissue, slides)
         table = _make_all(predictor, slides, settings, session.path / _FOLDER)
         _raise_failures(len(slides), session.path / _FOLDER)
     return table
@@ -103,13 +103,13 @@ def heatmap(
     validate(Config(heatmap=options))
     names = [slides] if isinstance(slides, str | os.PathLike) else slides
     found = search.find([os.fspath(name) for name in names], options.mpp)
+    _check_mask(options.tissue, found)
     with environment.defaults(), runtime.jax_defaults(), signals.watch():
         if isinstance(predictor, Predictor):
             run = Path(predictor.trained[0].run)
         else:
             run, predictor = Path(predictor).expanduser(), load(predictor)
         settings = _settings(predictor, options, run)
-        _check_mask(options.tissue, found)
         return _make_all(predictor, found, settings, files.expand(out, "out"))
 
 
@@ -156,7 +156,7 @@ def _check_mask(mask: str, slides: Sequence[search.SlideFile]) -> None:
     """Refuses a mask that is missing, and one mask for several slides."""
     if mask in TISSUE_WORDS:
         return
-    path = files.expand(mask, "config.heatmap.tissue")
+    path = files.expand(mask, "--config.heatmap.tissue")
     if not path.exists():
         raise ConfigError(
             f"config.heatmap.tissue = {mask} does not exist: give auto, all, a mask image, a "
@@ -224,20 +224,25 @@ def _make_share(
     for number, (name, slide) in enumerate(own, start=1):
         if signals.requested():
             raise signals.Preempted(f", with {number - 1} of {len(own)} slides finished")
-        row: dict[str, Any] = {"name": name, "slide": str(slide.path), "error": ""}
+        row: dict[str, Any] = {"name": name, "slide": _text(slide.path), "error": ""}
         try:
             summary = _make_one(predictor, slide, settings, out / name, f"{number}/{len(own)}")
             row |= {key: value for key, value in summary.items() if key not in row}
         except Exception as error:
             if _is_of_all_slides(error):
                 raise
-            row["error"] = _record(error, slide.path, name, out)
+            row["error"] = _text(_record(error, slide.path, name, out))
         rows.append(row)
         index.write(out, settings.positive)
         if number < len(own):
             left = (time.monotonic() - began) / number * (len(own) - number)
             log.info("%d of %d slides, about %.0f min left", number, len(own), left / 60)
     return rows
+
+
+def _text(value: object) -> str:
+    """Returns a text that pandas takes: the name of a file may not be UTF-8."""
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def _is_of_all_slides(error: Exception) -> bool:

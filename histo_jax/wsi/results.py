@@ -18,6 +18,7 @@ SUMMARY = "slide.json"
 FAILURES = ".failed"
 # Of `slide.json`; results of another one are made again.
 FORMAT = 1
+_REQUIRED = {"format", "slide", "inputs"}
 
 
 @contextlib.contextmanager
@@ -83,7 +84,8 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         values = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return values if isinstance(values, dict) and values.get("format") == FORMAT else None
+    is_whole = isinstance(values, dict) and values.keys() >= _REQUIRED
+    return values if is_whole and values["format"] == FORMAT else None
 
 
 def read_all(parent: Path) -> dict[str, dict[str, Any]]:

@@ -55,7 +55,7 @@ def find(paths: Sequence[str], mpp: float | None) -> list[SlideFile]:
     if mpp is not None:
         _check_scale(mpp, f"config.heatmap.mpp = {mpp:g}")
     for text in paths:
-        path = files.expand(text, "config.heatmap.slides")
+        path = files.expand(text, "--config.heatmap.slides")
         if path.is_dir():
             slides += [SlideFile(file, mpp) for file in _search(path)]
         elif not path.is_file():

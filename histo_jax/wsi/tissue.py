@@ -67,7 +67,10 @@ def find(
         return detect(image, width, options.min_area / area, options.max_hole / area)
     path = mask_file(options.tissue, slide.path, name)
     if path.suffix.lower() in (".geojson", ".json"):
-        return _draw(_read_polygons(path), image.shape[:2], step, slide.offset)
+        mask = _draw(_read_polygons(path), image.shape[:2], step, slide.offset)
+        if not mask.any():
+            raise DataError(f"{path} has no polygon on {slide.path}: give that slide's own file")
+        return mask
     return _read_mask(path, image.shape[:2])
 
 
@@ -120,7 +123,7 @@ def mask_file(tissue: str, slide: Path, name: str) -> Path:
     Raises:
         DataError: there is none.
     """
-    path = files.expand(tissue, "config.heatmap.tissue")
+    path = files.expand(tissue, "--config.heatmap.tissue")
     if path.is_dir():
         stems = dict.fromkeys((slide.stem, name))
         found = [path / f"{stem}{suffix}" for stem in stems for suffix in _SUFFIXES]
@@ -201,7 +204,7 @@ def _draw(
     x, y = offset
     frame = shapely.box(-x - step, -y - step, width - x + step, height - y + step)
     clipped = shapely.get_parts(shapely.intersection(polygons, frame))
-    inside = [part for part in clipped if part.geom_type == "Polygon"]
+    inside = [part for part in clipped if part.geom_type == "Polygon" and not part.is_empty]
     # A polygon may be inside the hole of a larger one.
     for polygon in sorted(inside, key=lambda shape: -shape.area):
         for ring, value in [(polygon.exterior, 1), *((hole, 0) for hole in polygon.interiors)]:
