@@ -167,7 +167,7 @@ def _view(slide: reader.Slide, slide_file: SlideFile, settings: Settings, name: 
     step = max(1.0, max(slide.size) / _THUMBNAIL)
     image = thumbnail(slide, step)
     mask = tissue.find(slide, image, step, spacing, settings.tissue, name)
-    canvas = overlay.Canvas(image, step, step * (spacing.x + spacing.y) / 2)
+    canvas = overlay.Canvas(image, step, step * spacing.x)
     return _View(slide, spacing, scale, grid, canvas, mask)
 
 
