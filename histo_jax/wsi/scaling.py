@@ -13,8 +13,9 @@ from histo_jax.wsi.resolution import Scale, coarse_scale
 
 # That read and scale, each a strip in several copies, about 50 MB.
 THREADS = min(8, os.cpu_count() or 1)
-# Rows of a thumbnail that a thread reads.
-_BAND = 64
+# Pixels of a level that a thread reads for a thumbnail, in each direction: tiles of a file in rows
+# as wide as the slide would not stay in OpenSlide's cache.
+_SQUARE = 1024
 # Pixels of a level that are read at once; several threads hold as many, in several copies.
 _STRIP_PIXELS = 2_000_000
 # Rows that are scaled at once: their sums, transposed on the way, stay in a core's cache.
@@ -120,14 +121,23 @@ def thumbnail(slide: Slide, step: float) -> Pixels:
     """
     width, height = (max(1, math.ceil(side / step)) for side in slide.size)
     scale = coarse_scale(slide, (step, step))
+    columns, rows = (max(1, round(_SQUARE / factor)) for factor in scale.factor)
+    image = np.empty((height, width, _CHANNELS), np.uint8)
 
-    def read(top: int) -> Pixels:
-        return read_scaled(slide, scale, 0, top, width, min(_BAND, height - top))
+    def read(x: int, y: int) -> None:
+        ends = min(columns, width - x), min(rows, height - y)
+        image[y : y + rows, x : x + columns] = read_scaled(slide, scale, x, y, *ends)
 
     # A slide without a pyramid is read as a whole, which takes minutes.
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(read, top) for top in range(0, height, _BAND)]
+        futures = [
+            pool.submit(read, x, y)
+            for y in range(0, height, rows)
+            for x in range(0, width, columns)
+        ]
         try:
-            return np.concatenate([future.result() for future in signals.stopping(futures)])
+            for future in signals.stopping(futures):
+                future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    return image
