@@ -106,8 +106,8 @@ class SourceAdapter:
         with self._errors("modified()"):
             return self._source.modified() if hasattr(self._source, "modified") else None
 
-    def intact(self, corrupt: Iterable[str]) -> list[str]:
-        """Returns those of the corrupt files that can be read by now."""
+    def intact(self, corrupt: Mapping[str, str]) -> list[str]:
+        """Returns those of the corrupt files, listed as by `corrupt`, that can be read by now."""
         with self._errors("intact()"):
             return self._source.intact(corrupt) if hasattr(self._source, "intact") else []
 
@@ -278,7 +278,9 @@ def check_layout(data: DataConfig) -> None:
         return
     raw_dir = files.expand(data.raw_dir, "--config.data.raw_dir")
     if not raw_dir.is_dir():
-        raise DataError(f"{raw_dir}: no such folder; set --config.data.raw_dir")
+        what = "not a folder" if raw_dir.exists() else "no such folder"
+        also = ", and --config.data.table to a table" if data.source == "images" else ""
+        raise DataError(f"{raw_dir}: {what}; set --config.data.raw_dir{also}")
     if data.source == "images" and data.table:  # which names the files, in any layout
         return
     recognizes = getattr(SOURCES.get(data.source), "recognizes", None)
