@@ -246,7 +246,10 @@ def _text(value: object) -> str:
 
 
 def _is_of_all_slides(error: Exception) -> bool:
-    """Returns whether the next slide would fail as well: results or devices are the reason."""
+    """Returns whether the next slide would fail as well.
+
+    Of files, those of the results are the reason: what reads slides and masks raises `DataError`.
+    """
     is_setting = isinstance(error, UserError) and not isinstance(error, DataError)
     return is_setting or isinstance(error, OSError | jax.errors.JaxRuntimeError)
 
@@ -278,7 +281,7 @@ def _make_one(
     results.remove_leftovers(folder.parent, folder.name)
     finished = results.read_summary(folder)
     if finished and slide.path.exists():
-        if finished.get("inputs") == settings.inputs(predictor, slide, folder.name):
+        if finished["inputs"] == settings.inputs(predictor, slide, folder.name):
             log.info("%s is finished: skipped", folder.name)
             return finished
         log.info("%s was made with other settings or networks: it is made again", folder.name)

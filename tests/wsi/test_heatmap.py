@@ -403,21 +403,22 @@ def test_wrong_settings(options, message, run, run_command, square_slide, monkey
     assert message in ended.stderr.strip().splitlines()[-1]
 
 
-def test_sigterm_leaves_nothing_half_written(predictor, square_slide, tmp_path, monkeypatch):
-    """The signal comes while cells are computed; the rerun makes the slide."""
+@pytest.mark.parametrize(
+    ("module", "name"), [(slide_map, "thumbnail"), (slide_map.probabilities, "compute")]
+)
+def test_sigterm_leaves_nothing_half_written(
+    module, name, predictor, square_slide, tmp_path, monkeypatch
+):
+    """The signal comes while the slide is read; the rerun makes it."""
+    original = getattr(module, name)
 
-    def interrupt(done, total, original=None):
+    def interrupt(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-
-    compute = slide_map.probabilities.compute
-
-    def compute_and_interrupt(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return compute(*arguments)
+        return original(*arguments)
 
     options = HeatmapConfig(stride=64)
     with monkeypatch.context() as patch:
-        patch.setattr(slide_map.probabilities, "compute", compute_and_interrupt)
+        patch.setattr(module, name, interrupt)
         with pytest.raises(signals.Preempted) as caught:
             histo_jax.heatmap(predictor, square_slide, tmp_path, options)
     assert caught.value.code == 75

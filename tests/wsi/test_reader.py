@@ -205,6 +205,15 @@ def test_strips_make_no_seam(monkeypatch):
     )
 
 
+def test_squares_of_a_thumbnail_make_no_seam(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (310, 290, 3)).astype(np.uint8)
+    whole = scaling.thumbnail(Pixels(pixels), 2.7)
+    monkeypatch.setattr(scaling, "_SQUARE", 50)
+    np.testing.assert_array_equal(scaling.thumbnail(Pixels(pixels), 2.7), whole)
+    assert whole.shape == (115, 108, 3)
+    np.testing.assert_allclose(whole[3, 5], area_mean(pixels, 13.5, 8.1, 2.7, 2.7), atol=0.51)
+
+
 def test_a_folder_is_searched_by_content(tmp_path, log, write_slide, tissue_pixels, sample):
     log.set_level(logging.INFO, "histo_jax")
     write_slide(tmp_path / "deep.tif", tissue_pixels(64, 64))
