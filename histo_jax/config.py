@@ -26,6 +26,8 @@ from histo_jax.config_values import (
 from histo_jax.registry import LOSSES, MODELS, SOURCES
 
 _FILE_ATTRIBUTE = "_config_file"
+# What `heatmap.tissue` may be besides a path.
+TISSUE_WORDS = ("auto", "all")
 EXPORT_FORMATS = ("onnx", "stablehlo", "safetensors", "torchscript")
 _SEED = Limit(lambda value: 0 <= value < 2**31, "at least 0 and at most 2147483647")
 _SEED_OR_NONE = Limit(_SEED.holds, f"{_SEED.expected}, or None")
