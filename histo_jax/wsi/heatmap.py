@@ -24,6 +24,7 @@ from histo_jax.errors import ConfigError, DataError, UserError, one_line
 from histo_jax.metrics import Calibration
 from histo_jax.predictor import Predictor, load
 from histo_jax.run import files, progress, signals
+from histo_jax.run.folders import recover
 from histo_jax.run.workdir import Workdir
 from histo_jax.wsi import index, libraries, results, search, slide_map, tissue
 from histo_jax.wsi.grid import cell_size
@@ -278,7 +279,7 @@ def _make_one(
     position: str,
 ) -> dict[str, Any]:
     """Makes the map of one slide unless it is finished."""
-    results.remove_leftovers(folder.parent, folder.name)
+    recover(folder)
     finished = results.read_summary(folder)
     if finished and slide.path.exists():
         if finished["inputs"] == settings.inputs(predictor, slide, folder.name):

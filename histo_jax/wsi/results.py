@@ -4,9 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,40 +40,6 @@ def locked(parent: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes `folder` at the end; an error leaves the old one.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
-    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old.part")
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-    except BaseException:
-        if old.exists():
-            old.rename(folder)
-        raise
-    finally:
-        # Killed between the two renames, the slide has no results and is done again.
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def remove_leftovers(parent: Path, name: str) -> None:
-    """Removes what a killed process has left of one slide."""
-    # Another process may work on a slide whose name begins with this one.
-    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{32}}(\.old)?\.part")
-    for leftover in parent.glob(f".{name}.*.part"):
-        if pattern.fullmatch(leftover.name):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from histo_jax.data.example import PatchSpec
 from histo_jax.distributed import runtime
 from histo_jax.errors import DataError
 from histo_jax.predictor import Predictor
-from histo_jax.run import files
+from histo_jax.run import files, folders
 from histo_jax.wsi import (
     libraries,
     overlay,
@@ -123,7 +123,7 @@ def make(
                 predictor, slide, view.scale, view.grid, is_tissue, bar.update
             )
         found = regions.find(values, settings.threshold, view.grid, view.spacing)
-        with results.replacing(folder) as part:
+        with folders.replacing(folder) as part:
             with _timing(seconds, "outputs"), files.naming(folder):
                 _write(part, view, values, found, settings, name)
             summary = {

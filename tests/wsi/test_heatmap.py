@@ -17,7 +17,7 @@ from histo_jax.config import HeatmapConfig
 from histo_jax.data.example import PatchSpec
 from histo_jax.errors import ConfigError, UserError
 from histo_jax.predictor import Predictor
-from histo_jax.run import signals
+from histo_jax.run import folders, signals
 from histo_jax.wsi import grid as grids
 from histo_jax.wsi import heatmap, reader, resolution, results, scaling, search, slide_map
 
@@ -432,7 +432,7 @@ def test_sigterm_leaves_nothing_half_written(
 def test_a_kill_leaves_the_old_results_or_the_new(number, tmp_path):
     """An exception that nothing handles, at each step of the replacement, stands for SIGKILL."""
     folder = tmp_path / "a"
-    with results.replacing(folder) as part:
+    with folders.replacing(folder) as part:
         (part / "slide.json").write_text('{"format": 1, "slide": "a", "inputs": 1}')
     pid = os.fork()
     if not pid:
@@ -448,12 +448,12 @@ def test_a_kill_leaves_the_old_results_or_the_new(number, tmp_path):
         import sys
 
         sys.addaudithook(die)
-        with results.replacing(folder) as part:
+        with folders.replacing(folder) as part:
             (part / "slide.json").write_text('{"format": 1, "slide": "a", "inputs": 2}')
             (part / "cells.csv").write_text("x")
         os._exit(0)
     os.waitpid(pid, 0)
-    results.remove_leftovers(tmp_path, "a")
+    folders.recover(folder)
     summary = results.read_summary(folder)
     assert summary is None or summary["inputs"] == 1 or (folder / "cells.csv").exists()
     assert [path.name for path in tmp_path.glob(".*")] == []
