@@ -19,7 +19,7 @@ from histo_jax.wsi import reader
 log = logging.getLogger("histo_jax")
 
 _FOLDER = "errors"
-# Points of each slide: more than anybody looks at.
+# Points of each slide, the worst ones.
 _MOST = 100
 # As `histo_jax.data.slide_patches` writes the place of a patch.
 _PLACE = r"(?P<path>.+)#xywh=(?P<x>-?\d+),(?P<y>-?\d+),(?P<width>\d+),(?P<height>\d+)"
