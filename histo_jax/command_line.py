@@ -54,7 +54,9 @@ Fields and their defaults (a config file may set others):
 """
 EXAMPLE = "--config=configs/quickstart.py --workdir=runs/quickstart"
 _HOSTS = ("auto", "slurm", "tpu", "manual")
-_PATH_FIELDS = ("data.raw_dir", "data.tfds_dir", "data.slide_map", "predict.images")
+_PATH_FIELDS = (
+    "data.raw_dir", "data.tfds_dir", "data.slide_map", "predict.images", "heatmap.tissue",
+)  # fmt: skip
 _OPTIONS = (
     "config", "workdir", "mode", "multihost", "coordinator", "process_count", "process_index",
     "flagfile", "help", "version",
