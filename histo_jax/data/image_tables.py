@@ -20,7 +20,7 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from histo_jax.errors import DataError, one_line
 log = logging.getLogger("histo_jax")
 
 TABLE = "images.csv"
-_ALIASES = {
+ALIASES = {
     "path": (
         "path", "file_path", "filepath", "image_path", "img_path", "file_name", "filename",
         "image_name", "image_file", "file", "image", "img",
@@ -87,7 +87,7 @@ def list_images(
         table = folder / TABLE
     if table is None:
         return list_folder(folder, has_splits)
-    return _read_table(table, folder, has_splits)
+    return read_table(table, folder, has_splits)
 
 
 def _missing_table(table: Path, folder: Path | None) -> DataError:
@@ -145,9 +145,26 @@ def _class(text: str) -> str:
     return identity(text) or text.casefold()
 
 
-def _read_table(path: Path, folder: Path, has_splits: bool) -> ImageList:
-    """Returns the images of a table."""
-    columns = functools.partial(_columns, path)
+def read_table(
+    path: Path,
+    folder: Path,
+    has_splits: bool = True,
+    aliases: Mapping[str, tuple[str, ...]] = ALIASES,
+    what: str = "images",
+) -> ImageList:
+    """Returns the images, or the slides, of a table.
+
+    Args:
+        path: of the table.
+        folder: of relative paths.
+        has_splits: see `list_images`.
+        aliases: the names that each column may have; those of `ALIASES`, and others.
+        what: is listed, for messages.
+
+    Raises:
+        DataError: see `list_images`.
+    """
+    columns = functools.partial(_columns, path, aliases, what)
     if path.suffix.lower() not in _TABLE_SUFFIXES:
         raise DataError(
             f"{path} is no table that can be read: save it as {', '.join(_TABLE_SUFFIXES)}, or "
@@ -158,14 +175,14 @@ def _read_table(path: Path, folder: Path, has_splits: bool) -> ImageList:
     else:
         found = read_columns(path, columns)
     if found.empty:
-        raise DataError(f"{path} lists no images; add rows")
-    rows = found.reindex(columns=list(COLUMNS), fill_value="")
+        raise DataError(f"{path} lists no {what}; add rows")
+    rows = found.reindex(columns=list(aliases), fill_value="")
     images = ImageList(rows, folder, path)
     images.check(rows["path"] == "", "the path is missing{:.0}", "add it", rows["path"])
     _check_paths(images)
     rows["split"] = _clean_splits(images) if has_splits else ""
     rows["slide"], rows["patient"] = clean_column(rows["slide"]), clean_column(rows["patient"])
-    paths = rows["path"].map(functools.partial(_clean_path, folder=str(folder)))
+    paths = rows["path"].map(functools.partial(clean_path, folder=str(folder)))
     is_outside = paths.str.match(r"\.\.(/|$)") | paths.str.contains("\0", regex=False)
     problem = f"path {{}} leads out of {str(folder).replace('{', '{{').replace('}', '}}')}"
     images.check(is_outside, problem, "give an absolute path, or move the file", rows["path"])
@@ -174,7 +191,9 @@ def _read_table(path: Path, folder: Path, has_splits: bool) -> ImageList:
     return images
 
 
-def _columns(path: Path, header: list[str]) -> dict[str, int]:
+def _columns(
+    path: Path, aliases: Mapping[str, tuple[str, ...]], what: str, header: list[str]
+) -> dict[str, int]:
     """Returns the position of each column that a table has, and logs their names.
 
     Raises:
@@ -182,8 +201,8 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
     """
     names = [re.sub(r"[ .-]+", "_", name.casefold()) for name in header]
     found = {}
-    for column, aliases in _ALIASES.items():
-        name = next((alias for alias in aliases if alias in names), None)
+    for column, accepted in aliases.items():
+        name = next((alias for alias in accepted if alias in names), None)
         if name is None:
             continue
         if names.count(name) > 1:
@@ -193,8 +212,8 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
         found[column] = names.index(name)
     if "path" not in found:
         raise DataError(
-            f"{path}: the header {shorten(header)} has no column with the images' paths; name it "
-            "path"
+            f"{path}: the header {shorten(header)} has no column with the {what}' paths; name it "
+            f"{aliases['path'][0]}"
         )
     used = [
         name if header[place] == name else f"{name} (column {header[place]!r})"
@@ -264,7 +283,7 @@ def _clean_splits(images: ImageList) -> pd.Series:
     return splits
 
 
-def _clean_path(path: str, folder: str) -> str:
+def clean_path(path: str, folder: str) -> str:
     """Returns a path with '/', without '.' and inner '..', relative if it is below the folder."""
     if "\\" in path and "\0" not in path and not os.path.lexists(os.path.join(folder, path)):
         path = path.replace("\\", "/")

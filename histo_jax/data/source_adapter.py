@@ -21,6 +21,8 @@ from histo_jax.run import files
 SPLITS = ("train", "validation", "test")
 # Names of label 0 and label 1 where neither the settings nor the source give any.
 _CLASSES = ("negative", "positive")
+# Sources that `data.table` lists.
+_LISTED = ("images", "slides")
 # The name is part of the name of a folder.
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -279,9 +281,9 @@ def check_layout(data: DataConfig) -> None:
     raw_dir = files.expand(data.raw_dir, "--config.data.raw_dir")
     if not raw_dir.is_dir():
         what = "not a folder" if raw_dir.exists() else "no such folder"
-        also = ", and --config.data.table to a table" if data.source == "images" else ""
+        also = ", and --config.data.table to a table" if data.source in _LISTED else ""
         raise DataError(f"{raw_dir}: {what}; set --config.data.raw_dir{also}")
-    if data.source == "images" and data.table:  # which names the files, in any layout
+    if data.source in _LISTED and data.table:  # which names the files, in any layout
         return
     recognizes = getattr(SOURCES.get(data.source), "recognizes", None)
     if recognizes is None or recognizes(raw_dir):

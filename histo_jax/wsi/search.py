@@ -57,7 +57,7 @@ def find(paths: Sequence[str], mpp: float | None) -> list[SlideFile]:
     for text in paths:
         path = files.expand(text, "--config.heatmap.slides")
         if path.is_dir():
-            slides += [SlideFile(file, mpp) for file in _search(path)]
+            slides += [SlideFile(file, mpp) for file in search(path)]
         elif not path.is_file():
             raise ConfigError(
                 f"config.heatmap.slides: {path} does not exist: give a slide, a folder, or a CSV "
@@ -91,8 +91,8 @@ def _check_scale(mpp: float, field: str) -> None:
         )
 
 
-def _search(folder: Path) -> list[Path]:
-    """Returns the slides below a folder; logs what is passed over."""
+def search(folder: Path) -> list[Path]:
+    """Returns the slides below a folder, sorted; logs what is passed over."""
     slides: list[Path] = []
     other: list[Path] = []
     links: list[Path] = []
