@@ -9,8 +9,9 @@ pytest.importorskip("tifffile", reason="the extra slides is not installed")
 
 
 @pytest.mark.slow
-def test_a_large_slide_takes_bounded_memory(tmp_path):
+def test_a_large_slide_takes_bounded_memory(tmp_path, monkeypatch):
     """60,000 x 60,000 pixels, mostly glass; the command runs in a process of its own."""
+    monkeypatch.delenv("XLA_FLAGS")  # the tests' four devices hold blocks and programs of their own
     benchmark = runpy.run_path(str(Path(__file__).with_name("slides.py")))
     path = tmp_path / "large.tif"
     slide = benchmark["write_slide"](path, benchmark["LARGE"], benchmark["TISSUE"])
