@@ -73,20 +73,39 @@ class DataConfig:
     )
     table: str | None = _option(
         None,
-        "table of the images source: a .csv, .tsv or .parquet file with a column path and, where "
-        "known, label, slide, patient, split; None = images.csv in raw_dir, else class folders",
+        "table, a .csv, .tsv or .parquet file: for the images source with a column path and, where "
+        "known, label, slide, patient, split; for slides with slide, annotation and, where known, "
+        "patient, split, mpp; None = images.csv or slides.csv in raw_dir, else its folders",
         Limit(bool, "a file, or None"),
         LOCAL_PATH,
     )
     positive: str | None = _option(
         None,
-        "name of the positive class of the images source, where labels are not 0 and 1",
+        "name of the positive class of the images source, where labels are not 0 and 1; names of "
+        "the positive annotation classes of the slides source, separated by commas",
         Limit(bool, "the name of a class, or None"),
+    )
+    exclude: str = _option(
+        "",
+        "slides: names of annotation classes whose area takes no part, separated by commas; "
+        "QuPath's Ignore* never does",
+    )
+    min_overlap: float = _option(
+        0.0,
+        "slides: fraction of the label region that a positive annotation must cover, 0 to below "
+        "1; at least one pixel",
+        BELOW_ONE,
+    )
+    per_slide: int | None = _option(
+        1000,
+        "slides: patches of each class taken from a slide at most; None = all",
+        at_least(1, ", or None for all"),
     )
     image_size: int | None = _option(
         None,
-        "height and width in pixels to which the images source scales its images: a multiple of "
-        "32 from 32 to 512; None = the images' own size, which must then be the same for all",
+        "height and width in pixels to which the images source scales its images, and of the "
+        "patches of slides: a multiple of 32 from 32 to 512; None = 96 for slides, else the "
+        "images' own size, which must then be the same for all",
         Limit(
             lambda value: value % 32 == 0 and 32 <= value <= 512,
             "a multiple of 32 from 32 to 512, or None",
@@ -95,13 +114,13 @@ class DataConfig:
     label_region: int | None = _option(
         None,
         "width in pixels of the square in the patch's centre that the label describes; None = 32 "
-        "for kaggle, pcam and synthetic, else the whole patch",
+        "for kaggle, pcam, slides and synthetic, else the whole patch",
         at_least(1, ", or None"),
     )
     mpp: float | None = _option(
         None,
-        "width of a pixel in micrometres; None = 0.972 for kaggle and pcam, 1.0 for synthetic, "
-        "else not known",
+        "width of a pixel in micrometres; None = 0.972 for kaggle, pcam and slides, 1.0 for "
+        "synthetic, else not known",
         Limit(POSITIVE.holds, f"{POSITIVE.expected}, or None"),
     )
     validation_fraction: float = _option(

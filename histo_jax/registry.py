@@ -126,6 +126,7 @@ SOURCES = Registry(
         "kaggle": "histo_jax.data.sources.kaggle",
         "pcam": "histo_jax.data.sources.pcam",
         "images": "histo_jax.data.sources.images",
+        "slides": "histo_jax.data.sources.slides",
     },
 )
 

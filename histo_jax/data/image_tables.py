@@ -23,7 +23,7 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ SPLITS = {
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
-_ALIASES = {
+ALIASES = {
     "path": (
         "path", "file_path", "filepath", "image_path", "img_path", "file_name", "filename",
         "image_name", "image_file", "file", "image", "img",
@@ -136,7 +136,7 @@ def list_images(
         folder = table.parent
     if table is None and (folder / TABLE).is_file():
         table = folder / TABLE
-    return _list_folders(folder, has_splits) if table is None else _read_table(table, folder)
+    return _list_folders(folder, has_splits) if table is None else read_table(table, folder)
 
 
 def binary_labels(images: ImageList, positive: str | None) -> pd.Series:
@@ -185,9 +185,24 @@ def _class(text: str) -> str:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def _read_table(path: Path, folder: Path) -> ImageList:
-    """Returns the images of a table."""
-    columns = functools.partial(_columns, path)
+def read_table(
+    path: Path,
+    folder: Path,
+    aliases: Mapping[str, tuple[str, ...]] = ALIASES,
+    what: str = "images",
+) -> ImageList:
+    """Returns the images, or the slides, of a table.
+
+    Args:
+        path: of the table.
+        folder: of relative paths.
+        aliases: the names that each column may have; those of `ALIASES`, and others.
+        what: is listed, for messages.
+
+    Raises:
+        DataError: see `list_images`.
+    """
+    columns = functools.partial(_columns, path, aliases, what)
     if path.suffix.lower() not in _TABLE_SUFFIXES:
         raise DataError(
             f"{path} is no table that can be read: save it as {', '.join(_TABLE_SUFFIXES)}, or "
@@ -198,8 +213,8 @@ def _read_table(path: Path, folder: Path) -> ImageList:
     else:
         found = read_columns(path, columns)
     if found.empty:
-        raise DataError(f"{path} lists no images; add rows")
-    rows = found.reindex(columns=list(_ALIASES), fill_value="")
+        raise DataError(f"{path} lists no {what}; add rows")
+    rows = found.reindex(columns=list(aliases), fill_value="")
     images = ImageList(rows, folder, path)
     images.check(rows["path"] == "", "the path is missing{:.0}", "add it", rows["path"])
     rows["split"] = _clean_splits(images)
@@ -213,7 +228,9 @@ def _read_table(path: Path, folder: Path) -> ImageList:
     return images
 
 
-def _columns(path: Path, header: list[str]) -> dict[str, int]:
+def _columns(
+    path: Path, aliases: Mapping[str, tuple[str, ...]], what: str, header: list[str]
+) -> dict[str, int]:
     """Returns the position of each column that a table has, and logs their names.
 
     Raises:
@@ -221,8 +238,8 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
     """
     names = [re.sub(r"[ .-]+", "_", name.casefold()) for name in header]
     found = {}
-    for column, aliases in _ALIASES.items():
-        name = next((alias for alias in aliases if alias in names), None)
+    for column, accepted in aliases.items():
+        name = next((alias for alias in accepted if alias in names), None)
         if name is None:
             continue
         if names.count(name) > 1:
@@ -232,8 +249,8 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
         found[column] = names.index(name)
     if "path" not in found:
         raise DataError(
-            f"{path}: the header {shorten(header)} has no column with the images' paths; name it "
-            "path"
+            f"{path}: the header {shorten(header)} has no column with the {what}' paths; name it "
+            f"{aliases['path'][0]}"
         )
     used = [
         name if header[place] == name else f"{name} (column {header[place]!r})"
@@ -324,7 +341,7 @@ def _list_folders(folder: Path, has_splits: bool) -> ImageList:
         log.info("%s: files that are no images are ignored: %s", folder, ", ".join(sorted(others)))
     if not rows:
         raise DataError(f"{folder} holds no images")
-    return ImageList(pd.DataFrame(rows, columns=list(_ALIASES)), folder, None)
+    return ImageList(pd.DataFrame(rows, columns=list(ALIASES)), folder, None)
 
 
 def _check_name(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TypeVar
 from histo_jax.data import raw_files
 from histo_jax.errors import DataError
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 # Files of one task of a thread: a task costs as much as reading a small file.
 _GROUP = 16
@@ -19,19 +20,22 @@ _GROUP = 16
 _READY = 8
 
 
-def read_ahead(read: Callable[[Path], Result], paths: Iterable[Path]) -> Iterator[Result]:
-    """Yields `read(path)` for each file, in order.
+def read_ahead(
+    read: Callable[[Item], Result], items: Iterable[Item], size: int = _GROUP
+) -> Iterator[Result]:
+    """Yields `read(item)` for each file, or each part of one, in order.
 
     Args:
         read: mostly decodes and hashes, for which it releases the interpreter's lock.
-        paths: the files.
+        items: the files.
+        size: items of one task of a thread. About ten tasks are in memory at once.
     """
 
-    def read_group(group: list[Path]) -> list[Result]:
-        return [read(path) for path in group]
+    def read_group(group: list[Item]) -> list[Result]:
+        return [read(item) for item in group]
 
     threads = os.cpu_count() or 1
-    groups = _groups(iter(paths))
+    groups = _groups(iter(items), size)
     with concurrent.futures.ThreadPoolExecutor(threads) as pool, warnings.catch_warnings():
         # Pillow warns about a truncated header before it raises.
         warnings.filterwarnings("ignore", module="PIL")
@@ -48,8 +52,8 @@ def read_ahead(read: Callable[[Path], Result], paths: Iterable[Path]) -> Iterato
             pool.shutdown(cancel_futures=True)
 
 
-def _groups(paths: Iterator[Path]) -> Iterator[list[Path]]:
-    while group := list(itertools.islice(paths, _GROUP)):
+def _groups(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while group := list(itertools.islice(items, size)):
         yield group
 
 

@@ -279,7 +279,7 @@ def check_layout(data: DataConfig) -> None:
     raw_dir = files.expand(data.raw_dir, "--config.data.raw_dir")
     if not raw_dir.is_dir():
         raise DataError(f"{raw_dir}: no such folder; set --config.data.raw_dir")
-    if data.source == "images" and data.table:  # which names the files, in any layout
+    if data.source in ("images", "slides") and data.table:  # which names the files, in any layout
         return
     recognizes = getattr(SOURCES.get(data.source), "recognizes", None)
     if recognizes is None or recognizes(raw_dir):

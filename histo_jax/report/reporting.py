@@ -21,7 +21,7 @@ from histo_jax.data.source_adapter import class_names, patch_spec
 from histo_jax.distributed import runtime
 from histo_jax.errors import UserError
 from histo_jax.predictor import Predictor, TrainedModel
-from histo_jax.report import page, patches
+from histo_jax.report import page, patches, points
 from histo_jax.report.result import Report
 from histo_jax.run import folders, saved_config
 from histo_jax.run.workdir import Workdir
@@ -76,6 +76,8 @@ def report_in(run: Workdir, config: Config) -> Path:
     if run.is_primary:
         contents = {f"{name}.svg": svg.encode() for name, svg in svgs.items()}
         folders.update(run.path / "report", contents, {f"{name}.svg" for name in page.FIGURES})
+        start = config.data.raw_dir or os.path.dirname(config.data.table or "")
+        points.write(run.path, evaluation.table, Path(start).expanduser())
     run.write_text("report.html", text)
     path = run.path / "report.html"
     log.info("report in %s", path)

@@ -50,7 +50,7 @@ def find(paths: Sequence[str], mpp: float | None) -> list[SlideFile]:
     for text in paths:
         path = files.expand(text, "config.heatmap.slides")
         if path.is_dir():
-            slides += [SlideFile(file, mpp) for file in _search(path)]
+            slides += [SlideFile(file, mpp) for file in search(path)]
         elif not path.is_file():
             raise ConfigError(
                 f"config.heatmap.slides: {path} does not exist: give a slide, a folder, or a CSV "
@@ -71,8 +71,8 @@ def find(paths: Sequence[str], mpp: float | None) -> list[SlideFile]:
     return list(unique.values())
 
 
-def _search(folder: Path) -> list[Path]:
-    """Returns the slides below a folder; logs what is passed over."""
+def search(folder: Path) -> list[Path]:
+    """Returns the slides below a folder, sorted; logs what is passed over."""
     slides: list[Path] = []
     other: list[Path] = []
     series: set[tuple[Path, str]] = set()

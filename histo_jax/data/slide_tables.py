@@ -1,0 +1,191 @@
+"""Which slides there are, and the annotation of each: from a folder or a table.
+
+Folder: the annotation of `NAME.svs` is beside it, as `NAME.geojson` or `NAME.svs.geojson`, as
+`NAME.xml`, or as a mask image `NAME_mask.png` or `NAME_mask.tif`.
+
+Table: a `.csv`, `.tsv` or `.parquet` file with the columns `slide` and `annotation`, and where
+known `patient`, `split` and `mpp`. Names of columns may be written as in
+`histo_jax.data.image_tables`. A slide whose annotation is empty is normal.
+"""
+
+import collections
+import logging
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from histo_jax.data import image_tables
+from histo_jax.data.names import identity
+from histo_jax.errors import DataError
+from histo_jax.slides import masks
+from histo_jax.wsi import search
+
+log = logging.getLogger("histo_jax")
+
+TABLE = "slides.csv"
+_ALIASES = {
+    "path": (*image_tables.ALIASES["slide"], *image_tables.ALIASES["path"]),
+    "annotation": ("annotation", "annotations", "annotation_path", "geojson", "xml", "mask"),
+    "slide": (),
+    "patient": image_tables.ALIASES["patient"],
+    "split": image_tables.ALIASES["split"],
+    "mpp": ("mpp",),
+}
+_ANNOTATION_SUFFIXES = (".geojson", ".xml")
+_MASK = "_mask"
+# Bytes in which the root of an XML file of ASAP stands.
+_HEAD = 4096
+
+
+class AnnotatedSlide(NamedTuple):
+    """A slide of which everything is known that was drawn on it.
+
+    Attributes:
+        path: of the slide.
+        annotation: file; None = the slide is normal.
+        name: of the slide, unique among those that are listed together.
+        patient: name; '' = not known.
+        split: 'train', 'validation' or 'test'.
+        mpp: micrometres a pixel of level 0, as given; None = as the file states.
+    """
+
+    path: Path
+    annotation: Path | None
+    name: str
+    patient: str = ""
+    split: str = "train"
+    mpp: float | None = None
+
+
+def list_slides(folder: Path | None, table: Path | None = None) -> list[AnnotatedSlide]:
+    """Returns the slides of a table or a folder; opens none.
+
+    Args:
+        folder: of the slides, which is searched; may itself be a table. None = that of the table.
+        table: None = `slides.csv` in the folder, or else all slides in it that are annotated.
+
+    Raises:
+        DataError: there is none, a file is missing, an annotation belongs to no slide, or a row of
+            the table is wrong.
+        UserError: the extra `slides` is not installed.
+    """
+    if folder is not None and table is None and not folder.is_dir():
+        if not folder.exists():
+            raise DataError(f"{folder}: no such file or folder; give the folder of the slides")
+        folder, table = None, folder
+    if folder is None:
+        assert table is not None
+        folder = table.parent
+    if table is None and (folder / TABLE).is_file():
+        table = folder / TABLE
+    slides = _list_folder(folder) if table is None else _read_table(table, folder)
+    return _name(slides, folder)
+
+
+def is_annotation(path: Path) -> bool:
+    """Whether a file is the annotation of a slide by its name, and for XML by its beginning."""
+    if path.suffix.lower() == ".xml":
+        try:
+            with path.open("rb") as file:
+                return b"ASAP_Annotations" in file.read(_HEAD)
+        except OSError:
+            return True  # reading it gives the reason
+    return path.suffix.lower() == ".geojson"
+
+
+def _list_folder(folder: Path) -> list[AnnotatedSlide]:
+    """Returns the annotated slides below a folder."""
+    found = search.search(folder)
+    beside = {path: _annotations(path) for path in found}
+    used = {annotation for several in beside.values() for annotation in several}
+    slides = [path for path in found if path not in used]  # a mask is a picture, too
+    if not slides:
+        raise DataError(f"{folder} has no slides: set --config.data.raw_dir")
+    for path in sorted(folder.rglob("*")):
+        if path not in used and path.is_file() and is_annotation(path):
+            raise DataError(
+                f"{path} is an annotation without a slide: add {path.stem} with its suffix beside "
+                "it, or remove the file"
+            )
+    for path in slides:
+        if len(beside[path]) > 1:
+            listed = " and ".join(annotation.name for annotation in beside[path])
+            raise DataError(f"{path} has several annotations, {listed}: keep one of them")
+    bare = [path for path in slides if not beside[path]]
+    if len(bare) == len(slides):
+        raise DataError(
+            f"{folder}: none of {len(slides)} slides has an annotation beside it, such as "
+            f"{slides[0].stem}.geojson: export them from QuPath, or list them in {TABLE}"
+        )
+    if bare:
+        log.warning(
+            "%d of %d slides have no annotation and are left out, the first is %s: annotate them, "
+            "or list all slides in %s, where an empty annotation means normal",
+            len(bare), len(slides), bare[0], TABLE,
+        )  # fmt: skip
+    return [AnnotatedSlide(path, beside[path][0], "") for path in slides if beside[path]]
+
+
+def _annotations(slide: Path) -> list[Path]:
+    """Returns the annotations beside a slide."""
+    names = [f"{stem}{suffix}" for stem in (slide.stem, slide.name) for suffix in
+             _ANNOTATION_SUFFIXES]  # fmt: skip
+    names += [f"{slide.stem}{_MASK}{suffix}" for suffix in masks.SUFFIXES]
+    paths = [slide.with_name(name) for name in names]
+    return [path for path in paths if path.is_file() and (is_annotation(path) or _is_mask(path))]
+
+
+def _is_mask(path: Path) -> bool:
+    return path.stem.endswith(_MASK)
+
+
+def _read_table(table: Path, folder: Path) -> list[AnnotatedSlide]:
+    """Returns the slides of a table."""
+    listed = image_tables.read_table(table, folder, _ALIASES, "slides")
+    rows = listed.rows
+    for column in ("path", "annotation"):
+        files = rows[column].map(lambda text: folder / text)
+        missing = (rows[column] != "") & ~files.map(Path.is_file)
+        listed.check(missing, f"{column} {{}} is missing", "restore the file, or correct the table",
+                     rows[column])  # fmt: skip
+    scales = rows["mpp"].map(_number)
+    listed.check(scales.isna() & (rows["mpp"] != ""), "mpp {} must be a number above 0",
+                 "correct it", rows["mpp"])  # fmt: skip
+    columns = [rows[name].tolist() for name in ("path", "annotation", "patient", "split")]
+    return [
+        AnnotatedSlide(
+            path=folder / path,
+            annotation=folder / annotation if annotation else None,
+            name="",
+            patient=patient,
+            split=split or "train",
+            mpp=None if math.isnan(scale) else scale,
+        )
+        for path, annotation, patient, split, scale in zip(*columns, scales.tolist(), strict=True)
+    ]
+
+
+def _number(text: str) -> float:
+    """Returns a number above 0, NaN where it is none."""
+    value = pd.to_numeric(text.replace(",", "."), errors="coerce")
+    return float(value) if 0 < value < math.inf else math.nan
+
+
+def _name(slides: list[AnnotatedSlide], folder: Path) -> list[AnnotatedSlide]:
+    """Returns the slides with names: the file's without suffix, or the path where it is shared."""
+    counts = collections.Counter(identity(slide.path.stem) for slide in slides)
+    return [
+        slide._replace(
+            name=slide.path.stem
+            if counts[identity(slide.path.stem)] == 1
+            else relative(slide.path, folder)
+        )
+        for slide in slides
+    ]
+
+
+def relative(path: Path, folder: Path) -> str:
+    """Returns a path with '/', relative if it is below the folder."""
+    return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()

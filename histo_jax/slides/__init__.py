@@ -1,0 +1,1 @@
+"""What people have drawn on slides. It knows neither networks nor training."""
