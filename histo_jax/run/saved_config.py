@@ -23,7 +23,10 @@ LOCATIONS = ("data.raw_dir", "data.table", "data.tfds_dir", "data.records", "dat
 # Scale and labelled region of the patches, which training does not use.
 _DESCRIPTIONS = ("data.label_region", "data.mpp")
 # Saved as absolute paths, so that a start from another folder means the same files.
-_PATHS = ("data.raw_dir", "data.table", "data.tfds_dir", "data.slide_map", "predict.images")
+_PATHS = (
+    "data.raw_dir", "data.table", "data.tfds_dir", "data.slide_map", "evaluate.slides",
+    "predict.images",
+)  # fmt: skip
 _LISTS_OF_PATHS = ("predict.checkpoints", "heatmap.slides")
 # Keys beside the settings.
 _VERSION, _SOURCE, _CONFIG_FILE = "version", "source", "config_file"

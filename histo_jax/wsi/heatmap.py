@@ -28,7 +28,7 @@ from histo_jax.wsi.grid import cell_size
 
 log = logging.getLogger("histo_jax")
 
-_FOLDER = "heatmaps"
+FOLDER = "heatmaps"
 _DEFAULT_THRESHOLD = 0.5
 _SHOWN = 3
 
@@ -60,11 +60,21 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
     slides = search.find(paths, options.mpp)
     with command.start(config, workdir, "heatmap") as session:
         predictor = ensemble.load_predictor(config, session.path, config.predict.prior)
-        _acquire(session, config)
-        settings = _settings(predictor, options, session.path)
-        _check_mask(options.tissue, slides)
-        table = _make_all(predictor, slides, settings, session.path / _FOLDER)
-        _raise_failures(len(slides), session.path / _FOLDER)
+        return run_in(session, config, predictor, slides)
+
+
+def run_in(
+    session: Workdir, config: Config, predictor: Predictor, slides: list[search.SlideFile]
+) -> pd.DataFrame:
+    """Does the work of `run` in an open folder."""
+    options = config.heatmap
+    if config.predict.checkpoints:
+        session.acquire(config)
+        session.save_config(config)
+    settings = _settings(predictor, options, session.path)
+    _check_mask(options.tissue, slides)
+    table = _make_all(predictor, slides, settings, session.path / FOLDER)
+    _raise_failures(len(slides), session.path / FOLDER)
     return table
 
 
@@ -109,13 +119,6 @@ def heatmap(
         settings = _settings(predictor, options, run)
         _check_mask(options.tissue, found)
         return _make_all(predictor, found, settings, files.expand(out, "out"))
-
-
-def _acquire(session: Workdir, config: Config) -> None:
-    """Makes the folder that of the ensemble of `config.predict.checkpoints`, if there is one."""
-    if config.predict.checkpoints:
-        session.acquire(config)
-        session.save_config(config)
 
 
 def _settings(predictor: Predictor, options: HeatmapConfig, folder: Path) -> slide_map.Settings:
