@@ -81,7 +81,7 @@ def _one_channel(path: Path, values: np.ndarray) -> np.ndarray:
         first, others = values[..., 0], values[..., 1:3]
         is_grey = (others == first[..., None]).all()
         values = first if is_grey or not others.any() else values
-    if values.ndim != 2 or values.dtype.kind not in "bui":
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "bui":
         raise DataError(
             f"{path} has pixels {values.dtype}[{', '.join(map(str, values.shape))}], and must be "
             "a grey image whose values are the classes: save it so"

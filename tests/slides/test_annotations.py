@@ -1,8 +1,6 @@
 """Annotations of QuPath, of ASAP, and mask images, as areas by class."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ shapely = pytest.importorskip("shapely", reason="the extra slides is not install
 tifffile = pytest.importorskip("tifffile", reason="the extra slides is not installed")
 
 SIZE = (1000, 800)
-SAMPLE = os.environ.get("HISTO_JAX_SAMPLE")
 
 
 def ring(x, y, width, height):
@@ -216,7 +213,6 @@ def test_bad_masks_and_missing_files(tmp_path):
         read_annotations(tmp_path / "colour.png", SIZE)
 
 
-@pytest.mark.skipif(SAMPLE is None, reason="HISTO_JAX_SAMPLE is not set")
 @pytest.mark.parametrize(
     ("name", "expected"),
     {
@@ -235,9 +231,8 @@ def test_bad_masks_and_missing_files(tmp_path):
         "wsidicom_qupath-polygon-cell-classified.json": {"Cell": 257, "Nucleus": 185},
     }.items(),
 )
-def test_real_files(name, expected):
-    assert SAMPLE is not None
-    path = Path(SAMPLE) / "slides" / "annotations" / name
+def test_real_files(name, expected, sample):
+    path = sample / "slides" / "annotations" / name
     found = read_annotations(path, (200_000, 200_000))
     assert {name: round(area.area) for name, area in found.items()} == expected
     assert all(area.is_valid for area in found.values())

@@ -16,6 +16,7 @@ from histo_jax.data.records import prepare
 from histo_jax.data.slide_tables import list_slides
 from histo_jax.data.sources.slides import Slides
 from histo_jax.errors import DataError
+from histo_jax.slides.annotations import read_annotations
 
 tifffile = pytest.importorskip("tifffile", reason="the extra slides is not installed")
 shapely = pytest.importorskip("shapely", reason="the extra slides is not installed")
@@ -235,6 +236,13 @@ def test_sparse_and_dense_patches_have_the_same_pixels(tmp_path):
     assert sparse.items() <= dense.items()
 
 
+def test_a_table_states_the_scale(tmp_path):
+    write_slide(tmp_path / "a.tif", mpp=3)
+    write_geojson(tmp_path / "a.geojson", Tumor=SQUARE)
+    (tmp_path / "slides.csv").write_text("slide;annotation;mpp\na.tif;a.geojson;1,0\n")
+    assert len(read(tmp_path)["train"]) == TISSUE.sum()
+
+
 def test_slides_without_annotation_are_left_out(tmp_path, log):
     write_slide(tmp_path / "a.tif")
     write_geojson(tmp_path / "a.tif.geojson", Tumor=SQUARE)
@@ -374,3 +382,30 @@ def test_the_config_file_selects_the_source():
         "get_config"
     ]()
     assert config.data.source == "slides"
+
+
+@pytest.mark.parametrize(
+    ("slide", "annotation", "positive"),
+    [
+        ("packer_example.tif", "packer_example.xml", "Unclassified"),
+        ("cmu-1-small-region.svs", None, "Tumor"),
+    ],
+)
+def test_real_slides(slide, annotation, positive, sample, tmp_path):
+    slides = sample / "slides"
+    if annotation:
+        path = slides / "annotations" / annotation
+    else:  # drawn by hand
+        shape = shapely.Polygon([(900, 700), (1700, 900), (1500, 1800), (1000, 1500)])
+        path = write_geojson(tmp_path / "a.geojson", Tumor=shape)
+    table = tmp_path / "table.csv"
+    table.write_text(f"wsi,annotation\n{slides / 'wsi' / slide},{path}\n")
+    examples = read(None, table=str(table), positive=positive, mpp=None, per_slide=20)["train"]
+    (area,) = read_annotations(path, (5000, 5000)).values()
+    assert {e.label for e in examples} == {0, 1}
+    for example in examples:
+        assert example.path.startswith(f"{slides / 'wsi' / slide}#xywh=")
+        x, y, width, height = map(int, example.path.partition("=")[2].split(","))
+        cell = shapely.box(x + width / 3, y + height / 3, x + width * 2 / 3, y + height * 2 / 3)
+        # The place is in whole pixels.
+        assert area.intersects(cell.buffer(2)) >= example.label >= area.intersects(cell.buffer(-3))
