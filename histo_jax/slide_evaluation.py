@@ -19,6 +19,7 @@ from histo_jax.metrics import FEW_SLIDES, bootstrap, froc
 from histo_jax.metrics.scores import weighted_scores
 from histo_jax.predictor import Predictor
 from histo_jax.run import files
+from histo_jax.run.workdir import Workdir
 from histo_jax.slides import annotations, lesions
 from histo_jax.wsi import detections, heatmap, libraries, reader, slide_map
 from histo_jax.wsi.search import SlideFile
@@ -52,15 +53,10 @@ def evaluate_slides(config: Config, workdir: str | os.PathLike[str]) -> dict[str
         Preempted: a signal has asked this process to stop.
     """
     assert config.evaluate.slides
-    if jax.process_count() > 1:
-        raise ConfigError(
-            "config.evaluate.slides needs one process: make the maps by --mode=heatmap first, and "
-            "leave out --multihost"
-        )
     libraries.check()
     place = files.expand(config.evaluate.slides, "--config.evaluate.slides").absolute()
     listed = list_slides(place)
-    with command.start(config, workdir, "evaluate") as run:
+    with command.start(config, workdir, "evaluate", _check_processes) as run:
         predictor = ensemble.load_predictor(config, run.path, config.predict.prior)
         trained_on = _trained_on(predictor)
         listed = _leave_out(listed, trained_on or set(), place)
@@ -73,6 +69,14 @@ def evaluate_slides(config: Config, workdir: str | os.PathLike[str]) -> dict[str
         run.write_json("evaluation_slides.json", result)
         _log(result)
         return result
+
+
+def _check_processes(_: Workdir) -> None:
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "config.evaluate.slides needs one process: make the maps by --mode=heatmap first, and "
+            "leave out --multihost"
+        )
 
 
 class _Drawn(NamedTuple):
@@ -150,7 +154,7 @@ def _trained_on(predictor: Predictor) -> set[str] | None:
 def _leave_out(
     listed: list[AnnotatedSlide], trained_on: set[str], place: Path
 ) -> list[AnnotatedSlide]:
-    """Returns the slides that were not trained on."""
+    """Returns the slides that were not trained on, by their names."""
     kept = [slide for slide in listed if identity(slide.name) not in trained_on]
     if not kept:
         raise DataError(

@@ -10,7 +10,7 @@ from histo_jax import slide_evaluation
 from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.records import prepare
-from histo_jax.errors import DataError
+from histo_jax.errors import ConfigError, DataError
 from histo_jax.metrics import intervals
 from histo_jax.predictor import Predictor
 from histo_jax.run.workdir import Workdir
@@ -165,6 +165,14 @@ def test_wrong_settings(options, message, command):
     ended = command(*options)
     assert ended.status == 2
     assert message in ended.stderr.strip().splitlines()[-1]
+
+
+def test_several_processes_are_refused(own_run, slides, monkeypatch):
+    config = Workdir(own_run).saved_config().to_config()
+    config.evaluate.slides = str(slides)
+    monkeypatch.setattr(slide_evaluation.jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="needs one process"):
+        histo_jax.evaluate(config, own_run)
 
 
 def test_wrong_files(command, slides, tmp_path, own_run):
