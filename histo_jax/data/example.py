@@ -37,7 +37,8 @@ class Example(NamedTuple):
             may have.
         slide: name of the slide that the patch was cut from; '' = not known.
         patient: name of the patient; '' = not known.
-        path: the file that holds the patch, for people; '' = none.
+        path: the file that holds the patch, for people; '' = none. Of a part of a slide, with its
+            place as `histo_jax.data.slide_patches` writes it.
     """
 
     id: str

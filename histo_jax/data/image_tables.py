@@ -219,7 +219,7 @@ def read_table(
     images.check(rows["path"] == "", "the path is missing{:.0}", "add it", rows["path"])
     rows["split"] = _clean_splits(images)
     rows["slide"], rows["patient"] = clean_column(rows["slide"]), clean_column(rows["patient"])
-    paths = rows["path"].map(functools.partial(_clean_path, folder=str(folder)))
+    paths = rows["path"].map(functools.partial(clean_path, folder=str(folder)))
     is_outside = paths.str.match(r"\.\.(/|$)") | paths.str.contains("\0", regex=False)
     problem = f"path {{}} leads out of {str(folder).replace('{', '{{').replace('}', '}}')}"
     images.check(is_outside, problem, "give an absolute path, or move the file", rows["path"])
@@ -301,7 +301,7 @@ def _clean_splits(images: ImageList) -> pd.Series:
     return splits
 
 
-def _clean_path(path: str, folder: str) -> str:
+def clean_path(path: str, folder: str) -> str:
     """Returns a path with '/', without '.' and inner '..', relative if it is below the folder."""
     if "\\" in path and "\0" not in path and not os.path.lexists(os.path.join(folder, path)):
         path = path.replace("\\", "/")

@@ -145,6 +145,9 @@ def _read_table(table: Path, folder: Path) -> list[AnnotatedSlide]:
     """Returns the slides of a table."""
     listed = image_tables.read_table(table, folder, _ALIASES, "slides")
     rows = listed.rows
+    rows["annotation"] = rows["annotation"].map(
+        lambda text: text and image_tables.clean_path(text, str(folder))
+    )
     for column in ("path", "annotation"):
         files = rows[column].map(lambda text: folder / text)
         missing = (rows[column] != "") & ~files.map(Path.is_file)

@@ -45,7 +45,7 @@ def read(path: Path, size: tuple[int, int]) -> dict[str, Any]:
             f"{path} has {width} x {height} pixels, and its slide {size[0]} x {size[1]}: give a "
             "mask of the whole slide, with its proportions"
         )
-    return {str(value): _area(values == value, scale) for value in np.unique(values) if value}
+    return {str(value): outline(values == value, scale) for value in np.unique(values) if value}
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
@@ -89,9 +89,15 @@ def _one_channel(path: Path, values: np.ndarray) -> np.ndarray:
     return values.astype(np.uint8) if values.dtype.kind == "b" else values
 
 
-def _area(mask: np.ndarray, scale: tuple[float, float]) -> Any:
-    """Returns the union of the pixels: of the runs of each row, which are fewer."""
+def outline(mask: np.ndarray, scale: tuple[float, float]) -> Any:
+    """Returns the area of a mask's pixels.
+
+    Args:
+        mask: bool[height, width].
+        scale: width and height of a pixel in the area's unit.
+    """
     shapely = libraries.load("shapely")
+    # Of the runs of each row, which are fewer than the pixels.
     padded = np.pad(mask, [(0, 0), (1, 1)]).view(np.int8)
     change = np.diff(padded, axis=1)
     rows, first = np.nonzero(change == 1)

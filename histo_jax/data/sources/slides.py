@@ -29,7 +29,7 @@ from histo_jax.errors import DataError
 from histo_jax.registry import register_source
 from histo_jax.run import progress, signals
 from histo_jax.run.files import expand
-from histo_jax.slides import annotations
+from histo_jax.slides import annotations, masks
 from histo_jax.slides.overlap import overlaps
 from histo_jax.wsi import libraries, reader, resolution, tissue
 from histo_jax.wsi.grid import Grid
@@ -42,7 +42,7 @@ _SIZE = 96
 # As `heatmap` finds tissue by default.
 _THUMBNAIL = 2048
 _TISSUE = tissue.Options("auto", 4_000.0, 4_000.0)
-# Bytes of each file that the fingerprint covers, besides its size.
+# Bytes of a slide or a mask that the fingerprint covers, besides its size.
 _HEAD = 2**20
 # Less of the annotated area is tissue than this where coordinates are wrong, and more where right.
 _FEW, _MOST = 0.5, 0.9
@@ -96,7 +96,7 @@ class Slides:
         return (raw_dir / TABLE).exists() or any(map(is_annotation, files))
 
     def fingerprint(self) -> str | None:
-        """Returns a SHA-256 of settings, table, and the size and first MiB of each file."""
+        """Returns a SHA-256 of settings, table and annotations, and the beginning of pictures."""
         if not self._is_given:
             return None
         data = self._data
@@ -106,9 +106,11 @@ class Slides:
         for slide in sorted(self._slides, key=lambda slide: slide.name):
             digest.update(repr([slide.name, *slide[3:]]).encode(errors="backslashreplace"))
             for path in filter(None, (slide.path, slide.annotation)):
+                is_picture = path == slide.path or path.suffix.lower() in masks.SUFFIXES
                 try:
                     with path.open("rb") as file:
-                        digest.update(f"{path.stat().st_size} ".encode() + file.read(_HEAD))
+                        content = file.read(_HEAD if is_picture else -1)
+                        digest.update(f"{path.stat().st_size} ".encode() + content)
                 except OSError as error:
                     raise raw_files.unreadable(path, error) from None
         return digest.hexdigest()
