@@ -158,7 +158,9 @@ class DataConfig:
         "skip = leave them out and list them",
         choices=("stop", "skip"),
     )
-    allow_leak: bool = _option(False, "train even if training patches are also in the test split")
+    allow_leak: bool = _option(
+        False, "train even if training patches are also in the data's validation or test split"
+    )
     placement: str = _option(
         "auto",
         "where fit keeps the pixels: device = in the memory of each device, host = in memory, "
@@ -332,7 +334,7 @@ class PredictConfig:
     )
     images: str | None = _option(
         None,
-        "predict: folder or table of images to score with the trained network instead of the test "
+        "predict: folder, table or image to score with the trained network instead of the test "
         "split; writes predictions.csv and predictions.json",
         Limit(bool, "a folder, a file, or None"),
         LOCAL_PATH,

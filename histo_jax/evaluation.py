@@ -11,7 +11,6 @@ import pandas as pd
 from histo_jax import command, ensemble, evaluation_files, inference, provenance
 from histo_jax.config import Config
 from histo_jax.data import overlap, splits
-from histo_jax.data.example import UNLABELLED
 from histo_jax.data.records import Prepared, prepare
 from histo_jax.distributed import consensus
 from histo_jax.errors import DataError, UserError
@@ -138,12 +137,14 @@ def _plan_split(predictor: Predictor, config: Config, prepared: Prepared) -> _Ta
     """Every network scores all patches of `config.evaluate.split`."""
     name = config.evaluate.split
     subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
-    subset = subsets.validation if name == "validation" else subsets.test
-    if subset is None or (prepared.tables[subset.records]["label"] == UNLABELLED).any():
+    every = subsets.validation if name == "validation" else subsets.test
+    if every is None or not (subset := splits.labelled(prepared.tables, every)).rows.size:
         raise DataError(
             f"the test patches of config.data.source = {config.data.source!r} are missing or "
             "have no labels: use --mode=predict, or --config.evaluate.split=validation"
         )
+    if missing := len(every.rows) - len(subset.rows):
+        log.warning("%d %s patches have no label and are not scored", missing, name)
     labels = prepared.tables[subset.records]["label"].to_numpy()[subset.rows]
     if len(np.unique(labels)) < 2:
         raise DataError(

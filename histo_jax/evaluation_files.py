@@ -129,6 +129,7 @@ def subset(
     current = subsets.validation if split == "validation" else subsets.test
     if current is None:
         raise DataError(f"{prepared.directory} no longer has {split} patches: {_rerun(split)}")
+    current = splits.labelled(prepared.tables, current)
     if prepared.tables[current.records]["id"].iloc[current.rows].tolist() != table["id"].tolist():
         raise DataError(
             f"the {split} patches are not those that were evaluated: {_rerun(split)}, with the "

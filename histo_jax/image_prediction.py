@@ -15,7 +15,8 @@ from scipy.special import expit
 from histo_jax import ensemble, provenance
 from histo_jax.config import Config
 from histo_jax.data.image_files import ImageFile, describe_conversions, read_images
-from histo_jax.data.image_tables import ImageList, binary_labels, list_images
+from histo_jax.data.image_list import ImageList
+from histo_jax.data.image_tables import binary_labels, list_images
 from histo_jax.errors import ConfigError, DataError, one_line
 from histo_jax.metrics import binary_scores
 from histo_jax.predictor import Predictor
@@ -157,12 +158,15 @@ def _labels(images: ImageList, config: Config) -> Int[np.ndarray, " n"]:
     names = images.rows["label"]
     if (names == "").all() or (images.table is None and (names == "").any()):
         return unknown
-    try:
-        return binary_labels(images, config.data.positive).to_numpy()
-    except DataError as error:
-        if images.table is not None:
-            log.warning("the labels are not used: %s", error)
-        return unknown
+    problems = []
+    for positive in (config.data.positive, None):  # 0 and 1 need no name
+        try:
+            return binary_labels(images, positive).to_numpy()
+        except DataError as error:
+            problems.append(error)
+    if images.table is not None:
+        log.warning("the labels are not used: %s", problems[0])
+    return unknown
 
 
 def _write(
@@ -180,9 +184,11 @@ def _write(
     }
     if scores:
         result |= {**scores, "slide_disjoint": None, "patient_disjoint": None, "note": _UNCHECKED}
+        has_auc = table["label"].nunique() == 2
         log.info(
-            "AUC %.4f, NLL %.4f, accuracy %.4f on %d labelled images; %s",
-            scores["auc"], scores["nll"], scores["accuracy"], scores["count"], _UNCHECKED,
+            "AUC %s, NLL %.4f, accuracy %.4f on %d labelled images; %s",
+            f"{scores['auc']:.4f}" if has_auc else "not defined, because all labels are equal",
+            scores["nll"], scores["accuracy"], scores["count"], _UNCHECKED,
         )  # fmt: skip
     run.write_json("predictions.json", result)
     log.info("%d predictions in %s", len(table), run.path / "predictions.csv")

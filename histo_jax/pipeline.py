@@ -29,7 +29,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> None:
         try:
             predict_in(opened, config)
         except NoTestPatchesError as error:
-            print(f"no submission.csv: {error}")
+            print(f"nothing is predicted: {error}")
         report_in(opened, config)
         # Settings of evaluation and prediction may differ from those that `fit` has saved.
         opened.save_config(config)

@@ -10,10 +10,10 @@ import pytest
 from scipy.special import expit, logit
 
 import histo_jax
-from histo_jax import comparison, ensemble, evaluation, inference
+from histo_jax import comparison, ensemble, evaluation, evaluation_files, inference
 from histo_jax import report as histo_jax_report
 from histo_jax.config import Config
-from histo_jax.data import records
+from histo_jax.data import records, splits
 from histo_jax.errors import UserError
 from histo_jax.metrics import Calibration, binary_scores, confidence_intervals
 from histo_jax.preparation import prepare
@@ -199,19 +199,24 @@ def test_test_patches_of_one_class_have_no_scores(make, runs, monkeypatch):
         histo_jax.evaluate(make(**PLAIN, evaluate_split="test"), runs / "plain")
 
 
-def test_a_test_split_that_shares_a_slide_with_training_is_not_slide_disjoint(
-    make, runs, tmp_path, monkeypatch
-):
+def test_a_test_split_that_shares_a_slide_and_lacks_a_label(make, runs, tmp_path, monkeypatch):
     def shared(*args, **options):
         prepared = records.prepare(*args, **options)
         prepared.tables["test"]["slide"] = prepared.tables["train"]["slide"].iloc[0]
+        prepared.tables["test"].loc[0, "label"] = -1
         return prepared
 
     monkeypatch.setattr(evaluation, "prepare", shared)
     folder = shutil.copytree(runs / "plain", tmp_path / "run")
-    scores = histo_jax.evaluate(make(**PLAIN, evaluate_split="test"), folder)
+    config = make(**PLAIN, evaluate_split="test")
+    scores = histo_jax.evaluate(config, folder)
     assert not scores["slide_disjoint"]
     assert "optimistic" in scores["note"]
+    prepared = shared(config.data, config.data_seed)
+    subsets = splits.make_subsets(prepared.tables, config.data, config.data_seed)
+    scored = evaluation_files.subset(prepared, subsets, "test", predictions(folder, "test"))
+    assert scored.rows.tolist() == list(range(1, len(prepared.tables["test"])))
+    assert scores["count"] == len(scored.rows)
 
 
 def test_a_folder_that_is_not_a_run_is_named(make, tmp_path):

@@ -101,8 +101,8 @@ def test_a_table_keeps_its_order_and_gives_scores(config, run, folder, log):
     names = [path.relative_to(folder) for path in sorted(folder.rglob("[01]?.png"))][::-1]
     rows = [f"{name},{int(name.stem) % 2 if k else ''}" for k, name in enumerate(names)]
     table = folder.parent / "list.csv"
-    rows = [f"images/{row}" for row in rows]
-    table.write_text("\n".join(["File Name,label", *rows, "images/missing.png,1"]))
+    rows = [f"images/{row},fold {k}" for k, row in enumerate(rows)]
+    table.write_text("\n".join(["File Name,label,split", *rows, "images/missing.png,1"]))
     config.predict.images = str(table)
     predicted = histo_jax.predict(config, run)
     assert predicted["path"].tolist() == [f"images/{name}" for name in names]
@@ -134,12 +134,13 @@ def test_ensembles_symmetries_and_priors_are_those_of_the_predictor(config, run,
     }  # fmt: skip
 
 
-def test_images_of_any_size_are_scaled_where_the_run_scales(config, run, tmp_path):
+def test_images_of_any_size_are_scaled_where_the_run_scales(config, run, tmp_path, log):
     scaled = shutil.copytree(run, tmp_path / "run")
     config = copy.deepcopy(config)
-    config.data.image_size = 96
+    config.data.image_size, config.data.positive = 96, "tumour"
     saved = json.loads((scaled / "config.json").read_text())
-    (scaled / "config.json").write_text(json.dumps(saved | {"data.image_size": 96}))
+    saved |= {"data.image_size": 96, "data.positive": "tumour"}
+    (scaled / "config.json").write_text(json.dumps(saved))
     for label, size in ((0, (192, 192)), (1, (96, 130))):
         path = tmp_path / "images" / str(label) / "x.png"
         path.parent.mkdir(parents=True)
@@ -150,6 +151,13 @@ def test_images_of_any_size_are_scaled_where_the_run_scales(config, run, tmp_pat
     assert predicted["label"].tolist() == [0, 1]
     pixels = np.stack([np.full((96, 96, 3), (200, 100 * k, 150), np.uint8) for k in (0, 1)])
     np.testing.assert_array_equal(predicted["probability"], histo_jax.load(scaled)(pixels))
+    (tmp_path / "images" / "1" / "x.png").rename(tmp_path / "images" / "0" / "y.png")
+    histo_jax.predict(config, scaled)
+    assert "AUC not defined, because all labels are equal, NLL" in log.text
+    config.predict.images = str(tmp_path / "images" / "0" / "y.png")
+    single = histo_jax.predict(config, scaled)
+    assert single["path"].tolist() == ["y.png"]
+    np.testing.assert_array_equal(single["probability"], predicted["probability"][1:])
 
 
 def test_failures_keep_the_old_file(config, run, folder, tmp_path, monkeypatch, run_command):

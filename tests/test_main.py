@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from histo_jax.data import leakage
+from histo_jax.prediction import NoTestPatchesError
 from histo_jax.version import VERSION
 
 ROOT = Path(__file__).parents[1]
@@ -176,14 +177,22 @@ def test_a_finished_run_exits_at_once_and_is_evaluated_once_where_that_changed(
 ):
     workdir, options = run
     calls = []
-    for name in ("fitting.fit_in", "evaluate_in", "predict_in"):
+    for name in ("fitting.fit_in", "evaluate_in"):
         monkeypatch.setattr(f"histo_jax.pipeline.{name}", lambda *_, n=name, **__: calls.append(n))
+
+    def predict_in(*_):
+        calls.append("predict_in")
+        raise NoTestPatchesError("no test patches")
+
+    monkeypatch.setattr("histo_jax.pipeline.predict_in", predict_in)
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
     assert "already complete" in run_command(*options).stdout
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
     changed = [*options, "--config.predict.batch_size=5"]
     assert not calls
-    assert "already complete" not in run_command(*changed).stdout
+    printed = run_command(*changed).stdout
+    assert "already complete" not in printed
+    assert "nothing is predicted: no test patches" in printed
     assert calls == ["fitting.fit_in", "evaluate_in", "predict_in"]
     assert '"predict.batch_size": 5' in (workdir / "config.json").read_text()
     assert re.search(r"predict\.batch_size\D+5\D", (workdir / "report.html").read_text())

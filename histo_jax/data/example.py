@@ -49,6 +49,10 @@ class Example(NamedTuple):
     path: str = ""
 
 
+class ReadAgain(Exception):  # noqa: N818 - a request
+    """A source must leave out examples that it has yielded already: call its `splits()` again."""
+
+
 class SizedExamples(Iterable[Example]):
     """An iterator of examples whose number is known.
 

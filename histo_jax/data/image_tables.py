@@ -1,4 +1,4 @@
-"""Lists the images of a user: from a table, or from folders named after classes.
+"""Lists the images of a user: from a table, or from folders, see `histo_jax.data.image_folders`.
 
 A table is a CSV, a TSV or a Parquet file with one row per image. Its columns are found by their
 names, in any case, with spaces, dashes or dots for underscores:
@@ -13,9 +13,6 @@ names, in any case, with spaces, dashes or dots for underscores:
 
 Of several names the first in this list is used. All but `path` may be missing, and further columns
 are ignored.
-
-Folders: `train/CLASS/...`, `validation/CLASS/...` and `test/CLASS/...` or `test/...`, or without
-splits `CLASS/...`, or images without a class.
 """
 
 import functools
@@ -23,13 +20,16 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
+from histo_jax import environment
 from histo_jax.data.image_files import suffixes
+from histo_jax.data.image_folders import list_folder
+from histo_jax.data.image_list import COLUMNS, SPLIT_WORDS, ImageList
 from histo_jax.data.names import UNKNOWN, clean_column, identity
 from histo_jax.data.raw_files import is_system_error, unreadable
 from histo_jax.data.tables import parse_label, read_columns, shorten
@@ -38,11 +38,6 @@ from histo_jax.errors import DataError, one_line
 log = logging.getLogger("histo_jax")
 
 TABLE = "images.csv"
-SPLITS = {
-    "train": "train", "training": "train",
-    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
-    "test": "test", "testing": "test",
-}  # fmt: skip
 ALIASES = {
     "path": (
         "path", "file_path", "filepath", "image_path", "img_path", "file_name", "filename",
@@ -58,59 +53,8 @@ ALIASES = {
 _TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 # A class may be called 'none', 'unknown' or '-'; these words stand for an empty cell.
 _NO_LABEL = UNKNOWN - {"-", "--", "none", "unknown", "nil", "missing", "not known", "undefined"}
-# Files that Windows and macOS leave beside others; hidden ones start with a dot.
-_DEBRIS = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "$recycle.bin"}
-
-
-class ImageList(NamedTuple):
-    """Images of a table or of folders; no file was opened.
-
-    Attributes:
-        rows: columns `path` (relative to `folder`, with '/', or absolute), `label`, `slide`,
-            `patient` and `split` (a value of `SPLITS`); text, '' = not known. The index is the line
-            or row of the table, or counts the files of folders.
-        folder: of relative paths.
-        table: the table; None = the images are those of a folder.
-    """
-
-    rows: pd.DataFrame
-    folder: Path
-    table: Path | None
-
-    def files(self) -> list[Path]:
-        """Returns the file of each row."""
-        return [self.folder / path for path in self.rows["path"]]
-
-    def place(self, row: Any) -> str:
-        """Returns where an image is listed, for messages.
-
-        Args:
-            row: from the index of `rows`.
-        """
-        if self.table is None:
-            return str(self.folder / str(self.rows.at[row, "path"]))
-        return f"{self.table}, {'row' if self.table.suffix == '.parquet' else 'line'} {row}"
-
-    def check(self, wrong: pd.Series, problem: str, fix: str, cells: pd.Series) -> None:
-        """Refuses rows: names the first, and their number.
-
-        Args:
-            wrong: bool[n], by row.
-            problem: what is wrong; `{}` stands for the cell.
-            fix: what to do.
-            cells: the cell that is wrong, by row.
-
-        Raises:
-            DataError: a row is wrong.
-        """
-        rows = wrong.index[wrong]
-        if not len(rows):
-            return
-        what = "images" if self.table is None else "rows"
-        count = f" ({len(rows):,} of {len(wrong):,} {what} are like this)" if len(rows) > 1 else ""
-        cell = repr(cells[rows[0]])
-        cell = cell if len(cell) < 100 else f"{cell[:80]}..."
-        raise DataError(f"{self.place(rows[0])}: {problem.format(cell)}{count}; {fix}")
+_URL = r"[A-Za-z][A-Za-z0-9+.-]+://"
+_WINDOWS_PATH = r"[A-Za-z]:[\\/]|\\\\"
 
 
 def list_images(
@@ -119,9 +63,9 @@ def list_images(
     """Returns the images of a table or a folder.
 
     Args:
-        folder: of the images; may itself be a table. None = that of the table.
+        folder: of the images; may itself be a table or an image. None = that of the table.
         table: None = `images.csv` in the folder, or else the folders in it.
-        has_splits: only the folders of splits are listed, where there are some; false lists all.
+        has_splits: whether splits matter; false lists all images as of no split.
 
     Raises:
         DataError: the folder or table cannot be read, or rows of the table are wrong; names the
@@ -130,13 +74,30 @@ def list_images(
     if folder is not None and table is None and not folder.is_dir():
         if not folder.exists():
             raise DataError(f"{folder}: no such file or folder; give the folder of the images")
+        if folder.suffix.lower() in suffixes():
+            rows = pd.DataFrame([(folder.name, "", "", "", "")], columns=list(COLUMNS))
+            return ImageList(rows, folder.parent, None)
         folder, table = None, folder
+    if table is not None and not table.exists():
+        raise _missing_table(table, folder)
     if folder is None:
         assert table is not None
         folder = table.parent
     if table is None and (folder / TABLE).is_file():
         table = folder / TABLE
-    return _list_folders(folder, has_splits) if table is None else read_table(table, folder)
+    if table is None:
+        return list_folder(folder, has_splits)
+    return read_table(table, folder, has_splits)
+
+
+def _missing_table(table: Path, folder: Path | None) -> DataError:
+    """Returns the error for `data.table` that does not exist."""
+    fix = "set --config.data.table"
+    if not table.is_absolute():
+        fix += ", whose relative paths start at the current folder"
+    if folder is not None and (folder / table).is_file():
+        fix += f": --config.data.table={folder / table}"
+    return DataError(f"{table.absolute()}: no such table; {fix}")
 
 
 def binary_labels(images: ImageList, positive: str | None) -> pd.Series:
@@ -151,7 +112,8 @@ def binary_labels(images: ImageList, positive: str | None) -> pd.Series:
             none of the classes.
     """
     texts = images.rows["label"]
-    keys = {text: _class(text) for text in texts.unique()}
+    unknown = _NO_LABEL - {_class(positive or "")} if images.table else set()
+    keys = {text: "" if text.casefold() in unknown else _class(text) for text in texts.unique()}
     labels = {text: parse_label(key) if key else -1 for text, key in keys.items()}
     if positive is None and None not in labels.values():
         return texts.map(labels).astype(int)
@@ -170,24 +132,23 @@ def binary_labels(images: ImageList, positive: str | None) -> pd.Series:
             "--config.data.positive=CLASS"
         )
     if found and _class(positive) not in spellings:
-        raise DataError(
-            f"config.data.positive = {positive!r} is no class of {place}, which has {listed}"
-        )
+        has = f"which has {listed}"
+        if None not in labels.values():
+            has = "whose labels are 0 and 1: leave it out where 1 is the positive class"
+        raise DataError(f"config.data.positive = {positive!r} is no class of {place}, {has}")
     labels = {text: int(key == _class(positive)) if key else -1 for text, key in keys.items()}
     return texts.map(labels).astype(int)
 
 
 def _class(text: str) -> str:
-    """Returns a name that is equal for all spellings of a class; '' = not known."""
-    return "" if text.casefold() in _NO_LABEL else identity(text) or text.casefold()
-
-
-# --- tables ---------------------------------------------------------------------------------------
+    """Returns a name that is equal for all spellings of a class, also of one called 'NA'."""
+    return identity(text) or text.casefold()
 
 
 def read_table(
     path: Path,
     folder: Path,
+    has_splits: bool = True,
     aliases: Mapping[str, tuple[str, ...]] = ALIASES,
     what: str = "images",
 ) -> ImageList:
@@ -196,6 +157,7 @@ def read_table(
     Args:
         path: of the table.
         folder: of relative paths.
+        has_splits: see `list_images`.
         aliases: the names that each column may have; those of `ALIASES`, and others.
         what: is listed, for messages.
 
@@ -217,7 +179,8 @@ def read_table(
     rows = found.reindex(columns=list(aliases), fill_value="")
     images = ImageList(rows, folder, path)
     images.check(rows["path"] == "", "the path is missing{:.0}", "add it", rows["path"])
-    rows["split"] = _clean_splits(images)
+    _check_paths(images)
+    rows["split"] = _clean_splits(images) if has_splits else ""
     rows["slide"], rows["patient"] = clean_column(rows["slide"]), clean_column(rows["patient"])
     paths = rows["path"].map(functools.partial(clean_path, folder=str(folder)))
     is_outside = paths.str.match(r"\.\.(/|$)") | paths.str.contains("\0", regex=False)
@@ -256,7 +219,7 @@ def _columns(
         name if header[place] == name else f"{name} (column {header[place]!r})"
         for name, place in found.items()
     ]
-    log.info("%s: %s", path, ", ".join(used))
+    log.info("%s", f"{path}: {', '.join(used)}", extra=environment.ONCE)
     return found
 
 
@@ -275,8 +238,11 @@ def _read_parquet(path: Path, select: Callable[[list[str]], dict[str, int]]) -> 
     except (OSError, pyarrow.ArrowException, MemoryError) as error:
         if is_system_error(error) and not isinstance(error, MemoryError):
             raise unreadable(path, error) from None
-        reason = "".join(filter(str.isprintable, one_line(error)))  # may quote bytes
-        raise DataError(f"{path} is not a readable Parquet file ({reason}): save it") from None
+        reason = "".join(filter(str.isprintable, one_line(error))).rstrip(".")  # may quote bytes
+        raise DataError(
+            f"{path} is not a readable Parquet file ({reason}): write it again, or save the table "
+            "as .csv"
+        ) from None
     frame = pd.DataFrame(dict(zip(columns, cells, strict=True)), dtype=str)
     return frame.set_axis(range(1, len(frame) + 1))
 
@@ -286,12 +252,28 @@ def _cells(column: Any) -> list[str]:
     return ["" if value is None else str(value).strip() for value in column.to_pylist()]
 
 
+def _check_paths(images: ImageList) -> None:
+    """Refuses URLs and absolute Windows paths."""
+    cells = images.rows["path"]
+    for form, problem, fix in (
+        (_URL, "path {} is a URL", "download the images, and give the paths of the files"),
+        (_WINDOWS_PATH, "{} is an absolute Windows path", f"give it relative to {images.folder}"),
+    ):
+        images.check(cells.str.match(form), problem, fix, cells)
+
+
 def _clean_splits(images: ImageList) -> pd.Series:
-    """Returns a value of `SPLITS` for each row; '' where the table has no splits."""
+    """Returns a value of `SPLIT_WORDS` for each row; '' where the table has no splits."""
     cells = images.rows["split"]
-    words = {cell: SPLITS.get(cell.casefold(), "") for cell in cells.unique()}
+    words = {cell: SPLIT_WORDS.get(cell.casefold(), "") for cell in cells.unique()}
     splits = cells.map(words)
     if (cells != "").any():
+        images.check(
+            cells == "",
+            "the split is missing{:.0}",
+            "add it, or leave the cells of all rows empty",
+            cells,
+        )
         images.check(
             splits == "",
             "split {} must be train, validation or test",
@@ -310,64 +292,3 @@ def clean_path(path: str, folder: str) -> str:
         prefix = os.path.join(os.path.abspath(folder), "")
         return path.removeprefix(prefix)
     return path
-
-
-# --- folders --------------------------------------------------------------------------------------
-
-
-def has_class_folders(folder: Path) -> bool:
-    """Whether a folder has class folders with images, with or without splits."""
-    splits = [place for place in _subfolders(folder) if place.name.casefold() in SPLITS]
-    classes = [place for top in splits or [folder] for place in _subfolders(top)]
-    return any(next(_walk(place, set()), None) for place in classes)
-
-
-def _list_folders(folder: Path, has_splits: bool) -> ImageList:
-    """Returns the images below a folder, whose names tell their splits and classes."""
-    others: set[str] = set()
-    splits = {place: SPLITS.get(place.name.casefold(), "") for place in _subfolders(folder)}
-    splits = {place: split for place, split in splits.items() if split and has_splits}
-    splits = splits or {folder: ""}
-    rows = []
-    for top, split in splits.items():
-        for path in _walk(top, others):
-            below = path.relative_to(top).parts
-            if not split and below[0].casefold() in SPLITS:
-                below = below[1:]
-            label = below[0] if len(below) > 1 else ""
-            _check_name(path)
-            rows.append((path.relative_to(folder).as_posix(), label, "", "", split))
-    if others:
-        log.info("%s: files that are no images are ignored: %s", folder, ", ".join(sorted(others)))
-    if not rows:
-        raise DataError(f"{folder} holds no images")
-    return ImageList(pd.DataFrame(rows, columns=list(ALIASES)), folder, None)
-
-
-def _check_name(path: Path) -> None:
-    """Refuses a file whose name is not text, which no table can hold."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        name = os.fsencode(path).decode(errors="backslashreplace")
-        raise DataError(f"{name}: the name is not UTF-8; rename the file or its folder") from None
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not _is_debris(path.name))
-
-
-def _walk(folder: Path, others: set[str]) -> Iterator[Path]:
-    """Yields the image files below a folder in a fixed order; adds other files' suffixes."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not _is_debris(name))
-        for name in sorted(names):
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in suffixes() and not _is_debris(name):
-                yield Path(place, name)
-            elif not _is_debris(name):
-                others.add(suffix or name)
-
-
-def _is_debris(name: str) -> bool:
-    return name.startswith(".") or name.casefold() in _DEBRIS

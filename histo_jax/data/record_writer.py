@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 
-from histo_jax.data.example import Example
+from histo_jax.data.example import Example, ReadAgain
 from histo_jax.data.record_files import (
     DATASET,
     FILE_FORMAT,
@@ -71,12 +71,16 @@ def write_once(
         if is_complete(directory):
             return
         _remove_leftovers(directory)
-        log.info("preparing %s into %s", directory.parent.name, directory)
         folder = directory.with_name(f"incomplete.{uuid.uuid4().hex}")
         try:
             with files.naming(directory.parent), files.disk_errors(directory.parent):
                 folder.mkdir()
-                _write(folder, source)
+                try:
+                    _write(folder, source, directory)
+                except ReadAgain:
+                    shutil.rmtree(folder)
+                    folder.mkdir()
+                    _write(folder, source, directory)
                 for path, reason in source.corrupt.items():
                     log.warning("left out: %s %s", path, reason)
                 Manifest(
@@ -93,13 +97,21 @@ def write_once(
             raise
 
 
-def _write(folder: Path, source: SourceAdapter) -> None:
-    """Writes the shards and tables of all splits and TFDS's description of them."""
+def _write(folder: Path, source: SourceAdapter, directory: Path) -> None:
+    """Writes the shards and tables of all splits and TFDS's description of them.
+
+    Args:
+        folder: for the files.
+        source: of the examples.
+        directory: later name of `folder`.
+    """
     literal = files.LiteralFolder(folder)  # keep it: its path is valid only while it exists
     scratch = folder / "scratch"
     scratch.mkdir()
     infos, serializer = [], _Serializer(source.name)
-    for split, examples in source.splits(scratch).items():
+    splits = source.splits(scratch)  # refuses what it can without reading a patch
+    log.info("preparing %s into %s", directory.parent.name, directory)
+    for split, examples in splits.items():
         template = tfds.core.ShardedFileTemplate(
             data_dir=literal.path,
             dataset_name=DATASET,

@@ -182,10 +182,10 @@ class _Selection:
             self._refuse_or_warn(own, is_lenient)
         if own and self._raw.modified and own.modified not in (None, self._raw.modified):
             log.warning(
-                "%s has changed since it was prepared: remove %s to prepare it again",
-                self._data.raw_dir,
-                own.directory,
-            )
+                "%s has changed since it was prepared: times differ, sizes and sampled contents do "
+                "not; if its files were edited, remove %s to prepare them again",
+                self._data.raw_dir, own.directory,
+            )  # fmt: skip
         return own
 
     def _named(self, name: str | None) -> Manifest | None:

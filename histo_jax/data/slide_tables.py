@@ -143,7 +143,7 @@ def _is_mask(path: Path) -> bool:
 
 def _read_table(table: Path, folder: Path) -> list[AnnotatedSlide]:
     """Returns the slides of a table."""
-    listed = image_tables.read_table(table, folder, _ALIASES, "slides")
+    listed = image_tables.read_table(table, folder, aliases=_ALIASES, what="slides")
     rows = listed.rows
     rows["annotation"] = rows["annotation"].map(
         lambda text: text and image_tables.clean_path(text, str(folder))

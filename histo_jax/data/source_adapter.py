@@ -21,6 +21,8 @@ from histo_jax.run import files
 SPLITS = ("train", "validation", "test")
 # Names of label 0 and label 1 where neither the settings nor the source give any.
 _CLASSES = ("negative", "positive")
+# Sources that `data.table` lists.
+_LISTED = ("images", "slides")
 # The name is part of the name of a folder.
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -106,8 +108,8 @@ class SourceAdapter:
         with self._errors("modified()"):
             return self._source.modified() if hasattr(self._source, "modified") else None
 
-    def intact(self, corrupt: Iterable[str]) -> list[str]:
-        """Returns those of the corrupt files that can be read by now."""
+    def intact(self, corrupt: Mapping[str, str]) -> list[str]:
+        """Returns those of the corrupt files, listed as by `corrupt`, that can be read by now."""
         with self._errors("intact()"):
             return self._source.intact(corrupt) if hasattr(self._source, "intact") else []
 
@@ -278,8 +280,10 @@ def check_layout(data: DataConfig) -> None:
         return
     raw_dir = files.expand(data.raw_dir, "--config.data.raw_dir")
     if not raw_dir.is_dir():
-        raise DataError(f"{raw_dir}: no such folder; set --config.data.raw_dir")
-    if data.source in ("images", "slides") and data.table:  # which names the files, in any layout
+        what = "not a folder" if raw_dir.exists() else "no such folder"
+        also = ", and --config.data.table to a table" if data.source in _LISTED else ""
+        raise DataError(f"{raw_dir}: {what}; set --config.data.raw_dir{also}")
+    if data.source in _LISTED and data.table:  # which names the files, in any layout
         return
     recognizes = getattr(SOURCES.get(data.source), "recognizes", None)
     if recognizes is None or recognizes(raw_dir):

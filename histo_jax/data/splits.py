@@ -11,7 +11,8 @@ import pandas as pd
 
 from histo_jax.config import DataConfig
 from histo_jax.data import groups, overlap, sampling
-from histo_jax.data.record_files import SQUARES, SUMS
+from histo_jax.data.example import UNLABELLED
+from histo_jax.data.record_files import SQUARES, SUMS, pixel_hashes
 from histo_jax.errors import DataError
 
 log = logging.getLogger("histo_jax")
@@ -172,6 +173,12 @@ def _is_safe(tables: dict[str, pd.DataFrame], data: DataConfig) -> np.ndarray:
     return (groups.names(table, unit) != "").to_numpy()
 
 
+def labelled(tables: dict[str, pd.DataFrame], subset: Subset) -> Subset:
+    """Returns those examples of a subset whose label is known."""
+    labels = tables[subset.records]["label"].to_numpy()[subset.rows]
+    return subset._replace(rows=subset.rows[labels != UNLABELLED])
+
+
 def left_out(tables: dict[str, pd.DataFrame], data: DataConfig) -> str:
     """Returns which patches are left out because their slide or patient is not known; '' = none."""
     count, unit = int((~_is_safe(tables, data)).sum()), _unit(tables, data)
@@ -254,42 +261,48 @@ def check_size(expected: int, actual: int, tfds_dir: str) -> None:
 
 
 def refuse_leak(tables: dict[str, pd.DataFrame], subsets: Subsets, allow: bool) -> None:
-    """Refuses to train on pixels of the test set, and on patients of the data's own splits.
+    """Refuses to train on pixels and patients of the data's own validation and test splits.
 
-    Patches of one colour are excepted.
+    Patches that are drawn from the training split to validate count as those that are trained on.
+    Pixels of patches of one colour are excepted.
 
     Raises:
         DataError: there are some, and `allow` is false.
     """
-    train = tables[subsets.train.records].iloc[subsets.train.rows]
-    for leak, fix in _leaks(tables, subsets, train):
-        if not allow:
-            raise DataError(
-                f"{leak}: {fix}, or set --config.data.allow_leak=true and trust no test score"
-            )
-        log.warning(
-            "LEAK: %s; config.data.allow_leak is set, so no test score can be trusted", leak
-        )
-
-
-def _leaks(
-    tables: dict[str, pd.DataFrame], subsets: Subsets, train: pd.DataFrame
-) -> Iterator[tuple[str, str]]:
-    """Yields what the data's own splits share with the training patches, each with its fix."""
+    own = [part.rows for part in (subsets.train, subsets.validation) if part.records == "train"]
+    train = tables["train"].iloc[np.sort(np.concatenate(own))]
     for other in (subsets.validation, subsets.test):
         if other is None or other.records == "train":
             continue
-        evaluated = tables[other.records].iloc[other.rows]
-        if shared := sorted(overlap.shared_names(train, evaluated, "patient")):
-            yield (
-                f"{len(shared)} patients have patches in the train and in the {other.records} "
-                f"split, the first is {shared[0]!r}",
-                "correct the splits",
-            )
-    if subsets.test is not None:
-        ids = overlap.shared_ids(train, tables[subsets.test.records].iloc[subsets.test.rows])
-        if not ids.empty:
-            yield (
-                f"{len(ids)} training patches are also test patches, the first is {ids.iloc[0]}",
-                "remove them",
-            )
+        split = other.records
+        for leak, fix in _leaks(train, tables[split].iloc[other.rows], split):
+            if not allow:
+                raise DataError(
+                    f"{leak}: {fix}, or set --config.data.allow_leak=true and trust no {split} "
+                    "score"
+                )
+            log.warning(
+                "LEAK: %s; config.data.allow_leak is set, so no %s score can be trusted",
+                leak, split,
+            )  # fmt: skip
+
+
+def _leaks(train: pd.DataFrame, evaluated: pd.DataFrame, split: str) -> Iterator[tuple[str, str]]:
+    """Yields what a split of the data shares with the training patches, each with its fix."""
+    if shared := sorted(overlap.shared_names(train, evaluated, "patient")):
+        yield (
+            f"{len(shared)} patients have patches in the train and in the {split} split, the first "
+            f"is {shared[0]!r}",
+            "correct the splits",
+        )
+    ids = overlap.shared_ids(train, evaluated)
+    if not ids.empty:
+        row = train.loc[ids.index[0]]
+        is_same = pixel_hashes(evaluated) == pixel_hashes(train)[ids.index[0]]
+        paths = [part.get("path") for part in (row, evaluated[is_same].iloc[0])]
+        files = f" ({' and '.join(paths)})" if all(paths) else ""
+        yield (
+            f"{len(ids)} training patches are also {split} patches, the first is {row['id']}"
+            f"{files}",
+            "remove them",
+        )

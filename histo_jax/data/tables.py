@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import csv
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +20,9 @@ _SPACES += "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"
 # Characters of a cell: some files have outlines of regions in a column.
 csv.field_size_limit(2**24)
 _LABELS = {"false": 0, "true": 1}
-_FIX = "correct it or download it again"
+_FIX = "correct it or save it again"
+# The first line by which Excel is given the delimiter.
+_DELIMITER_LINE = re.compile(r'"?sep=([,;|\t])"?\s*', re.IGNORECASE)
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
@@ -49,8 +52,8 @@ def read_columns(path: Path, select: Callable[[list[str]], dict[str, int]]) -> p
     """Returns columns of a CSV as text without surrounding spaces, indexed by line; '' = empty.
 
     Accepts what spreadsheets and pandas write: UTF-8 or, with a byte-order mark, UTF-16; commas,
-    semicolons or tabs; columns in any order, further columns; empty lines; header names in any
-    case.
+    semicolons or tabs, or what a first line such as `sep=;` names; columns in any order, further
+    columns; empty lines; header names in any case.
 
     pandas's reader does not serve: it uses the first cells of rows that are too long as an index,
     and 100,000 commas in one row cost it 13 seconds and half a GB.
@@ -82,10 +85,14 @@ def _parse(path: Path, file: TextIO, select: Callable[[list[str]], dict[str, int
     file.seek(0)
     if "\0" in start:  # UTF-16 without a byte-order mark
         raise DataError(f"{path} is not a readable CSV (it contains zero bytes); save it as UTF-8")
-    reader = csv.reader(file, strict=True, delimiter=max(_DELIMITERS, key=start.count))
+    named = _DELIMITER_LINE.fullmatch(start)
+    delimiter = named[1] if named else max(_DELIMITERS, key=start.count)
+    reader = csv.reader(file, strict=True, delimiter=delimiter)
     rows, lines = [], []
     try:
         numbered = _non_empty(reader)
+        if named:
+            next(numbered, None)
         header = [name.casefold() for name in next(numbered, (0, []))[1]]
         if not header:
             raise DataError(f"{path} is not a readable CSV (it is empty); {_FIX}")

@@ -304,13 +304,15 @@ class Bench:
 
     def _start(self) -> None:
         runs = self._folder / "runs"
+        # A config has five blocks; the short form has fewer.
+        features = (*self._sizes.features, *self._sizes.features[-1:] * 5)[:5]
         fit = [
             "--config=configs/kaggle.py",
             "--mode=fit",
             "--config.data.samples_per_class=None",
             f"--config.data.raw_dir={self._folder / 'kaggle'}",
             f"--config.data.tfds_dir={self._folder / 'start'}",
-            f"--config.model.features={self._sizes.features}",
+            f"--config.model.features={features}",
             f"--config.model.dense={self._sizes.dense}",
             f"--config.fit.batch_size={self._sizes.batches[0]}",
         ]

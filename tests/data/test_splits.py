@@ -256,15 +256,21 @@ def test_patches_of_unknown_slides_are_left_out():
     assert sorted(rows) == list(range(100, 400))
 
 
-def test_training_on_test_patches_is_refused(messages):
-    tables = {"train": make_table(100), "test": make_table(30)}
-    tables["test"]["id"] = [f"{i + 1000:040x}" for i in range(30)]
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_training_on_patches_of_given_splits_is_refused(messages, split):
+    tables = {"train": make_table(100), split: make_table(30)}
+    tables[split]["id"] = [f"{i + 1000:040x}" for i in range(30)]
+    for name, table in tables.items():
+        table["path"] = [f"{name}/{i}.png" for i in range(len(table))]
     subsets = splits.make_subsets(tables, DataConfig(), 0)
     splits.refuse_leak(tables, subsets, allow=False)
-    leaked = tables["train"]["id"].iloc[subsets.train.rows[3]]
-    tables["test"].loc[7, "id"] = leaked
-    with pytest.raises(UserError, match=f"1 training patches .* {leaked}.*allow_leak"):
-        splits.refuse_leak(tables, subsets, allow=False)
+    # Those drawn for validation count, too.
+    rows = [part.rows[3] for part in (subsets.train, subsets.validation) if part.records == "train"]
+    for leaked in tables["train"]["id"].iloc[rows]:
+        tables[split].loc[7, "id"] = leaked
+        words = f"1 training patches are also {split} .* {leaked} .train/.*{split}/7.png.*allow_le"
+        with pytest.raises(UserError, match=words):
+            splits.refuse_leak(tables, subsets, allow=False)
     splits.refuse_leak(tables, subsets, allow=True)
     assert "LEAK" in "\n".join(messages)
     # Patches of one colour may be equal by chance.

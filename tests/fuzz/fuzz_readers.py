@@ -240,7 +240,8 @@ KINDS = {
         functools.partial(feed_pcam, META), TEXT),
     "images.csv": Kind(
         tables("path,label,wsi", [f"{k}.png,{k % 2},s" for k in range(3)]),
-        functools.partial(feed_images, "images.csv"), [*TEXT, b"../", b"\\", b"/", b"0.png"]),
+        functools.partial(feed_images, "images.csv"),
+        [*TEXT, b"../", b"\\", b"/", b"0.png", b"sep=;\n", b"NA", b":/"]),
     "images.parquet": Kind(
         [parquet()], functools.partial(feed_images, "images.parquet"), numbers(1, 2, 4)),
     "images.png": Kind(

@@ -1,12 +1,13 @@
 """The worst errors of each slide as points for QuPath."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from histo_jax.report import points
+from histo_jax.report import points, report
 
 
 @pytest.fixture
@@ -43,3 +44,15 @@ def test_patches_without_a_position_write_nothing(table, tmp_path, paths):
     table = table.drop(columns="path") if paths is None else table.assign(path=paths)
     points.write(tmp_path, table, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_writes_points_where_positions_are_known(config, run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run")
+    predictions = folder / "predictions_validation.csv"
+    header, *rows = predictions.read_text().splitlines()
+    rows = [f'{row},"{row.split(",")[2]}.svs#xywh=0,0,96,96"' for row in rows]
+    predictions.write_text("\n".join([f"{header},path", *rows, ""]))
+    report(config, folder)
+    written = [path.stem for path in (folder / "errors").iterdir()]
+    assert written
+    assert set(written) <= {row.split(",")[2] for row in rows}

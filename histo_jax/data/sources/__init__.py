@@ -13,6 +13,7 @@ A source is a class. `histo_jax.register_source` describes its constructor, `spl
 - `scratch`: set before `splits()` is called, to a folder on the disk of the records, which is
   removed in the end.
 - `corrupt`: dict of the files that were left out, and why, once all examples were read.
-- `intact(paths) -> list[str]`: those of these files that can be read by now.
+- `intact(corrupt) -> list[str]`: those of the files that can be read by now; `corrupt` maps each to
+  the reason.
 - `recognizes(raw_dir) -> bool`: class method; whether a folder looks like this source's.
 """

@@ -1,6 +1,7 @@
 """The source `images`: a user's own images, listed by a table or by class folders.
 
-`histo_jax.data.image_tables` describes both forms, `histo_jax.data.image_files` the files.
+`histo_jax.data.image_tables` describes the tables, `histo_jax.data.image_folders` the folders,
+`histo_jax.data.image_files` the files.
 """
 
 import collections
@@ -8,9 +9,8 @@ import functools
 import hashlib
 import itertools
 import logging
-import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ import pandas as pd
 
 from histo_jax.config import DataConfig
 from histo_jax.data import raw_files
-from histo_jax.data.example import SIZES, UNLABELLED, Example, SizedExamples
+from histo_jax.data.example import SIZES, Example, ReadAgain, SizedExamples
+from histo_jax.data.image_checks import check_labels, check_leaks, read_states
 from histo_jax.data.image_files import (
     ImageFile,
     describe_conversions,
@@ -26,14 +27,9 @@ from histo_jax.data.image_files import (
     read_images,
     read_size,
 )
-from histo_jax.data.image_tables import (
-    TABLE,
-    ImageList,
-    binary_labels,
-    has_class_folders,
-    list_images,
-)
-from histo_jax.data.names import identity
+from histo_jax.data.image_folders import has_class_folders
+from histo_jax.data.image_list import SPLITS, ImageList
+from histo_jax.data.image_tables import TABLE, binary_labels, list_images
 from histo_jax.data.read_ahead import unreadable_files
 from histo_jax.errors import DataError
 from histo_jax.registry import register_source
@@ -41,9 +37,9 @@ from histo_jax.run.files import expand
 
 log = logging.getLogger("histo_jax")
 
-_SPLITS = ("train", "validation", "test")
 # Files whose header is read for the size of all, and whose content the fingerprint covers.
 _SAMPLE = 64
+_CONTRADICTORY = "has the same pixels as an image with another label"
 
 
 @register_source("images")
@@ -61,6 +57,7 @@ class Images:
         self._table = expand(data.table, "--config.data.table") if data.table else None
         self.origin = str(self._table and self._table.absolute())
         self.corrupt: dict[str, str] = {}
+        self._contradictory: set[int] = set()  # rows of training images that are left out
 
     @staticmethod
     def recognizes(raw_dir: Path) -> bool:
@@ -76,7 +73,8 @@ class Images:
         rows = images.rows[["path", "label", "slide", "patient", "split"]]
         for row, size in sorted(zip(rows.itertuples(index=False), stats["size"], strict=True)):
             digest.update(f"{list(row)} {size}\n".encode(errors="backslashreplace"))
-        for path in _spread(sorted(images.files())):
+        by_folder = sorted(images.files(), key=lambda path: path.split("/"))
+        for path in map(Path, _spread(by_folder)):
             try:
                 digest.update(path.read_bytes())
             except OSError as error:
@@ -99,16 +97,14 @@ class Images:
             )
         assert self._stats is not None  # all files are there
         images = self._images
-        size = self._data.image_size or common_size(images.files())
+        size = self._data.image_size or common_size(images)
         conversions: collections.Counter[str] = collections.Counter()
         splits: dict[str, Iterable[Example]] = {}
-        for split in _SPLITS:
-            rows = images.rows[images.rows["split"] == split]
-            if len(rows):
-                part = images._replace(rows=rows)
-                splits[split] = SizedExamples(
-                    self._read(split, part, size, conversions, len(images.rows)), len(rows)
-                )
+        rows = images.rows[~images.rows.index.isin(self._contradictory)]
+        for split in filter(set(rows["split"]).__contains__, SPLITS):
+            part = images._replace(rows=rows[rows["split"] == split])
+            examples = self._read(split, part, size, conversions)
+            splits[split] = SizedExamples(examples, len(part.rows))
         return splits
 
     @functools.cached_property
@@ -120,14 +116,14 @@ class Images:
             split=images.rows["split"].where(images.rows["split"] != "", "train"),
         )
         checked = images._replace(rows=rows)
-        _check_labels(checked)
-        _check_leaks(checked, self._data.allow_leak)
+        check_labels(checked, images.rows["label"])
+        check_leaks(checked, self._data.allow_leak)
         return checked
 
     @functools.cached_property
     def _stats(self) -> pd.DataFrame:
         """Size and modification time of each file."""
-        return _stat(self._images)
+        return read_states(self._images)
 
     def _read(
         self,
@@ -135,7 +131,6 @@ class Images:
         images: ImageList,
         size: int,
         conversions: collections.Counter[str],
-        total: int,
     ) -> Iterator[Example]:
         """Yields the images of a split; logs what was done to them.
 
@@ -144,152 +139,114 @@ class Images:
             images: of this split.
             size: of all images.
             conversions: counts those of all splits.
-            total: images of all splits.
 
         Raises:
             DataError: images cannot be used, unless they may be left out; or the system cannot read
                 a file.
+            ReadAgain: see `_check_repeats`.
         """
         skip = self._data.on_damaged == "skip" and split == "train"
         refused: dict[str, str] = {}
-        ids: set[str] = set()
-        repeated: list[Path] = []
+        first: dict[str, int] = {}
+        repeats: dict[str, list[int]] = {}
         files = images.files()
-        results = read_images(files, self._data.image_size)
+        results = read_images(map(Path, files), self._data.image_size)
         columns = ("label", "slide", "patient", "path")
         rows = zip(*(images.rows[column].tolist() for column in columns), strict=True)
-        for path, row, result in zip(files, rows, results, strict=True):
+        for number, (path, row, result) in enumerate(zip(files, rows, results, strict=True)):
             if isinstance(result, Exception):
-                raise unreadable_files(path, result, results)
+                raise unreadable_files(Path(path), result, results)
             if isinstance(result, ImageFile) and len(result.pixels) != size:
                 result = (
                     f"is {len(result.pixels)}x{len(result.pixels)} pixels, most are {size}x{size}"
                 )
             if isinstance(result, str):
-                refused[str(path)] = result
+                refused[path] = result
                 continue
             if refused and not skip:
                 continue  # read on, so that one error names all
             name = hashlib.sha1(result.pixels.data).hexdigest()
-            if split == "train" and name in ids:
-                repeated.append(path)
+            if split == "train" and first.setdefault(name, number) != number:
+                repeats.setdefault(name, [first[name]]).append(number)
                 continue
-            ids.add(name)
             conversions.update(result.conversions)
             yield Example(name, result.pixels, *row)
         if refused and (not skip or len(refused) == len(files)):
             raise _refused_error(refused, len(files), split)
         self.corrupt |= refused
-        if repeated:
+        if repeats:
+            self._check_repeats(images, list(repeats.values()), skip)
+        every = self._images.rows["split"]
+        is_last = split == max(every, key=SPLITS.index)
+        if is_last and (text := describe_conversions(conversions, size)):
+            log.info("of %s images: %s", f"{len(every):,}", text)
+
+    def _check_repeats(self, images: ImageList, repeats: list[list[int]], skip: bool) -> None:
+        """Logs training images with the same pixels, of which the first is kept.
+
+        Args:
+            images: of the split.
+            repeats: the numbers of the images with the same pixels, for each such group.
+            skip: leave out all images of a group whose labels differ.
+
+        Raises:
+            DataError: labels of a group differ, and `skip` is false or nothing else would be left.
+            ReadAgain: labels differed, and the images of these groups are left out from now on.
+        """
+        files, labels = images.files(), images.rows["label"].to_numpy()
+        wrong = [group for group in repeats if len(set(labels[group])) > 1]
+        if not wrong:
+            count = sum(map(len, repeats)) - len(repeats)
             log.warning(
                 "%d training images have the same pixels as an earlier one and are left out, the "
-                "first is %s", len(repeated), repeated[0],
+                "first is %s", count, files[repeats[0][1]],
             )  # fmt: skip
-        if files[-1] == self._last and (text := describe_conversions(conversions, size)):
-            log.info("of %s images: %s", f"{total:,}", text)
+            return
+        first = wrong[0][0]
+        other = next(number for number in wrong[0] if labels[number] != labels[first])
+        numbers = sorted(itertools.chain(*wrong))
+        more = f" ({len(numbers):,} training images are like this)" if len(numbers) > 2 else ""
+        problem = f"{files[first]} and {files[other]} have the same pixels and different labels"
+        if not skip or len(numbers) == len(files):
+            way_out = "" if skip else ", or leave all of them out by --config.data.on_damaged=skip"
+            raise DataError(f"{problem}{more}: correct the labels{way_out}")
+        log.warning("%s%s; all of them are left out", problem, more)
+        self.corrupt |= {files[number]: _CONTRADICTORY for number in numbers}
+        self._contradictory |= set(images.rows.index[numbers])
+        raise ReadAgain
 
-    @functools.cached_property
-    def _last(self) -> Path:
-        """The file that is read last."""
-        images = self._images
-        last = max(images.rows["split"], key=_SPLITS.index)
-        return images._replace(rows=images.rows[images.rows["split"] == last]).files()[-1]
-
-    def intact(self, corrupt: Iterable[str]) -> list[str]:
+    def intact(self, corrupt: Mapping[str, str]) -> list[str]:
         """Returns those of the refused files that can be used by now."""
+        paths = (Path(path) for path, reason in corrupt.items() if reason != _CONTRADICTORY)
         size = self._data.image_size
-        return [path for path in corrupt if isinstance(read_image(Path(path), size), ImageFile)]
+        return [str(path) for path in paths if isinstance(read_image(path, size), ImageFile)]
 
 
-def common_size(paths: list[Path]) -> int:
+def common_size(images: ImageList) -> int:
     """Returns the size of most of a sample of files.
 
     Raises:
         DataError: patches cannot have this size.
     """
-    sizes = collections.Counter(filter(None, map(read_size, _spread(paths))))
-    (width, height), _ = sizes.most_common(1)[0] if sizes else ((SIZES[0], SIZES[0]), 0)
+    paths = images.files()
+    sizes = list(filter(None, map(read_size, map(Path, _spread(paths)))))
+    # If the sample is corrupt, any other file tells the size; if all are, `splits` says so of each.
+    sizes = sizes or [next(filter(None, map(read_size, map(Path, paths))), (SIZES[0], SIZES[0]))]
+    (width, height), _ = collections.Counter(sizes).most_common(1)[0]
     if width == height and width in SIZES:
         return width
     near = min(SIZES, key=lambda size: abs(size - min(width, height)))
     raise DataError(
-        f"{paths[0].parent}: the images have {width}x{height} pixels, and must be square and a "
-        f"multiple of 32 from 32 to 512: scale them, as by --config.data.image_size={near}"
+        f"{images.table or images.folder}: most images have {width}x{height} pixels, and must be "
+        "square and a multiple of 32 from 32 to 512: scale them, as by "
+        f"--config.data.image_size={near}"
     )
 
 
-def _spread(paths: list[Path]) -> list[Path]:
+def _spread(paths: list[str]) -> list[str]:
     """Returns at most `_SAMPLE` of the paths, evenly spread."""
     count = min(_SAMPLE, len(paths))
     return [paths[k] for k in np.linspace(0, len(paths) - 1, count).round().astype(int)]
-
-
-def _check_labels(images: ImageList) -> None:
-    """Refuses images without a label, and training images of one class."""
-    rows = images.rows
-    place = images.table or images.folder
-    fix = "add it" if images.table else "move the images into a folder for each class"
-    unlabelled = (rows["label"] == UNLABELLED) & (rows["split"] != "test")
-    images.check(unlabelled, "the label is missing", fix, rows["path"])
-    train = rows["label"][rows["split"] == "train"]
-    if train.empty:
-        raise DataError(f"{place} has no training images: add some, or correct the splits")
-    if train.nunique() < 2:
-        raise DataError(
-            f"{place}: all {len(train):,} training images are of one class; add images of the other"
-        )
-    known = rows["label"][rows["split"] == "test"] != UNLABELLED
-    if 0 < known.sum() < len(known):
-        missing = (rows["label"] == UNLABELLED) & (rows["split"] == "test")
-        images.check(
-            missing, "a test image without a label among labelled ones",
-            "give all labels of the test split, or none", rows["path"],
-        )  # fmt: skip
-
-
-def _check_leaks(images: ImageList, allow: bool) -> None:
-    """Refuses patients and slides that two splits share."""
-    for column in ("patient", "slide"):
-        names = images.rows[column].map(
-            {name: identity(name) for name in images.rows[column].unique()}
-        )
-        by_split = {split: names[images.rows["split"] == split] for split in _SPLITS}
-        for first, second in itertools.combinations(_SPLITS, 2):
-            shared = by_split[second][by_split[second].isin(set(by_split[first]) - {""})]
-            if shared.empty:
-                continue
-            name = images.rows.at[shared.index[0], column]
-            leak = (
-                f"{images.place(shared.index[0])}: {column} {name!r} is in the {first} and the "
-                f"{second} split, as are {shared.nunique() - 1} others"
-            )
-            if not allow:
-                raise DataError(
-                    f"{leak}: correct the split, or set --config.data.allow_leak=true and trust no "
-                    f"{second} score"
-                )
-            log.warning("LEAK: %s; config.data.allow_leak is set", leak)
-
-
-def _stat(images: ImageList) -> pd.DataFrame:
-    """Returns `size` and `time` of each file; refuses missing ones."""
-    found: dict[str, tuple[int, int]] = {}
-    files = images.files()
-    for folder in {path.parent for path in files}:
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_file():
-                        status = entry.stat()
-                        found[entry.path] = status.st_size, status.st_mtime_ns
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise raw_files.unreadable(folder, error) from None
-    texts = pd.Series([str(path) for path in files], images.rows.index)
-    missing = ~texts.isin(found)
-    images.check(missing, "{} is missing", "restore the file, or remove the row", texts)
-    return pd.DataFrame([found[text] for text in texts], columns=["size", "time"])
 
 
 def _refused_error(refused: dict[str, str], total: int, split: str) -> DataError:
@@ -302,7 +259,7 @@ def _refused_error(refused: dict[str, str], total: int, split: str) -> DataError
         more = f" ({len(paths):,} files are like this)" if len(paths) > 1 else ""
         parts.append(f"{paths[0]} {refused[paths[0]]}{more}")
     fix = "replace or remove them"
-    if any("pixels" in reason for reason in refused.values()):
+    if any(" pixels, not " in reason or " pixels, most " in reason for reason in refused.values()):
         fix += ", or scale all images by --config.data.image_size"
     if len(refused) < total and split == "train":
         fix += ", or leave them out by --config.data.on_damaged=skip"

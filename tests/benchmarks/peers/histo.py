@@ -135,10 +135,10 @@ class Peer:
         np.concatenate(outputs)
 
     def _prepare(self, source: str, raw_dir: str, tfds_dir: str) -> Prepared:
-        data = self._config.data
-        data.source, data.raw_dir = source, str(self._folder / raw_dir)
-        data.tfds_dir = str(self._folder / tfds_dir)
-        return prepare(self._config)
+        config = Config()
+        config.data.source, config.data.raw_dir = source, str(self._folder / raw_dir)
+        config.data.tfds_dir = str(self._folder / tfds_dir)
+        return prepare(config)
 
     def prepare(self, source: str, raw_dir: str, tfds_dir: str) -> None:
         """Prepares the records, also if they exist."""

@@ -1,5 +1,6 @@
 """Own images: tables, class folders, conversions, faults."""
 
+import errno
 import hashlib
 import os
 import re
@@ -14,9 +15,9 @@ from PIL import Image
 
 import histo_jax
 from histo_jax.config import Config, DataConfig
-from histo_jax.data import image_tables
+from histo_jax.data import image_tables, records, source_adapter
 from histo_jax.data.image_files import ImageFile, read_image
-from histo_jax.data.sources import kaggle
+from histo_jax.data.sources import images, kaggle
 from histo_jax.data.sources.images import Images
 from histo_jax.errors import UserError
 
@@ -59,6 +60,7 @@ HABITS = {
     "byte-order-mark": lambda t: "\ufeff" + t,
     "windows": lambda t: t.replace("\n", "\r\n"),
     "semicolons": lambda t: t.replace(",", ";"),
+    "delimiter-line": lambda t: "\ufeffsep=;\r\n" + t.replace(",", ";"),
     "tabs": lambda t: t.replace(",", "\t"),
     "utf-16": lambda t: t.encode("utf-16"),
     "quotes": lambda t: "\n".join(f'"{line.replace(",", chr(34) + "," + chr(34))}"'
@@ -101,10 +103,26 @@ def test_tsv_parquet_and_absolute_paths(raw, tmp_path):
         assert examples[0].path == "tiles/a0.png"
 
 
-def test_used_columns_are_logged(raw, messages):
+def test_used_columns_are_logged_once_in_a_command(raw, log):
     write(raw, HABITS["names"])
     read(raw)
-    assert any("path (column 'file name'), label (column 'class')" in line for line in messages)
+    (record,) = log.records
+    assert "path (column 'file name'), label (column 'class')" in record.getMessage()
+    assert record.is_once
+
+
+def test_paths_of_the_table_itself(raw, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "tmp.*/images.csv: no such table; .* current folder: --config.data.table=.*raw/images.csv"
+    )
+    with pytest.raises(UserError, match=words):
+        read(raw, table="images.csv")
+    (raw / "bad.parquet").write_bytes(b"PAR1xxxx")
+    with pytest.raises(UserError, match=r"corrupt.*[^.]\): write it again"):
+        read(raw, table=str(raw / "bad.parquet"))
+    with pytest.raises(UserError, match=r"images.csv: not a folder; .*data.table to a table"):
+        source_adapter.check_layout(DataConfig(source="images", raw_dir=str(raw / "images.csv")))
 
 
 def test_splits_and_unlabelled_test_rows(raw):
@@ -113,11 +131,12 @@ def test_splits_and_unlabelled_test_rows(raw):
         lambda _: (
             "img,y,fold\ntiles/a0.png,1,Train\ntiles/a1.png,0,training\n"
             "tiles/a2.png,1,val\ntiles/a3.png,0,VALID\ntiles/a4.png,,test\ntiles/a5.png,nan,test\n"
+            "tiles/a6.png,1,test\n"
         ),
     )
     splits = read(raw)
     assert {split: [e.label for e in part] for split, part in splits.items()} == {
-        "train": [1, 0], "validation": [1, 0], "test": [-1, -1],
+        "train": [1, 0], "validation": [1, 0], "test": [-1, -1, 1],
     }  # fmt: skip
 
 
@@ -136,6 +155,11 @@ BAD_TABLES = {
     "no-row-path": (lambda t: t.replace("tiles/a2.png", ""), "line 4: the path is missing"),
     "split": (lambda _: "path,label,fold\ntiles/a0.png,1,0\n", "line 2: split '0' must be train"),
     "zero": (lambda t: t.replace("tiles/a2", "tiles/a\0"), "line 4"),
+    "split-blank": (lambda _: "path,label,fold\na.png,1,test\nb.png,1,\n", "line 3: the split is"),
+    "label-na": (lambda t: t.replace(",1,", ",NA,"), "line 3: label 'NA' means that it is"),
+    "address": (lambda t: t.replace("tiles/a4", "https://x/a4"), "line 6: .* is a URL; download"),
+    "windows": (lambda t: t.replace("tiles/a4", r"C:\a4"), r"line 6: 'C:.* absolute Windows path"),
+    "no-file": (lambda t: t.replace("/a6.png", ""), "line 8: .*tiles' is not a file; remove"),
 }  # fmt: skip
 
 
@@ -153,18 +177,24 @@ def test_a_leak_of_given_splits_is_refused(raw, column, messages):
     rows = "".join(f"tiles/a{k}.png,{k % 2},{'train' if k < 6 else 'test'},N {k}\n"
                    for k in range(8)).replace("N 7", "n  1")  # fmt: skip
     write(raw, lambda _: f"path,label,split,{column}\n{rows}")
-    with pytest.raises(UserError, match=f"line 9: {column} 'n 1' is in the train and the test"):
+    with pytest.raises(
+        UserError, match=f"line 9: {column} 'n 1' is in the train and the test split: cor"
+    ):
         read(raw)
     assert len(read(raw, allow_leak=True)["test"]) == 2
     assert any("LEAK" in line for line in messages)
 
 
 def test_the_positive_class(raw):
+    with pytest.raises(UserError, match=r"'tumor' is no class .* labels are 0 and 1: leave it out"):
+        read(raw, positive="tumor")
     write(raw, lambda t: t.replace(",1,", ",Tumor,").replace(",0,", ",none,"))
     labels = [example.label for example in read(raw, positive="tumor")["train"]]
     assert labels == [0, 1] * 4
     with pytest.raises(UserError, match=r"positive = 'cancer' is no class .*'Tumor', 'none'"):
         read(raw, positive="cancer")
+    write(raw, lambda t: t.replace(",1,", ",NA,"))
+    assert [example.label for example in read(raw, positive="na")["train"]] == labels
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -188,6 +218,37 @@ def test_class_folders_and_debris(tmp_path):
         "validation": [("val/tumor/c.png", 1)],
         "test": [("Test/d.png", -1)],
     }
+
+
+def test_links_to_folders_and_images_beside_the_splits(tmp_path, messages, monkeypatch):
+    for number, name in enumerate(
+        ("train/NA/0.png", "train/tumor/1.png", "more/2.png", "3.png", "notes/x")
+    ):
+        draw(tmp_path / name, number) if number < 4 else (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "train/tumor/loop").symlink_to(tmp_path)
+    (tmp_path / "train/NA/twin").symlink_to("../tumor")
+    (tmp_path / "train/tumor/twin").symlink_to("../NA")
+    rows = image_tables.list_images(tmp_path).rows
+    assert rows[["path", "label"]].to_numpy().tolist() == [
+        ["train/NA/0.png", "NA"], ["train/NA/twin/1.png", "NA"],
+        ["train/tumor/1.png", "tumor"], ["train/tumor/twin/0.png", "tumor"],
+    ]  # fmt: skip
+    assert any(line.endswith("splits are ignored: 3.png, more") for line in messages)
+    for name in ("NA", "tumor"):
+        (tmp_path / "train" / name / "twin").unlink()
+    assert [e.label for e in read(tmp_path, positive="tumor")["train"]] == [0, 1]
+    (tmp_path / "train/NA/self.png").symlink_to("self.png")
+    with pytest.raises(UserError, match=r"self.png' is missing; .* remove the link"):
+        read(tmp_path, positive="tumor")
+
+    def scandir(path, real=os.scandir):
+        if str(path).endswith("NA"):
+            raise PermissionError(errno.EACCES, "denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"train/NA cannot be read .*: change its permissions"):
+        read(tmp_path, positive="tumor")
 
 
 def test_folders_without_splits(tmp_path):
@@ -280,16 +341,24 @@ def test_reduced_pixels_are_means_over_areas(tmp_path, before, after):
     assert result.conversions == ("cropped to the square in their centre", "reduced")
 
 
-def test_sizes(raw, tmp_path):
+def test_sizes(raw, tmp_path, monkeypatch, messages):
     draw(raw / "tiles" / "a3.png", 3, size=64)
     with pytest.raises(UserError, match=r"a3.png is 64x64 pixels, most are 32x32.*image_size"):
         read(raw)
     assert len(read(raw, on_damaged="skip")["train"]) == 7
     assert {e.image.shape for e in read(raw, image_size=64)["train"]} == {(64, 64, 3)}
+    Image.new("1", (7000, 7000)).save(raw / "tiles" / "a3.png")
+    with pytest.raises(UserError, match=r"a3.png is .* than 33,554,432: replace .* them, or leave"):
+        read(raw, image_size=32)
+    (raw / "tiles" / "a0.png").write_bytes(b"x")
+    monkeypatch.setattr(images, "_SAMPLE", 1)  # the size is that of the first readable file
+    assert len(read(raw, on_damaged="skip")["train"]) == 6
     for number in range(8):
         draw(raw / "tiles" / f"a{number}.png", number, size=100)
-    with pytest.raises(UserError, match=r"100x100 pixels.*image_size=96"):
-        read(raw)
+    data = DataConfig(source="images", raw_dir=str(raw), tfds_dir=str(tmp_path / "tfds"))
+    with pytest.raises(UserError, match=r"raw/images.csv: most .* 100x100 pixels.*image_size=96"):
+        records.prepare(data, 0)
+    assert not any("preparing" in line for line in messages)
     assert {e.image.shape for e in read(raw, image_size=96)["train"]} == {(96, 96, 3)}
 
 
@@ -297,6 +366,25 @@ def test_repeated_training_images_are_left_out(raw, messages):
     shutil.copy(raw / "tiles/a0.png", raw / "tiles/a2.png")
     assert len(read(raw)["train"]) == 7
     assert any("1 training images have the same pixels" in line for line in messages)
+
+
+def test_training_images_with_the_same_pixels_and_different_labels(raw, tmp_path, messages):
+    for name in ("a1.png", "a2.png"):
+        shutil.copy(raw / "tiles/a0.png", raw / "tiles" / name)
+    words = "a0.png and .*a1.png have the same pixels and different labels .3 training images"
+    with pytest.raises(UserError, match=words):
+        read(raw)
+    data = DataConfig(
+        source="images", raw_dir=str(raw), tfds_dir=str(tmp_path / "tfds"), on_damaged="skip"
+    )
+    prepared = records.prepare(data, 0)
+    assert prepared.tables["train"]["path"].tolist() == [f"tiles/a{k}.png" for k in range(3, 8)]
+    assert sum("left out: " in line and "another label" in line for line in messages) == 3
+    records.prepare(data, 0)
+    assert not any("intact now" in line for line in messages)
+    data.on_damaged = "stop"
+    with pytest.raises(UserError, match="3 corrupt patches were left out"):
+        records.prepare(data, 0)
 
 
 def test_fingerprint_and_times(raw):
@@ -325,18 +413,19 @@ def test_a_large_folder_with_one_percent_of_every_fault(tmp_path):
         image.save(tmp_path / name)
         contents[name] = (tmp_path / name).read_bytes()
         (tmp_path / name).unlink()
-    PATCH.save(tmp_path / "a.png")
-    plain = (tmp_path / "a.png").read_bytes()
+    plain = []
+    for image in (PATCH, PATCH.rotate(90)):
+        image.save(tmp_path / "a.png")
+        plain.append((tmp_path / "a.png").read_bytes())
     (tmp_path / "a.png").unlink()
-    contents |= {"cut.png": plain[:900], "empty.png": b"", "text.png": b"no image"}
+    contents |= {"cut.png": plain[0][:900], "empty.png": b"", "text.png": b"no image"}
     for number in range(3000):
         name = f"{number:04}.png"
         content = list(contents.items())[number % 100] if number % 100 < len(contents) else None
-        path = (
-            tmp_path / "raw" / str(number // 100 % 2) / (name if not content else name + content[0])
-        )
+        label = number // 100 % 2
+        path = tmp_path / "raw" / str(label) / (name if not content else name + content[0])
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content[1] if content else plain)
+        path.write_bytes(content[1] if content else plain[label])
     raw = tmp_path / "raw"
     with pytest.raises(UserError) as error:
         read(raw)
@@ -344,7 +433,7 @@ def test_a_large_folder_with_one_percent_of_every_fault(tmp_path):
     assert str(error.value).count("(30 files are like this)") == len(contents)
     assert str(error.value).isprintable()
     source = Images(DataConfig(raw_dir=str(raw), on_damaged="skip"))
-    assert len(list(source.splits()["train"])) == 1  # all intact ones have the same pixels
+    assert len(list(source.splits()["train"])) == 2  # the intact ones of a class are equal
     assert len(source.corrupt) == 240
     fixed = next(path for path in source.corrupt if path.endswith("empty.png"))
     assert source.intact(source.corrupt) != [fixed]
