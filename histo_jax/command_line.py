@@ -57,6 +57,7 @@ EXAMPLE = "--config=configs/quickstart.py --workdir=runs/quickstart"
 _HOSTS = ("auto", "slurm", "tpu", "manual")
 _PATH_FIELDS = (
     "data.raw_dir", "data.tfds_dir", "data.slide_map", "evaluate.slides", "predict.images",
+    "heatmap.tissue",
 )  # fmt: skip
 _OPTIONS = (
     "config", "workdir", "mode", "multihost", "coordinator", "process_count", "process_index",

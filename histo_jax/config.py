@@ -5,6 +5,7 @@ Annotations are not postponed: the command line parses values by the types of th
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from histo_jax.config_values import (
 from histo_jax.registry import LOSSES, MODELS, SOURCES
 
 _FILE_ATTRIBUTE = "_config_file"
+# What `heatmap.tissue` may be besides a path.
+TISSUE_WORDS = ("auto", "all")
 EXPORT_FORMATS = ("onnx", "stablehlo", "safetensors", "torchscript")
 _SEED = Limit(lambda value: 0 <= value < 2**31, "at least 0 and at most 2147483647")
 _SEED_OR_NONE = Limit(_SEED.holds, f"{_SEED.expected}, or None")
@@ -383,7 +386,10 @@ class ExportConfig:
     license: str = _option(
         "unknown",
         "license of the weights in the model card, by Hugging Face's names, such as cc-by-4.0",
-        Limit(bool, "a name"),
+        Limit(
+            lambda value: bool(re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", value)),
+            "a name that Hugging Face knows, such as cc-by-4.0: lower case, no blanks",
+        ),
     )
 
 

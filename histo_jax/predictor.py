@@ -108,11 +108,15 @@ def read_runs(runs: Sequence[Path], source: str) -> list[TrainedModel]:
     Raises:
         UserError: a folder is given twice, is not the folder of a run, or has no usable checkpoint.
     """
+    _check_duplicates(runs, source)
+    return [read_best(run, load_run_config(run)) for run in runs]
+
+
+def _check_duplicates(runs: Sequence[Path], source: str) -> None:
     real = [run.resolve() for run in runs]
     for number, run in enumerate(runs):
         if real[number] in real[:number]:
             raise UserError(f"{source}: duplicate run {run}; name each run once")
-    return [read_best(run, load_run_config(run)) for run in runs]
 
 
 def run_folders(checkpoints: str) -> list[Path]:
@@ -324,7 +328,8 @@ def load(
 
     Raises:
         UserError: a folder is not that of a run, a run has no usable checkpoint or is given twice,
-            or the runs' settings differ where an argument is None.
+            an exported folder was changed or its network is not registered, or the runs' settings
+            differ where an argument is None.
         ValueError: `prior` or `batch_size` is out of range.
     """
     if not workdirs:
@@ -332,6 +337,7 @@ def load(
     with environment.defaults(), runtime.jax_defaults():
         runtime.set_up()
         paths = [files.expand(workdir, "workdir").absolute() for workdir in workdirs]
+        _check_duplicates(paths, "load()")
         exports = {path: exported.read(path) for path in paths if exported.is_exported(path)}
         options = [
             exports[path].options if path in exports else load_run_config(path).predict

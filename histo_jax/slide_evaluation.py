@@ -56,6 +56,7 @@ def evaluate_slides(config: Config, workdir: str | os.PathLike[str]) -> dict[str
     libraries.check()
     place = files.expand(config.evaluate.slides, "--config.evaluate.slides").absolute()
     listed = list_slides(place)
+    heatmap.check_mask(config.heatmap.tissue, listed)
     with command.start(config, workdir, "evaluate", _check_processes) as run:
         predictor = ensemble.load_predictor(config, run.path, config.predict.prior)
         trained_on = _trained_on(predictor)

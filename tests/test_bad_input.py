@@ -93,6 +93,14 @@ class Place:
     def argv(self, *more: str) -> list[str]:
         return [f"--config={self.config_file}", f"--workdir={self.workdir}", *more]
 
+    def mode(self, mode: str) -> list[str]:
+        """The option of a mode, and what it cannot do without."""
+        if mode != "heatmap":
+            return [f"--mode={mode}"]
+        pytest.importorskip("openslide", reason="the extra slides is not installed")
+        slide = next(iter(PATCHES["train"]))
+        return [f"--mode={mode}", f"--config.heatmap.slides={self.raw}/train/{slide}.tif"]
+
     def files(self) -> dict[str, bytes | None]:
         """Everything there, with its bytes; None is a folder."""
 
@@ -388,11 +396,13 @@ def test_a_run_needs_no_config(place: Place, parse, mode: str) -> None:
     assert parsed == config
 
 
-@pytest.mark.parametrize("mode", ["evaluate", "predict", "audit", "report", "explain", "fit"])
+@pytest.mark.parametrize(
+    "mode", ["evaluate", "predict", "audit", "report", "explain", "heatmap", "fit"]
+)
 def test_an_option_of_another_run_is_refused_without_a_config_too(
     place: Place, here, parse, mode
 ) -> None:
-    argv = [f"--workdir={place.begin().workdir}", f"--mode={mode}", "--config.model.dense=9"]
+    argv = [f"--workdir={place.begin().workdir}", *place.mode(mode), "--config.model.dense=9"]
     refuses(here, place, argv, "model.dense was 4 there and is 9 here")
     if mode != "fit":  # which takes only folders from the file
         place.config_file.write_text(place.config_file.read_text().replace("), 4", "), 8"))
@@ -575,20 +585,20 @@ def test_raw_data_that_is_typed_must_be_the_runs(copy: Place, here) -> None:
     refuses(here, copy, copy.argv("--mode=predict", typed), str(copy.raw), "no such folder")
 
 
-@pytest.mark.parametrize("mode", ["evaluate", "predict"])
+@pytest.mark.parametrize("mode", ["evaluate", "predict", "heatmap"])
 @pytest.mark.parametrize("left", ["nothing", "config", "folder"])
 def test_no_checkpoint(place: Place, here, mode: str, left: str) -> None:
     if left != "nothing":
         place.begin()
     if left == "folder":
         (place.workdir / "checkpoints").mkdir()
-    argv = place.argv(f"--mode={mode}")
+    argv = place.argv(*place.mode(mode))
     refuses(here, place, argv, str(place.workdir), "no checkpoint", "--mode=fit")
 
 
-@pytest.mark.parametrize("mode", ["fit", "evaluate", "predict"])
+@pytest.mark.parametrize("mode", ["fit", "evaluate", "predict", "heatmap"])
 def test_checkpoint_of_another_model(copy: Place, here, mode: str) -> None:
-    argv = [*copy.make_other_model(), f"--mode={mode}"]
+    argv = [*copy.make_other_model(), *copy.mode(mode)]
     refuses(here, copy, argv, "checkpoints/0", "another model", "config.model", "--workdir")
 
 

@@ -16,7 +16,7 @@ from absl import logging as absl_logging
 from PIL import Image
 
 import histo_jax
-from histo_jax import environment
+from histo_jax import environment, main
 from histo_jax.distributed import runtime
 from histo_jax.errors import UserError
 from histo_jax.run import files
@@ -201,6 +201,8 @@ def test_an_offset_of_all_seeds_is_refused(tiny_config, tmp_path):
         ("prepare", "data.slide_map"),
         ("evaluate", "predict.checkpoints"),
         ("compare", "compare.runs"),
+        ("heatmap", "heatmap.slides"),
+        ("heatmap", "heatmap.tissue"),
     ],
 )
 def test_the_home_of_nobody_is_refused_by_the_settings_name(
@@ -208,16 +210,24 @@ def test_the_home_of_nobody_is_refused_by_the_settings_name(
 ):
     group, field = setting.split(".")
     name = "~no-such-user/folder"
+    if command == "heatmap":
+        pytest.importorskip("openslide", reason="the extra slides is not installed")
+        tiny_config.heatmap.slides = tiny_config.data.raw_dir
     setattr(getattr(tiny_config, group), field, f"{name},{name}" if command == "compare" else name)
     arguments = [] if command == "prepare" else [tmp_path]
     with pytest.raises(UserError, match=rf"--config\.{setting}={name}: .*whole path"):
-        getattr(histo_jax, command)(tiny_config, *arguments)
+        main.load_command(command)(tiny_config, *arguments)
 
 
-@pytest.mark.parametrize("command", ["audit", "evaluate", "explain", "fit", "predict", "report"])
+@pytest.mark.parametrize(
+    "command", ["audit", "evaluate", "explain", "fit", "heatmap", "predict", "report"]
+)
 def test_a_workdir_in_the_home_of_nobody_is_refused(tiny_config, command):
+    if command == "heatmap":
+        pytest.importorskip("openslide", reason="the extra slides is not installed")
+        tiny_config.heatmap.slides = tiny_config.data.raw_dir
     with pytest.raises(UserError, match=r"--workdir=~no-such-user/run: .*whole path"):
-        getattr(histo_jax, command)(tiny_config, "~no-such-user/run")
+        main.load_command(command)(tiny_config, "~no-such-user/run")
 
 
 @pytest.mark.parametrize("cause", ["no home", "relative", "not a folder"])

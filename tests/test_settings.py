@@ -192,6 +192,18 @@ def test_a_mode_that_reads_takes_what_the_run_is_from_the_run(run, mode):
     assert re.search(r"run/config\.json; tiny\.py .* in model\.features, fit\.epochs$", note)
 
 
+def test_paths_are_saved_as_absolute_ones_and_words_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for tissue in ("masks", "~/m.png", "auto", "all"):
+        saved = str(tmp_path / tissue) if tissue == "masks" else tissue
+        config = Config()
+        config.heatmap.tissue, config.heatmap.slides = tissue, "a.svs,b"
+        Workdir(tmp_path).save_config(config)
+        own = settings.load_run_config(tmp_path)
+        assert own.heatmap.tissue == saved
+        assert own.heatmap.slides == f"{tmp_path}/a.svs,{tmp_path}/b"
+
+
 @pytest.mark.parametrize("mode", ["run", "fit", "prepare", "compare"])
 def test_a_mode_that_trains_takes_the_file_as_it_is(run, mode):
     assert settings.resolve("tiny.py", run, mode, ()) == (settings.load("tiny.py"), [])

@@ -2,7 +2,6 @@
 
 import functools
 import io
-import os
 import struct
 import warnings
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 from PIL import ImageFile as ImageFormat
 
 from histo_jax.data.example import SIZES
+from histo_jax.data.raw_files import read_content
 from histo_jax.data.read_ahead import read_ahead
 from histo_jax.errors import one_line
 
@@ -82,16 +82,13 @@ def read_image(path: Path, image_size: int | None = None) -> ImageFile | str | E
         cannot read the file, an `OSError` or `MemoryError`.
     """
     try:
-        # Unbuffered: a buffer would double the time that small files take.
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if not size:
-                return "is empty"
-            if size > _LARGEST_FILE:
-                return f"is larger than {_LARGEST_FILE >> 20} MiB"
-            content = file.read()
+        content = read_content(path, _LARGEST_FILE + 1)
     except OSError as error:
         return error
+    if not content:
+        return "is empty"
+    if len(content) > _LARGEST_FILE:
+        return f"is larger than {_LARGEST_FILE >> 20} MiB"
     # From memory, so that an error of the disk is not taken for one of the file.
     try:
         with _open(path, io.BytesIO(content)) as image:

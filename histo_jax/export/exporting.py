@@ -1,9 +1,13 @@
 """The command `export`: writes `export/`, with the trained network in formats of other programs."""
 
+import csv
 import hashlib
+import io
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +29,12 @@ log = logging.getLogger("histo_jax")
 FOLDER = "export"
 # Patches on which the files are compared with the predictor.
 _COMPARED = 256
-_ONNX, _STABLEHLO, _WSINFER = "model.onnx", "model.stablehlo", "wsinfer"
+_ONNX, _STABLEHLO, _WSINFER, _CARD = "model.onnx", "model.stablehlo", "wsinfer", "README.md"
+# What the folder may contain: Python writes the last one where `model.py` is imported.
+_WRITTEN = (
+    _ONNX, _STABLEHLO, _WSINFER, _CARD, exported.CONFIG_NAME, exported.WEIGHTS_NAME,
+    safetensors.MODEL_NAME, parity.PARITY_NAME, "__pycache__",
+)  # fmt: skip
 
 
 def export(config: Config, workdir: str | os.PathLike[str]) -> Path:
@@ -77,7 +86,7 @@ def export_in(run: Workdir, config: Config) -> Path:
         parity.check(compared)
         files.write_json(new / parity.PARITY_NAME, compared)
         card = model_card.render(run.path, config, predictor, contents, data, compared, weights)
-        files.write_text(new / "README.md", card)
+        files.write_text(new / _CARD, card)
     for name, values in compared["formats"].items():
         log.info("%s: logits differ by %.1e", name, values["largest_difference_in_logit"])
     log.info("export in %s", folder)
@@ -89,35 +98,54 @@ def _describe(predictor: Predictor, config: Config) -> Exported:
         Network(each.config, each.weights, each.calibration, each.step, each.fingerprint)
         for each in predictor.trained
     ]
-    classes = class_names(predictor.trained[0].config.data)
-    return Exported(networks, predictor.tta, predictor.prior, predictor.patch, classes)
+    classes = [class_names(each.config.data) for each in predictor.trained]
+    if len(set(classes)) > 1:
+        log.warning(
+            "the runs name their classes differently (%s): the files name those of the first",
+            "; ".join(", ".join(names) for names in dict.fromkeys(classes)),
+        )
+    return Exported(networks, predictor.tta, predictor.prior, predictor.patch, classes[0])
 
 
 def _check_replaceable(folder: Path, new: Exported) -> None:
-    """Refuses to replace what is not an export of the same runs.
+    """Refuses to replace what is not an export of the same runs, or has files of the user.
 
     Raises:
-        UserError: names the folder, and the setting that differs.
+        UserError: names the folder, and the file or setting that differs.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir() or not exported.is_exported(folder):
         raise UserError(f"{folder} is not an export, and would be replaced: move it away")
-    old = exported.read_config(folder).get("networks", [])
+    others = sorted(path.name for path in folder.iterdir() if path.name not in _WRITTEN)
+    if others:
+        raise UserError(
+            f"{folder} also contains {others[0]}, which is not from an export and would be lost: "
+            "move it away"
+        )
+    if difference := _difference(exported.read_config(folder), new):
+        raise UserError(
+            f"{folder} is an export of {difference}; move it away, or choose another --workdir"
+        )
+
+
+def _difference(old: Mapping[str, Any], new: Exported) -> str | None:
+    """Returns what an export was made of, in words, if not of the same runs."""
+    try:
+        before = [(each["settings"].items(), each["fingerprint"]) for each in old["networks"]]
+    except (KeyError, TypeError, AttributeError):
+        return f"an unknown run ({exported.CONFIG_NAME} is corrupt)"
     own = new.to_json()["networks"]
-    fix = "move it away, or choose another --workdir"
-    if len(old) != len(own):
-        raise UserError(f"{folder} is an export of {len(old)} networks, not {len(own)}: {fix}")
-    for number, (before, now) in enumerate(zip(old, own, strict=True)):
-        for name, value in now["settings"].items():
-            was = before["settings"].get(name, value)
-            if is_identity(name, new.networks[number].config) and was != value:
-                raise UserError(
-                    f"{folder} is an export of another run: {name} was {was!r} there and is "
-                    f"{value!r} here; {fix}"
-                )
-        if before["fingerprint"] != now["fingerprint"]:
-            raise UserError(f"{folder} is an export of a run with other patches: {fix}")
+    if len(before) != len(own):
+        return f"{len(before)} networks, not {len(own)}"
+    for (settings, fingerprint), network, now in zip(before, new.networks, own, strict=True):
+        for name, was in settings:
+            value = now["settings"].get(name, was)
+            if is_identity(name, network.config) and was != value:
+                return f"another run: {name} was {was!r} there and is {value!r} here"
+        if fingerprint != now["fingerprint"]:
+            return "a run with other patches"
+    return None
 
 
 def _write(
@@ -127,7 +155,7 @@ def _write(
     weights, size, paths = contents.pack(), contents.patch.size, {}
     if "torchscript" in formats:
         torchscript.check(contents)
-    safetensors.write_config(folder, contents)
+    safetensors.write_config(folder, contents, weights)
     if "onnx" in formats:
         paths["onnx"] = folder / _ONNX
         onnx.write(paths["onnx"], predictor, size, _metadata(contents, weights))
@@ -147,9 +175,10 @@ def _write(
 
 def _metadata(contents: Exported, weights: bytes) -> dict[str, str]:
     """Returns what an ONNX file says about itself."""
-    patch = contents.patch
+    patch, line = contents.patch, io.StringIO()
+    csv.writer(line, lineterminator="").writerow(contents.class_names)  # quoted where necessary
     return {
-        "class_names": ",".join(contents.class_names),
+        "class_names": line.getvalue(),
         "patch_size_pixels": str(patch.size),
         "micrometres_per_pixel": "unknown" if patch.mpp is None else str(patch.mpp),
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
@@ -171,7 +200,8 @@ def _patches(data: ensemble.TrainingData | None, size: int, seed: int) -> parity
     if data is None:
         rng = np.random.default_rng(seed)
         images = rng.integers(0, 256, (_COMPARED, size, size, 3), np.uint8)
-        return parity.Patches(images, "random pixels, because the run's records are missing")
+        reason = "the run's records are missing or changed"
+        return parity.Patches(images, f"random pixels, because {reason}")
     rows = data.subsets.validation.rows
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _COMPARED)).astype(int)]
     source = data.prepared.source(data.subsets.validation.records)

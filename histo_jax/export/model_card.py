@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,16 @@ _POINTS = {
     "threshold_at_95_sensitivity": "95% sensitivity",
 }
 _DATASETS = {"pcam": "patchcamelyon", "kaggle": "histopathologic-cancer-detection"}
-_TITLES = {"pcam": "PatchCamelyon", "kaggle": "Kaggle Histopathologic Cancer Detection"}
+_TITLES = {
+    "pcam": "PatchCamelyon",
+    "kaggle": "Kaggle Histopathologic Cancer Detection",
+    "images": "own images",
+    "synthetic": "synthetic slides",
+}
+# What a patch is, where the source says so.
+_KINDS = {"pcam": "H&E patch", "kaggle": "H&E patch", "synthetic": "synthetic patch"}
+# What Markdown or HTML would take for markup.
+_MARKUP = re.compile(r"[\\`*\[\]<>|&#~]")
 
 
 def render(
@@ -66,10 +76,12 @@ def render(
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters |= {"code": _code, "escape": _escape}
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         head=_head(folder, config, contents, evaluations),
         name=_name(folder),
         dataset=_title(config),
+        kind=_KINDS.get(config.data.source, "image patch"),
         is_synthetic=config.data.source == "synthetic",
         patch=contents.patch,
         class_names=contents.class_names,
@@ -86,6 +98,19 @@ def render(
     )
 
 
+def _code(text: Any) -> str:
+    """Returns a text as a code span of Markdown, on one line."""
+    line = " ".join(str(text).split())
+    longest = max(map(len, re.findall("`+", line)), default=0)
+    fence, space = "`" * (longest + 1), " " if "`" in line else ""
+    return f"{fence}{space}{line}{space}{fence}"
+
+
+def _escape(text: str) -> str:
+    """Returns a text that Markdown shows as it is, on one line."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
 def _head(
     folder: Path, config: Config, contents: Exported, evaluations: list[dict[str, Any]]
 ) -> str:
@@ -96,9 +121,10 @@ def _head(
         "library_name": "histo_jax",
         "pipeline_tag": "image-classification",
         "tags": ["histopathology", "pathology", "medical", "jax", *architectures],
-        "datasets": [_DATASETS.get(config.data.source, config.data.source)],
         "metrics": ["roc_auc", "accuracy"],
     }
+    if config.data.source in _DATASETS:
+        head["datasets"] = [_DATASETS[config.data.source]]
     if evaluations:
         results = [_result(scores, config) for scores in evaluations]
         head["model-index"] = [{"name": _name(folder), "results": results}]
@@ -200,7 +226,8 @@ def _read_audit(
             table = data.prepared.tables[subset.records].iloc[subset.rows]  # type: ignore[union-attr]
             if audited[name]["digest"] != leakage.digest(table):
                 return None
-        return leakage.table(audit, classes)
+        names = [" ".join(name.split()) for name in classes]
+        return leakage.table(audit, (names[0], names[1]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

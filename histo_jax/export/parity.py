@@ -1,6 +1,7 @@
 """`parity.json`: how far each exported file is from the predictor, and whether that is enough."""
 
 import importlib.util
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from scipy.special import expit
 
 from histo_jax.distributed import runtime
-from histo_jax.errors import ParityError
+from histo_jax.errors import CheckpointError, ParityError
 from histo_jax.export import processes
 from histo_jax.export.function import precise_logits
 from histo_jax.predictor import Predictor, load
@@ -48,13 +49,16 @@ def measure(predictor: Predictor, patches: Patches, files: dict[str, Path]) -> d
         files: by format; for safetensors its folder.
 
     Raises:
+        CheckpointError: the predictor's own logits are not finite.
         ParityError: a file computes something else, or cannot be used.
         OSError: a temporary file cannot be written.
     """
-    expected = precise_logits(predictor, patches.images)
+    expected = _reference(predictor, patches)
     with tempfile.TemporaryDirectory() as temporary:
         images = Path(temporary) / "images.npy"
-        np.save(images, patches.images)
+        content = io.BytesIO()  # NumPy's own error on a full disk names no file
+        np.save(content, patches.images)
+        run_files.write_bytes(images, content.getvalue())
         formats = {
             name: _compare(name, expected, *_apply(name, path, patches.images, images))
             for name, path in files.items()
@@ -71,6 +75,17 @@ def measure(predictor: Predictor, patches: Patches, files: dict[str, Path]) -> d
         },
         "formats": formats,
     }
+
+
+def _reference(predictor: Predictor, patches: Patches) -> np.ndarray:
+    logits = precise_logits(predictor, patches.images)
+    if infinite := int((~np.isfinite(logits)).sum()):
+        raise CheckpointError(
+            f"{' and '.join(each.run for each in predictor.trained)}: the logits of {infinite} of "
+            f"{len(logits)} patches are not finite: leave out --config.predict.prior if it is set, "
+            "or train again"
+        )
+    return logits
 
 
 def check(parity: dict[str, Any]) -> None:

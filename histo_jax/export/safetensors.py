@@ -6,7 +6,7 @@ package's networks in PyTorch; a registered network has none.
 
 from pathlib import Path
 
-from histo_jax.exported import CONFIG_NAME, WEIGHTS_NAME, Exported
+from histo_jax.exported import CONFIG_NAME, WEIGHTS_NAME, Exported, digest
 from histo_jax.registry import MODELS
 from histo_jax.run import files
 
@@ -26,15 +26,16 @@ def write(folder: Path, exported: Exported, weights: bytes) -> None:
     Raises:
         OSError: a file cannot be written.
     """
-    write_config(folder, exported)
+    write_config(folder, exported, weights)
     files.write_bytes(folder / WEIGHTS_NAME, weights)
     if has_pytorch(exported):
         files.write_bytes(folder / MODEL_NAME, _CODE.read_bytes())
 
 
-def write_config(folder: Path, exported: Exported) -> None:
-    """Writes `config.json` alone, which every export has."""
-    files.write_json(folder / CONFIG_NAME, exported.to_json())
+def write_config(folder: Path, exported: Exported, weights: bytes) -> None:
+    """Writes `config.json` alone, which every export has; for arguments see `write`."""
+    values = exported.to_json()
+    files.write_json(folder / CONFIG_NAME, values | {"sha256": digest(values, weights)})
 
 
 def has_pytorch(exported: Exported) -> bool:

@@ -61,10 +61,10 @@ def write(folder: Path, exported: Exported, weights: bytes) -> None:
     folder.mkdir()
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         safetensors.write(Path(temporary), exported, weights)
+        target = folder / MODEL_NAME
         try:
-            processes.run(
-                "torchscript_script.py", temporary, exported.patch.size, folder / MODEL_NAME
-            )
+            with files.disk_errors(target):
+                processes.run("torchscript_script.py", temporary, exported.patch.size, target)
         except processes.ProcessError as error:
             raise UserError(f"TorchScript was not written: {error}") from None
     files.write_json(folder / CONFIG_NAME, describe(exported))

@@ -6,6 +6,7 @@ Run in a process of its own, so that PyTorch and JAX do not share one.
 import importlib.util
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,9 @@ def main(folder: str, size: str, target: str) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", DeprecationWarning)  # WSInfer and QuPath take no other
         example = torch.zeros(2, 3, int(size), int(size))
-        torch.jit.trace(Logits().eval(), example, check_trace=False).save(target)
+        traced = torch.jit.trace(Logits().eval(), example, check_trace=False)
+    # Python says why a file cannot be written; PyTorch does not.
+    Path(target).write_bytes(traced.save_to_buffer())
 
 
 if __name__ == "__main__":

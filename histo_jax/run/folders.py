@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
@@ -76,7 +77,10 @@ def recover(folder: Path) -> None:
     folder = folder.resolve()
     if not folder.exists() and _backup(folder).exists():
         _backup(folder).rename(folder)
-    for leftover in (_backup(folder), *folder.parent.glob(f".{glob.escape(folder.name)}.*.part")):
+    # Another process may replace a folder whose name begins with this one.
+    own = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{32}}\.part")
+    parts = folder.parent.glob(f".{glob.escape(folder.name)}.*.part")
+    for leftover in (_backup(folder), *(part for part in parts if own.fullmatch(part.name))):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

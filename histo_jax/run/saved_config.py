@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from histo_jax.config import Config, ConfigFile, flat, set_field
+from histo_jax.config import TISSUE_WORDS, Config, ConfigFile, flat, set_field
 from histo_jax.config_values import folders
 from histo_jax.errors import ConfigError, UserError
 from histo_jax.version import VERSION
@@ -25,9 +25,11 @@ _DESCRIPTIONS = ("data.label_region", "data.mpp")
 # Saved as absolute paths, so that a start from another folder means the same files.
 _PATHS = (
     "data.raw_dir", "data.table", "data.tfds_dir", "data.slide_map", "evaluate.slides",
-    "predict.images",
+    "predict.images", "heatmap.tissue",
 )  # fmt: skip
 _LISTS_OF_PATHS = ("predict.checkpoints", "heatmap.slides")
+# Values of these fields that are words, not paths.
+_WORDS = {"heatmap.tissue": TISSUE_WORDS}
 # Keys beside the settings.
 _VERSION, _SOURCE, _CONFIG_FILE = "version", "source", "config_file"
 
@@ -144,7 +146,8 @@ def _with_absolute_paths(values: Mapping[str, Any]) -> dict[str, Any]:
             return value
         if name in _LISTS_OF_PATHS:
             return ",".join(complete(_PATHS[0], folder) for folder in folders(value))
-        is_relative = name in _PATHS and not value.startswith("~")
+        is_word = value in _WORDS.get(name, ())
+        is_relative = name in _PATHS and not value.startswith("~") and not is_word
         return os.path.abspath(value) if is_relative else value
 
     return {name: complete(name, value) for name, value in values.items()}

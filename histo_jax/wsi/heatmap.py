@@ -1,8 +1,10 @@
 """Maps of slides: the command `heatmap`, and the same from Python."""
 
+import contextlib
 import logging
 import os
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,16 @@ import pandas as pd
 from scipy.special import expit, logit
 
 from histo_jax import command, ensemble, environment, evaluation_files
-from histo_jax.config import Config, HeatmapConfig
+from histo_jax.config import TISSUE_WORDS, Config, HeatmapConfig
 from histo_jax.config_checks import validate
 from histo_jax.config_values import folders
 from histo_jax.data.source_adapter import class_names
 from histo_jax.distributed import consensus, runtime
-from histo_jax.errors import ConfigError, DataError, UserError
+from histo_jax.errors import ConfigError, DataError, UserError, one_line
 from histo_jax.metrics import Calibration
 from histo_jax.predictor import Predictor, load
 from histo_jax.run import files, progress, signals
+from histo_jax.run.folders import recover
 from histo_jax.run.workdir import Workdir
 from histo_jax.wsi import index, libraries, results, search, slide_map, tissue
 from histo_jax.wsi.grid import cell_size
@@ -58,6 +61,7 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         )
     libraries.check()
     slides = search.find(paths, options.mpp)
+    check_mask(options.tissue, slides)
     with command.start(config, workdir, "heatmap") as session:
         predictor = ensemble.load_predictor(config, session.path, config.predict.prior)
         return run_in(session, config, predictor, slides)
@@ -67,12 +71,10 @@ def run_in(
     session: Workdir, config: Config, predictor: Predictor, slides: list[search.SlideFile]
 ) -> pd.DataFrame:
     """Does the work of `run` in an open folder."""
-    options = config.heatmap
     if config.predict.checkpoints:
         session.acquire(config)
         session.save_config(config)
-    settings = _settings(predictor, options, session.path)
-    _check_mask(options.tissue, slides)
+    settings = _settings(predictor, config.heatmap, session.path)
     table = _make_all(predictor, slides, settings, session.path / FOLDER)
     _raise_failures(len(slides), session.path / FOLDER)
     return table
@@ -111,13 +113,13 @@ def heatmap(
     validate(Config(heatmap=options))
     names = [slides] if isinstance(slides, str | os.PathLike) else slides
     found = search.find([os.fspath(name) for name in names], options.mpp)
+    check_mask(options.tissue, found)
     with environment.defaults(), runtime.jax_defaults(), signals.watch():
         if isinstance(predictor, Predictor):
             run = Path(predictor.trained[0].run)
         else:
             run, predictor = Path(predictor).expanduser(), load(predictor)
         settings = _settings(predictor, options, run)
-        _check_mask(options.tissue, found)
         return _make_all(predictor, found, settings, files.expand(out, "out"))
 
 
@@ -153,9 +155,17 @@ def _settings(predictor: Predictor, options: HeatmapConfig, folder: Path) -> sli
     )
 
 
-def _check_mask(mask: str, slides: Sequence[search.SlideFile]) -> None:
-    """Refuses one mask for several slides."""
-    if len(slides) > 1 and Path(mask).expanduser().is_file():
+def check_mask(mask: str, slides: Sequence[Any]) -> None:
+    """Refuses a mask that is missing, and one mask for several slides."""
+    if mask in TISSUE_WORDS:
+        return
+    path = files.expand(mask, "--config.heatmap.tissue")
+    if not path.exists():
+        raise ConfigError(
+            f"config.heatmap.tissue = {mask} does not exist: give auto, all, a mask image, a "
+            "GeoJSON, or a folder of such files"
+        )
+    if len(slides) > 1 and path.is_file():
         raise ConfigError(
             f"config.heatmap.tissue = {mask} is one mask for {len(slides)} slides: give a folder "
             "of masks with the slides' names"
@@ -192,34 +202,75 @@ def _make_all(
 ) -> pd.DataFrame:
     """Makes the maps; each process makes its share, and the page shows all that are finished."""
     out.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        results.forget_failures(out)
-    consensus.global_minimum(len(slides))  # before another process records a failure
+    is_primary = jax.process_index() == 0
+    with results.locked(out) if is_primary else contextlib.nullcontext():
+        if is_primary:
+            results.forget_failures(out)
+        consensus.global_minimum(len(slides))  # before another process records a failure
+        rows = _make_share(predictor, slides, settings, out)
+        consensus.global_minimum(len(rows))  # all processes have finished
+        if is_primary:
+            index.write(out, settings.positive)
+    log.info("%d slides in %s", len(rows), out / index.NAME)
+    return pd.DataFrame(rows).drop(columns=["inputs"], errors="ignore")
+
+
+def _make_share(
+    predictor: Predictor, slides: list[search.SlideFile], settings: slide_map.Settings, out: Path
+) -> list[dict[str, Any]]:
+    """Makes the maps that are this process's; returns a row for each."""
     taken = {name: Path(summary["slide"]) for name, summary in results.read_all(out).items()}
     named = search.assign_names(slides, taken)
     own = named[jax.process_index() :: jax.process_count()]
-    rows, began = [], time.monotonic()
+    rows: list[dict[str, Any]] = []
+    began = time.monotonic()
     for number, (name, slide) in enumerate(own, start=1):
         if signals.requested():
             raise signals.Preempted(f", with {number - 1} of {len(own)} slides finished")
-        row: dict[str, Any] = {"name": name, "slide": str(slide.path), "error": ""}
+        row: dict[str, Any] = {"name": name, "slide": _text(slide.path), "error": ""}
         try:
             summary = _make_one(predictor, slide, settings, out / name, f"{number}/{len(own)}")
             row |= {key: value for key, value in summary.items() if key not in row}
-        except DataError as error:
-            row["error"] = str(error)
-            log.warning("%s", error)
-            results.record_failure(out, name, slide.path, str(error))
+        except Exception as error:
+            if _is_of_all_slides(error):
+                raise
+            row["error"] = _text(_record(error, slide.path, name, out))
         rows.append(row)
         index.write(out, settings.positive)
         if number < len(own):
             left = (time.monotonic() - began) / number * (len(own) - number)
             log.info("%d of %d slides, about %.0f min left", number, len(own), left / 60)
-    consensus.global_minimum(len(rows))  # all processes have finished
-    if jax.process_index() == 0:
-        index.write(out, settings.positive)
-    log.info("%d slides in %s", len(rows), out / index.NAME)
-    return pd.DataFrame(rows).drop(columns=["inputs"], errors="ignore")
+    return rows
+
+
+def _text(value: object) -> str:
+    """Returns a text that pandas takes: the name of a file may not be UTF-8."""
+    return str(value).encode(errors="backslashreplace").decode()
+
+
+def _is_of_all_slides(error: Exception) -> bool:
+    """Returns whether the next slide would fail as well.
+
+    Of files, those of the results are the reason: what reads slides and masks raises `DataError`.
+    """
+    is_setting = isinstance(error, UserError) and not isinstance(error, DataError)
+    return is_setting or isinstance(error, OSError | jax.errors.JaxRuntimeError)
+
+
+def _record(error: Exception, slide: Path, name: str, out: Path) -> str:
+    """Keeps why a slide failed, and returns it as one line."""
+    reason, trace = str(error), None
+    if not isinstance(error, DataError):
+        trace = "".join(traceback.format_exception(error))
+        reason = (
+            f"{slide} failed with {type(error).__name__} ({one_line(error)}): leave it out, and "
+            f"report the traceback in {results.failure_file(out, name)}"
+        )
+        if isinstance(error, MemoryError):
+            reason = f"{slide} needs more memory than is free: close other programs"
+    log.warning("%s", reason)
+    results.record_failure(out, name, slide, reason, trace)
+    return reason
 
 
 def _make_one(
@@ -230,7 +281,7 @@ def _make_one(
     position: str,
 ) -> dict[str, Any]:
     """Makes the map of one slide unless it is finished."""
-    results.remove_leftovers(folder.parent, folder.name)
+    recover(folder)
     finished = results.read_summary(folder)
     if finished and slide.path.exists():
         if finished["inputs"] == settings.inputs(predictor, slide, folder.name):

@@ -1,6 +1,8 @@
 """Pictures of a map: the thumbnail, the map in colours, and both with a colour bar and a scale."""
 
+import functools
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +20,10 @@ _COLOURS = np.array(
     [(0, 34, 78), (67, 78, 108), (125, 124, 120), (188, 174, 108), (254, 232, 56)], np.float64
 )
 _TISSUE, _POSITIVE = (0, 0, 0), (213, 94, 0)
-_MARGIN, _PANEL = 24, 150
+# In the middle of the stains of H&E.
+_UNCOMPUTED = (214, 160, 200)
+# Pixels at the smallest size: margins, the panel at the right, and what it needs.
+_MARGIN, _PANEL, _MIN_HEIGHT = 24, 150, 400
 _LONGEST = 14  # characters of a class name beside the colour bar
 # Lengths of a scale bar in micrometres: the longest that fits a quarter of the picture.
 _SCALE_BARS = [factor * 10**power for power in range(1, 6) for factor in (1, 2, 5)]
@@ -72,24 +77,54 @@ def draw(
         title: name of the slide.
         positive: name of the positive class.
     """
-    enlargement = max(1, round(600 / max(canvas.image.shape[:2])))
     values = _resample(probabilities, canvas, grid)
     blended = _blend(canvas.image, values)
     blended[_outline(mask, 1)] = _TISSUE
     blended[_outline(values >= np.float32(threshold), 3)] = _POSITIVE
+    enlargement = max(1, round(600 / max(canvas.image.shape[:2])))
     picture = Image.fromarray(blended)
     size = picture.width * enlargement, picture.height * enlargement
     picture = picture.resize(size, Image.Resampling.NEAREST)
-    height = max(picture.height, 260)
+    # So that the text can be read where the whole picture is fitted to a screen.
+    unit = max(1, round(max(size) / 1000))
+    margin, height = _MARGIN * unit, max(picture.height, _MIN_HEIGHT * unit)
     sheet = Image.new(
-        "RGB", (picture.width + _PANEL + 2 * _MARGIN, height + 3 * _MARGIN + 36), "white"
+        "RGB", (size[0] + _PANEL * unit + 2 * margin, height + 3 * margin + 36 * unit), "white"
     )
-    sheet.paste(picture, (_MARGIN, _MARGIN + 12))
+    sheet.paste(picture, (margin, margin + 12 * unit))
     pen = ImageDraw.Draw(sheet)
-    pen.text((_MARGIN, 8), title, fill="black", font=_font(18))
-    _draw_colour_bar(sheet, pen, picture.width + 2 * _MARGIN, height, threshold, positive)
-    _draw_scale_bar(pen, picture.size, canvas.mpp / enlargement)
+    _write_line(pen, (margin, 8 * unit), title, 18 * unit, sheet.width - 2 * margin)
+    corner = size[0] + 2 * margin, margin
+    bottom = _draw_colour_bar(sheet, corner, height, threshold, positive, unit)
+    _draw_legend(pen, (corner[0], bottom), unit)
+    _draw_scale_bar(pen, size, canvas.mpp / enlargement, unit)
+    caption = _caption(probabilities, threshold)
+    place = margin, size[1] + 3 * margin + 6 * unit
+    _write_line(pen, place, caption, 14 * unit, sheet.width - 2 * margin)
     return sheet
+
+
+def _caption(probabilities: np.ndarray, threshold: float) -> str:
+    known = probabilities[~np.isnan(probabilities)]
+    if not len(known):
+        return "no tissue found"
+    share = (known >= np.float32(threshold)).mean()
+    return (
+        f"{len(known):,} cells, highest {known.max():.3f}, {share:.1%} at or above the threshold. "
+        "Computed by a network; not a diagnosis."
+    )
+
+
+def _write_line(
+    pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, width: int
+) -> None:
+    """Writes as much of a text as the width has room for."""
+    font = _font(size)
+    if font.getlength(text) > width:
+        while text and font.getlength(f"{text}...") > width:
+            text = text[:-1]
+        text += "..."
+    pen.text(place, text, fill="black", font=font)
 
 
 def _resample(probabilities: np.ndarray, canvas: Canvas, grid: Grid) -> np.ndarray:
@@ -119,27 +154,49 @@ def _outline(mask: np.ndarray, width: int) -> np.ndarray:
 
 def _draw_colour_bar(
     sheet: Image.Image,
-    pen: ImageDraw.ImageDraw,
-    left: int,
+    corner: tuple[int, int],
     height: int,
     threshold: float,
     positive: str,
-) -> None:
-    top, length, width = _MARGIN + 60, min(320, height - 60), 28
+    unit: int,
+) -> int:
+    """Draws the colours and the threshold below a corner; returns where they end."""
+    left, top, width = corner[0], corner[1] + 60 * unit, 28 * unit
+    length, pen, font = (
+        min(320 * unit, height - 200 * unit),
+        ImageDraw.Draw(sheet),
+        _font(14 * unit),
+    )
     ramp = colour(np.linspace(1, 0, length)[:, None]).repeat(width, axis=1)
     sheet.paste(Image.fromarray(ramp), (left, top))
     pen.rectangle((left - 1, top - 1, left + width, top + length), outline="black")
-    pen.text(
-        (left, top - 44), f"Probability\nof {_shortened(positive)}", fill="black", font=_font(14)
-    )
+    text = f"Probability\nof {_shortened(positive)}"
+    pen.text((left, top - 44 * unit), text, fill="black", font=font)
+    right = left + width
     for value in (0, 0.25, 0.5, 0.75, 1):
         y = top + (1 - value) * (length - 1)
-        pen.line((left + width, y, left + width + 5, y), fill="black")
-        pen.text((left + width + 8, y), f"{value:g}", fill="black", font=_font(14), anchor="lm")
+        pen.line((right, y, right + 5 * unit, y), fill="black", width=unit)
+        pen.text((right + 8 * unit, y), f"{value:g}", fill="black", font=font, anchor="lm")
     y = top + (1 - threshold) * (length - 1)
-    pen.line((left - 8, y, left + width, y), fill=_POSITIVE, width=3)
-    text = f"threshold {threshold:.2g}"
-    pen.text((left, top + length + 8), text, fill=_POSITIVE, font=_font(14))
+    pen.line((left - 8 * unit, y, right, y), fill=_POSITIVE, width=3 * unit)
+    pen.text(
+        (left, top + length + 8 * unit), f"threshold {threshold:.2g}", fill=_POSITIVE, font=font
+    )
+    return top + length + 36 * unit
+
+
+def _draw_legend(pen: ImageDraw.ImageDraw, corner: tuple[int, int], unit: int) -> None:
+    """Draws what the outlines mean."""
+    left, top = corner
+    for text, line, width in (
+        ("at or above\nthe threshold", _POSITIVE, 3),
+        ("tissue", _TISSUE, 1),
+        ("stain colours:\nnot computed", None, 1),
+    ):
+        box = left, top, left + 20 * unit, top + 14 * unit
+        pen.rectangle(box, fill=None if line else _UNCOMPUTED, outline=line, width=width * unit)
+        pen.text((left + 28 * unit, top - 2 * unit), text, fill="black", font=_font(13 * unit))
+        top += 40 * unit if "\n" in text else 24 * unit
 
 
 def _shortened(name: str) -> str:
@@ -147,14 +204,20 @@ def _shortened(name: str) -> str:
     return name if len(name) <= _LONGEST else name[: _LONGEST - 3] + "..."
 
 
-def _draw_scale_bar(pen: ImageDraw.ImageDraw, size: tuple[int, int], mpp: float) -> None:
+def _draw_scale_bar(pen: ImageDraw.ImageDraw, size: tuple[int, int], mpp: float, unit: int) -> None:
     fitting = [length for length in _SCALE_BARS if length / mpp <= size[0] / 4]
     length = fitting[-1] if fitting else _SCALE_BARS[0]
-    text = f"{length / 1000:g} mm"  # Pillow's font has no micro sign
-    top, right = size[1] + _MARGIN + 22, _MARGIN + math.floor(length / mpp)
-    pen.rectangle((_MARGIN, top, right, top + 6), fill="black")
-    pen.text((right + 10, top + 3), text, fill="black", font=_font(14), anchor="lm")
+    text = f"{length:g} µm" if length < 1000 else f"{length / 1000:g} mm"
+    left, top = _MARGIN * unit, size[1] + (_MARGIN + 22) * unit
+    right = left + math.floor(length / mpp)
+    pen.rectangle((left, top, right, top + 6 * unit), fill="black")
+    place = right + 10 * unit, top + 3 * unit
+    pen.text(place, text, fill="black", font=_font(14 * unit), anchor="lm")
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Returns Matplotlib's own font: Pillow's has neither a micro sign nor other alphabets."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)

@@ -3,7 +3,6 @@
 import collections
 import concurrent.futures
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,10 +15,7 @@ from histo_jax.run import signals
 from histo_jax.wsi.grid import Grid
 from histo_jax.wsi.reader import WHITE, Pixels, Slide
 from histo_jax.wsi.resolution import Scale
-from histo_jax.wsi.scaling import read_scaled
-
-# Each holds a strip of the slide in several copies, about 50 MB.
-_THREADS = min(8, os.cpu_count() or 1)
+from histo_jax.wsi.scaling import THREADS, read_scaled
 
 
 class _Block(NamedTuple):
@@ -90,12 +86,12 @@ def _read_ahead(
 ) -> Iterator[tuple[Pixels, np.ndarray]]:
     """Yields the pixels of each block and the corners of its windows in them."""
     remaining = iter(blocks)
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
         try:
             for block in remaining:
                 pending.append(pool.submit(_read, slide, scale, grid, block))
-                if len(pending) > _THREADS:
+                if len(pending) > THREADS:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

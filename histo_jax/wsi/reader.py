@@ -19,7 +19,7 @@ WHITE = 255
 # A picture is decoded as a whole; 200 megapixels are 600 MB.
 _MAX_PICTURE_PIXELS = 200_000_000
 # A spacing outside this range (micrometres) is a default such as 72 dots per inch, not a scale.
-_PLAUSIBLE = (0.02, 50.0)
+PLAUSIBLE = (0.02, 50.0)
 # Pixels of a level that are read from one position where positions are not exact.
 _SQUARE = 512
 _CACHE_BYTES = 2**26
@@ -109,6 +109,8 @@ class Slide(abc.ABC):
     def _read_inside(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         try:
             return self._read(level, x, y, width, height)
+        except MemoryError:
+            raise
         except Exception as error:  # libraries raise anything on a corrupt file
             raise DataError(
                 f"{self.path} cannot be read at level {level}, x {x}, y {y} "
@@ -206,26 +208,33 @@ def open_slide(path: Path) -> Slide:
         DataError: the file is missing, corrupt, or of an unknown format.
         UserError: the extra `slides` is not installed.
     """
-    openslide = libraries.load("openslide")
-    try:
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise DataError(f"{path} cannot be opened ({error.strerror}): correct the path") from None
+    _check_file(path)
     reasons = []
     if vendor := detect(path):
         try:
             return _OpenSlide(path)
-        except openslide.OpenSlideError as error:
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
             reasons.append(f"{vendor}: {one_line(error)}")
     try:
         return _Picture(path)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow's plug-ins raise anything on a corrupt file
         reasons.append(one_line(error))
     reason = reasons[0].replace(str(path), "").strip(" :'")
     raise DataError(f"{path} is not a slide that can be read ({reason}): restore or convert it")
+
+
+def _check_file(path: Path) -> None:
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise DataError(f"{path} is not a file: correct the path")
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise DataError(f"{path} cannot be opened ({error.strerror}): correct the path") from None
 
 
 def detect(path: Path) -> str | None:
@@ -249,10 +258,7 @@ def _on_white(image: Image.Image) -> Pixels:
 
 def _openslide_spacing(properties: Mapping[str, str]) -> Spacing | None:
     def number(name: str) -> float:
-        try:
-            return float(properties.get(name, "").replace(",", "."))
-        except ValueError:
-            return 0.0
+        return _number(properties.get(name, "").replace(",", "."))
 
     known = _spacing(number("openslide.mpp-x"), number("openslide.mpp-y"), "the slide's properties")
     unit = _UNITS.get(properties.get("tiff.ResolutionUnit", ""), 0.0)
@@ -271,12 +277,20 @@ def _picture_spacing(image: Image.Image) -> Spacing | None:
         size = re.search(rf'PhysicalSize{axis}="([^"]+)"', description)
         unit = re.search(rf'PhysicalSize{axis}Unit="([^"]+)"', description)
         scale = _OME_UNITS.get(unit[1] if unit else "µm", 0.0)
-        sizes.append(float(size[1]) * scale if size else 0.0)
+        sizes.append(_number(size[1]) * scale if size else 0.0)
     unit_name = {2: "inch", 3: "centimeter"}.get(tags.get(296, 2), "")
-    per_unit = [float(tags.get(tag, 0) or 0) for tag in (282, 283)]
+    per_unit = [_number(tags.get(tag)) for tag in (282, 283)]
     return _spacing(sizes[0], sizes[1], "OME-XML") or _from_resolution(
         per_unit, _UNITS.get(unit_name, 0.0)
     )
+
+
+def _number(value: Any) -> float:
+    """Returns what a tag holds as a number, 0 where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return 0.0
 
 
 def _from_resolution(per_unit: list[float], unit: float) -> Spacing | None:
@@ -287,6 +301,10 @@ def _from_resolution(per_unit: list[float], unit: float) -> Spacing | None:
 
 def _spacing(x: float, y: float, source: str) -> Spacing | None:
     """Returns a spacing, None if it is missing or cannot be one of a slide."""
-    low, high = _PLAUSIBLE
-    is_plausible = low <= x <= high and low <= y <= high
-    return Spacing(x, y, source) if is_plausible else None
+    return Spacing(x, y, source) if is_plausible(x) and is_plausible(y) else None
+
+
+def is_plausible(mpp: float) -> bool:
+    """Returns whether this many micrometres can be the width of a slide's pixel."""
+    low, high = PLAUSIBLE
+    return low <= mpp <= high

@@ -1,54 +1,45 @@
 """The folder of one slide's results: complete or absent, and known by what it was made from."""
 
 import contextlib
+import fcntl
 import json
-import re
+import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from histo_jax.errors import UserError
 from histo_jax.run import files
 
 SUMMARY = "slide.json"
 FAILURES = ".failed"
 # Of `slide.json`; results of another one are made again.
 FORMAT = 1
+_REQUIRED = {"format", "slide", "inputs"}
 
 
 @contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes `folder` at the end; an error leaves the old one.
+def locked(parent: Path) -> Iterator[None]:
+    """Keeps other commands out of the folder of all results.
 
     Raises:
-        OSError: it cannot be written.
+        UserError: another one works there.
     """
-    part = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.part")
-    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old.part")
-    part.mkdir(parents=True)
+    # The folder itself: a file that is removed at the end would not keep out who has it open.
+    descriptor = os.open(parent, os.O_RDONLY)
     try:
-        yield part
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-    except BaseException:
-        if old.exists():
-            old.rename(folder)
-        raise
+        with contextlib.suppress(OSError):  # a file system without locks of folders
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{parent} is in use by another heatmap command: wait for it, or choose "
+                    "another folder"
+                ) from None
+        yield
     finally:
-        # Killed between the two renames, the slide has no results and is done again.
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def remove_leftovers(parent: Path, name: str) -> None:
-    """Removes what a killed process has left of one slide."""
-    # Another process may work on a slide whose name begins with this one.
-    pattern = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{32}}(\.old)?\.part")
-    for leftover in parent.glob(f".{name}.*.part"):
-        if pattern.fullmatch(leftover.name):
-            shutil.rmtree(leftover, ignore_errors=True)
+        os.close(descriptor)
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
@@ -57,7 +48,8 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         values = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return values if isinstance(values, dict) and values.get("format") == FORMAT else None
+    is_whole = isinstance(values, dict) and values.keys() >= _REQUIRED
+    return values if is_whole and values["format"] == FORMAT else None
 
 
 def read_all(parent: Path) -> dict[str, dict[str, Any]]:
@@ -66,11 +58,26 @@ def read_all(parent: Path) -> dict[str, dict[str, Any]]:
     return {name: summary for name, summary in summaries.items() if summary}
 
 
-def record_failure(parent: Path, name: str, slide: Path, reason: str) -> None:
-    """Keeps the reason why a slide failed, for the page; processes share the folder."""
+def record_failure(
+    parent: Path, name: str, slide: Path, reason: str, traceback: str | None = None
+) -> None:
+    """Keeps the reason why a slide failed, for the page; processes share the folder.
+
+    Args:
+        parent: folder of all results.
+        name: of the slide's results.
+        slide: its file.
+        reason: one line.
+        traceback: of an error that nothing expects; None = the reason says all.
+    """
     (parent / FAILURES).mkdir(parents=True, exist_ok=True)
-    values = {"name": name, "slide": str(slide), "reason": reason}
-    files.write_json(parent / FAILURES / f"{name}.json", values)
+    values = {"name": name, "slide": str(slide), "reason": reason, "traceback": traceback}
+    files.write_json(failure_file(parent, name), values)
+
+
+def failure_file(parent: Path, name: str) -> Path:
+    """Returns where `record_failure` keeps the reason."""
+    return parent / FAILURES / f"{name}.json"
 
 
 def forget_failures(parent: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,10 @@ _SLIDE_SUFFIXES = (
 )  # fmt: skip
 _PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 _SHOWN = 5
+# Characters of a name; a file system has 255 bytes, and temporary names need about 50.
+_LONGEST_NAME = 150
+# Of the folder of all results.
+_RESERVED = ("index.html",)
 
 
 class SlideFile(NamedTuple):
@@ -47,8 +52,10 @@ def find(paths: Sequence[str], mpp: float | None) -> list[SlideFile]:
         ConfigError: there is none, a path does not exist, or a table is wrong.
     """
     slides: list[SlideFile] = []
+    if mpp is not None:
+        _check_scale(mpp, f"config.heatmap.mpp = {mpp:g}")
     for text in paths:
-        path = files.expand(text, "config.heatmap.slides")
+        path = files.expand(text, "--config.heatmap.slides")
         if path.is_dir():
             slides += [SlideFile(file, mpp) for file in search(path)]
         elif not path.is_file():
@@ -67,32 +74,54 @@ def find(paths: Sequence[str], mpp: float | None) -> list[SlideFile]:
         )
     unique: dict[Path, SlideFile] = {}
     for slide in slides:
-        unique.setdefault(slide.path.resolve(), slide)
+        unique.setdefault(_real(slide.path), slide)
     return list(unique.values())
+
+
+def _real(path: Path) -> Path:
+    """Returns the path without links; unlike `Path.resolve`, also that of a link to itself."""
+    return Path(os.path.realpath(path))
+
+
+def _check_scale(mpp: float, field: str) -> None:
+    if not reader.is_plausible(mpp):
+        low, high = reader.PLAUSIBLE
+        raise ConfigError(
+            f"{field} cannot be the scale of a slide: give micrometres a pixel, {low:g} to {high:g}"
+        )
 
 
 def search(folder: Path) -> list[Path]:
     """Returns the slides below a folder, sorted; logs what is passed over."""
     slides: list[Path] = []
     other: list[Path] = []
+    links: list[Path] = []
     series: set[tuple[Path, str]] = set()
     for path in sorted(folder.rglob("*")):
-        if path.is_dir() or path.name.startswith("."):
+        if path.name.startswith("."):
             continue
-        if not _is_slide(path):
+        if path.is_dir():
+            links += [path] * path.is_symlink()
+        elif not _is_slide(path):
             other.append(path)
         elif path.suffix.lower() != ".dcm" or _is_first(path, series):
             slides.append(path)
-    if other:
-        shown = ", ".join(str(path.relative_to(folder)) for path in other[:_SHOWN])
-        more = ", ..." if len(other) > _SHOWN else ""
-        log.info("%s: passed over %d files that are not slides (%s%s)", folder, len(other), shown,
-                 more)  # fmt: skip
+    _log_skipped(folder, "files that are not slides", other)
+    _log_skipped(folder, "links to folders, which are not followed", links)
     return slides
+
+
+def _log_skipped(folder: Path, what: str, paths: list[Path]) -> None:
+    if paths:
+        shown = ", ".join(str(path.relative_to(folder)) for path in paths[:_SHOWN])
+        more = ", ..." if len(paths) > _SHOWN else ""
+        log.info("%s: passed over %d %s (%s%s)", folder, len(paths), what, shown, more)
 
 
 def _is_slide(path: Path) -> bool:
     suffix = path.suffix.lower()
+    if path.exists() and not path.is_file():
+        return False  # a pipe or a device, whose reader may wait for ever
     if suffix in _SLIDE_SUFFIXES:
         return True
     if suffix not in _PICTURE_SUFFIXES:
@@ -133,7 +162,10 @@ def _read_table(path: Path) -> list[SlideFile]:
         if not row["slide"]:
             raise ConfigError(f"{path}, line {number}: the slide is missing")
         slides.append(
-            SlideFile(path.parent / Path(row["slide"]).expanduser(), _number(path, number, row))
+            SlideFile(
+                path.parent / files.expand(row["slide"], f"{path}, line {number}: slide"),
+                _number(path, number, row),
+            )
         )
     return slides
 
@@ -148,6 +180,7 @@ def _number(path: Path, line: int, row: dict[str, str]) -> float | None:
         value = math.nan
     if not 0 < value < math.inf:
         raise ConfigError(f"{path}, line {line}: mpp = {text} must be a number above 0")
+    _check_scale(value, f"{path}, line {line}: mpp = {text}")
     return value
 
 
@@ -161,11 +194,14 @@ def assign_names(
         taken: the slide of each name that has results.
     """
     result = []
-    owner = {name.lower(): path for name, path in taken.items()}
+    owner: dict[str, Path | None] = dict.fromkeys(_RESERVED)
+    owner |= {name.lower(): path for name, path in taken.items()}
+    names = {path: name for name, path in taken.items()}
     for slide in slides:
-        path = slide.path.resolve()
+        path = _real(slide.path)
         stem = re.sub(r"[^A-Za-z0-9._-]", "_", slide.path.stem).lstrip(".") or "slide"
-        name, number = stem, 1
+        stem = stem[:_LONGEST_NAME]
+        name, number = names.get(path, stem), 1
         while owner.get(name.lower(), path) != path:
             number += 1
             name = f"{stem}-{number}"

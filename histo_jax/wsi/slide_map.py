@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from histo_jax.config import TISSUE_WORDS
 from histo_jax.data.example import PatchSpec
 from histo_jax.distributed import runtime
+from histo_jax.errors import DataError
 from histo_jax.predictor import Predictor
-from histo_jax.run import files
+from histo_jax.run import files, folders
 from histo_jax.wsi import (
     libraries,
     overlay,
@@ -57,12 +59,21 @@ class Settings(NamedTuple):
     positive: str
 
     def inputs(self, predictor: Predictor, slide: SlideFile, name: str) -> dict[str, Any]:
-        """Returns everything that the results of a slide depend on, as JSON has it."""
-        stat = slide.path.stat()
+        """Returns everything that the results of a slide depend on, as JSON has it.
+
+        Raises:
+            DataError: the slide or its mask cannot be read.
+        """
         mask = ""
-        if self.tissue.tissue not in ("auto", "all"):
-            file = tissue.mask_file(self.tissue.tissue, slide.path, name)
-            mask = hashlib.sha256(file.read_bytes()).hexdigest()
+        try:
+            stat = slide.path.stat()
+            if self.tissue.tissue not in TISSUE_WORDS:
+                file = tissue.mask_file(self.tissue.tissue, slide.path, name)
+                mask = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(
+                f"{error.filename} cannot be read ({error.strerror}): restore the file"
+            ) from None
         return {
             "slide": [str(slide.path.resolve()), stat.st_size, stat.st_mtime_ns],
             "mpp": slide.mpp,
@@ -113,8 +124,8 @@ def make(
                 predictor, slide, view.scale, view.grid, is_tissue, bar.update
             )
         found = regions.find(values, settings.threshold, view.grid, view.spacing)
-        with results.replacing(folder) as part:
-            with _timing(seconds, "outputs"):
+        with folders.replacing(folder) as part:
+            with _timing(seconds, "outputs"), files.naming(folder):
                 _write(part, view, values, found, settings, name)
             summary = {
                 "format": results.FORMAT,
@@ -187,7 +198,7 @@ def _view(slide: reader.Slide, slide_file: SlideFile, settings: Settings, name: 
     step = max(1.0, max(slide.size) / _THUMBNAIL)
     image = thumbnail(slide, step)
     mask = tissue.find(slide, image, step, spacing, settings.tissue, name)
-    canvas = overlay.Canvas(image, step, step * (spacing.x + spacing.y) / 2)
+    canvas = overlay.Canvas(image, step, step * spacing.x)
     return _View(slide, spacing, scale, grid, canvas, mask)
 
 

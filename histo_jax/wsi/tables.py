@@ -79,15 +79,11 @@ def write_regions(
     path: Path, regions: Iterable[Region], labels: Labels, slide: str, offset: tuple[int, int]
 ) -> None:
     """Writes the regions as annotations; for arguments see `write_cells`."""
-    affinity = libraries.load("shapely.affinity")
-    shapely = libraries.load("shapely")
     features = (
         _feature(
             f"{slide} region {region.shape.bounds}",
             "annotation",
-            json.loads(
-                shapely.to_geojson(affinity.translate(region.shape, -offset[0], -offset[1]))
-            ),
+            _outline(region.shape, offset),
             labels,
             1.0,
             {
@@ -100,6 +96,13 @@ def write_regions(
         for region in regions
     )
     _write_collection(path, features)
+
+
+def _outline(shape: Any, offset: tuple[int, int]) -> dict[str, Any]:
+    """Returns a polygon as GeoJSON: the outer ring is counter-clockwise, holes are clockwise."""
+    shapely, affinity = libraries.load("shapely"), libraries.load("shapely.affinity")
+    moved = affinity.translate(shape, -offset[0], -offset[1])
+    return json.loads(shapely.to_geojson(shapely.orient_polygons(moved)))
 
 
 def _chunks(

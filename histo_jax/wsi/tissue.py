@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from PIL import Image, ImageDraw
 
 from histo_jax.errors import DataError, one_line
+from histo_jax.run import files
 from histo_jax.wsi import libraries
 from histo_jax.wsi.reader import Pixels, Slide, Spacing
 
@@ -23,6 +24,8 @@ _SMOOTHING = 8.0
 _MIN_BRIGHTNESS = 0.15
 # Ink of pens: saturated, and green to blue, where haematoxylin and eosin are violet to red.
 _INK_HUES, _INK_SATURATION = (60.0, 225.0), 0.25
+# Ratio up to which the aspects of a slide and of its mask are taken for one.
+_SAME_SHAPE = 1.02
 _SUFFIXES = (".geojson", ".json", ".png", ".tif", ".tiff")
 
 
@@ -64,7 +67,10 @@ def find(
         return detect(image, width, options.min_area / area, options.max_hole / area)
     path = mask_file(options.tissue, slide.path, name)
     if path.suffix.lower() in (".geojson", ".json"):
-        return _draw(_read_polygons(path), image.shape[:2], step, slide.offset)
+        mask = _draw(_read_polygons(path), image.shape[:2], step, slide.offset)
+        if not mask.any():
+            raise DataError(f"{path} has no polygon on {slide.path}: give that slide's own file")
+        return mask
     return _read_mask(path, image.shape[:2])
 
 
@@ -117,7 +123,7 @@ def mask_file(tissue: str, slide: Path, name: str) -> Path:
     Raises:
         DataError: there is none.
     """
-    path = Path(tissue).expanduser()
+    path = files.expand(tissue, "--config.heatmap.tissue")
     if path.is_dir():
         stems = dict.fromkeys((slide.stem, name))
         found = [path / f"{stem}{suffix}" for stem in stems for suffix in _SUFFIXES]
@@ -140,12 +146,30 @@ def _read_mask(path: Path, shape: tuple[int, int]) -> Mask:
     """Reads a mask image of any size that covers the whole slide; what is not 0 is tissue."""
     try:
         with Image.open(path) as image:
-            grey = np.asarray(image.convert("L")) > 0
+            is_tissue = np.asarray(image.convert("L")) > 0
     except Exception as error:  # Pillow's plug-ins raise anything on a corrupt file
         raise DataError(f"{path} is not an image that can be read ({one_line(error)})") from None
-    rows = np.arange(shape[0]) * grey.shape[0] // shape[0]
-    columns = np.arange(shape[1]) * grey.shape[1] // shape[1]
-    return grey[np.ix_(rows, columns)]
+    if not _have_one_shape(is_tissue.shape, shape):
+        raise DataError(
+            f"{path} has {is_tissue.shape[1]} x {is_tissue.shape[0]} pixels, another shape than "
+            f"the slide's {shape[1]} x {shape[0]} pixels on the thumbnail: give a mask of the "
+            "whole slide"
+        )
+    # A pixel of the thumbnail is tissue where any pixel of a finer mask is.
+    for axis, length in enumerate(shape):
+        first = np.arange(length) * is_tissue.shape[axis] // length
+        is_tissue = np.logical_or.reduceat(is_tissue, first, axis)
+    return is_tissue
+
+
+def _have_one_shape(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
+    """Returns whether two images can show one area, with sides rounded to whole pixels."""
+
+    def bounds(height: int, width: int) -> tuple[float, float]:
+        return (height - 1) / (width + 1), (height + 1) / max(width - 1, 0.01)
+
+    (low, high), (other_low, other_high) = bounds(*first), bounds(*second)
+    return low <= _SAME_SHAPE * other_high and other_low <= _SAME_SHAPE * high
 
 
 def _read_polygons(path: Path) -> list[Any]:
@@ -172,10 +196,17 @@ def _draw(
     polygons: list[Any], shape: tuple[int, int], step: float, offset: tuple[int, int]
 ) -> Mask:
     """Returns a mask of polygons in QuPath's pixels of level 0."""
+    shapely = libraries.load("shapely")
     canvas = Image.new("1", (shape[1], shape[0]))
     pen = ImageDraw.Draw(canvas)
+    # Pillow draws wrongly far outside of its canvas.
+    height, width = (side * step for side in shape)
+    x, y = offset
+    frame = shapely.box(-x - step, -y - step, width - x + step, height - y + step)
+    clipped = shapely.get_parts(shapely.intersection(polygons, frame))
+    inside = [part for part in clipped if part.geom_type == "Polygon" and not part.is_empty]
     # A polygon may be inside the hole of a larger one.
-    for polygon in sorted(polygons, key=lambda shape: -shape.area):
+    for polygon in sorted(inside, key=lambda shape: -shape.area):
         for ring, value in [(polygon.exterior, 1), *((hole, 0) for hole in polygon.interiors)]:
             points = (np.asarray(ring.coords)[:, :2] + offset) / step
             pen.polygon([tuple(point) for point in points.tolist()], fill=value, outline=value)

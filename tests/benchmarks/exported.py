@@ -9,6 +9,7 @@ own; one process at a time computes. OpenVINO is measured where it is installed.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -27,7 +28,15 @@ NETWORKS = {
     "five_block": {"features": (32, 64, 128, 256, 512), "dense": 1024},
     "five_block_p4m": {"features": (4, 8, 16, 32, 64), "dense": 256},
 }
-FORMATS = ("predictor", "onnx", "openvino", "stablehlo", "pytorch", "torchscript")
+# As the table names them.
+FORMATS = {
+    "predictor": "predictor (`model.safetensors`)",
+    "onnx": "`model.onnx`, onnxruntime",
+    "openvino": "`model.onnx`, OpenVINO",
+    "stablehlo": "`model.stablehlo`, JAX",
+    "pytorch": "`model.py`, PyTorch",
+    "torchscript": "`wsinfer/`, TorchScript",
+}
 
 
 def predictor(folder: Path, batch_size: int) -> Any:
@@ -189,12 +198,15 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> None:
     print(
         f"\n{name}: batch {options.batch_size}, {options.threads} threads, {options.rounds} rounds"
     )
-    print("\n| format | bytes | largest difference of a logit | img/s | times the predictor |")
-    print("|---|---|---|---|---|")
+    print(
+        f"\n| {name}, {sizes['predictor'] / 1e6:.1f} MB of weights | bytes | largest difference of "
+        "a logit | img/s | times the predictor |\n|---|---|---|---|---|"
+    )
     for format in processes:
         difference = np.abs(logits[format] - logits["predictor"]).max()
         print(
-            f"| {format} | {sizes[format]:,} | {difference:.1e} | {speed[format]:,.0f} | "
+            f"| {FORMATS[format]} | {sizes[format]:,} | {difference or 0:.2g} | "
+            f"{speed[format]:,.0f} | "
             f"{speed[format] / speed['predictor']:.2f} |"
         )
 
@@ -204,7 +216,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--formats", default=",".join(FORMATS), type=lambda text: text.split(","))
+    installed = [f for f in FORMATS if f != "openvino" or importlib.util.find_spec(f)]
+    parser.add_argument("--formats", default=",".join(installed), type=lambda text: text.split(","))
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

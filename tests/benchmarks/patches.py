@@ -60,8 +60,12 @@ def write_images(folder: Path, suffix: str, size: int, count: int) -> None:
     for split, number in (("train", count), ("validation", 2)):
         for k in range(number):
             if k % _PER_TILE == 0:
-                tile, _ = generate_tile(np.random.default_rng([split == "train", k]))
-            y, x = np.random.default_rng([k, size]).integers(0, len(tile) - size + 1, 2)
+                rng = np.random.default_rng([split == "train", k])
+                tile, _ = generate_tile(rng)
+                places = len(tile) - size + 1
+                # Each place once: images with the same pixels and different labels are refused.
+                corners = rng.choice(places**2, _PER_TILE, replace=False)
+            y, x = divmod(corners[k % _PER_TILE], places)
             path = folder / split / str(k % 2) / f"{k}{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(tile[y : y + size, x : x + size]).save(path)

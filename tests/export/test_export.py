@@ -1,8 +1,10 @@
 """The command: a folder that proves itself, appears whole or not at all, and goes anywhere."""
 
+import csv
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import json
 import shutil
 
@@ -73,6 +75,16 @@ def test_a_file_cannot_use_what_its_users_do_not_have(run, tmp_path):
         processes.run("parity_script.py", "pytorch", model, tmp_path / "images.npy", tmp_path / "o")
 
 
+def test_an_interrupt_reaches_the_command_and_not_the_clean_process(tmp_path, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys; sys.exit(os.getsid(0) != os.getpid())")
+    processes.run(str(script))
+    script.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(processes.signals, "requested", lambda: True)
+    with pytest.raises(processes.signals.Preempted, match="before the export was complete"):
+        processes.run(str(script))
+
+
 def test_the_folder_works_anywhere_without_the_run(run, tmp_path):
     moved = shutil.copytree(run / "export", tmp_path / "elsewhere")
     images = np.random.default_rng(0).integers(0, 256, (5, 96, 96, 3), np.uint8)
@@ -116,8 +128,9 @@ def test_the_model_card_has_the_scores_of_the_evaluation(run):
 
 
 def test_options_and_an_ensemble_are_inside_all_files(
-    run, save_run, run_command, tmp_path, make_tiny_config
+    run, save_run, run_command, tmp_path, make_tiny_config, monkeypatch
 ):
+    monkeypatch.setattr(exporting, "class_names", lambda data: ("no", f"class {data.split_seed}"))
     other = make_tiny_config()
     other.seed, other.data.split_seed = 1, 0
     second = save_run(other, tmp_path / "second", Calibration(0.7, -0.1, 0.6))
@@ -127,6 +140,7 @@ def test_options_and_an_ensemble_are_inside_all_files(
         "--config.export.formats=safetensors", "--config.export.license=cc-by-4.0",
     )  # fmt: skip
     assert done.status == 0, done.stderr
+    assert "the runs name their classes differently (no, class None; no, class 0)" in done.stderr
     folder = tmp_path / "both" / "export"
     images = np.random.default_rng(0).integers(0, 256, (5, 96, 96, 3), np.uint8)
     loaded, expected = histo_jax.load(folder, batch_size=8), histo_jax.load(run, second, prior=0.1)
@@ -139,6 +153,9 @@ def test_options_and_an_ensemble_are_inside_all_files(
 
 
 def test_without_records_random_pixels_are_compared(copied, config, log, monkeypatch):
+    names = "a, b", 'c`d\n<e> "f"'
+    monkeypatch.setattr(exporting, "class_names", lambda data: names)
+    copied = copied.rename(copied.with_name("#1 <b> *run*: [x]"))
     own = dataclasses.replace(config, data=dataclasses.replace(config.data))
     own.data.tfds_dir, own.data.raw_dir = str(copied / "none"), None
     own.export.formats = "onnx"
@@ -147,6 +164,16 @@ def test_without_records_random_pixels_are_compared(copied, config, log, monkeyp
     assert measured["patches"]["count"] == 256
     assert "random" in measured["patches"]["source"]
     assert "the run's own patches are not compared" in log.text
+    # Names may contain what the formats use themselves.
+    (classes,) = (
+        entry.value
+        for entry in onnx.load(copied / "export" / "model.onnx").metadata_props
+        if entry.key == "class_names"
+    )
+    assert tuple(next(csv.reader(io.StringIO(classes, newline="")))) == names
+    card = huggingface_hub.ModelCard.load(copied / "export" / "README.md")
+    assert r"# \#1 \<b\> \*run\*: \[x\]" in card.text.splitlines()
+    assert 'class `` c`d <e> "f" ``' in card.text
 
 
 def test_another_file_than_the_predictor_fails_and_changes_nothing(
@@ -174,14 +201,15 @@ def test_another_file_than_the_predictor_fails_and_changes_nothing(
     ("option", "message"),
     [
         (
-            "onnx,tflite",
+            "formats=onnx,tflite",
             "config.export.formats = onnx,tflite must be one or more of onnx, stablehlo,",
         ),
-        (",", "config.export.formats = , must be one or more of"),
+        ("formats=,", "config.export.formats = , must be one or more of"),
+        ("license=My Own", "config.export.license = My Own must be a name that Hugging Face knows"),
     ],
 )
-def test_an_unknown_format_is_refused(run, run_command, option, message):
-    done = run_command("--workdir", run, "--mode=export", f"--config.export.formats={option}")
+def test_an_unknown_format_or_license_is_refused(run, run_command, option, message):
+    done = run_command("--workdir", run, "--mode=export", f"--config.export.{option}")
     assert done.status == 2
     assert message in done.stderr
 
@@ -213,6 +241,14 @@ def test_an_export_of_another_run_is_not_replaced(copied, run_command):
     done = run_command("--workdir", copied, "--mode=export", "--config.export.formats=onnx")
     assert done.status == 2
     assert "is an export of another run: seed was 5 there and is 0 here" in done.stderr
+    path.write_text(json.dumps(content | {"networks": [None]}))
+    done = run_command("--workdir", copied, "--mode=export", "--config.export.formats=onnx")
+    assert done.status == 2
+    assert "is an export of an unknown run (config.json is corrupt)" in done.stderr
+    (copied / "export" / ".git").mkdir()
+    done = run_command("--workdir", copied, "--mode=export", "--config.export.formats=onnx")
+    assert done.status == 2
+    assert "also contains .git, which is not from an export and would be lost" in done.stderr
     path.unlink()
     done = run_command("--workdir", copied, "--mode=export", "--config.export.formats=onnx")
     assert done.status == 2

@@ -98,3 +98,11 @@ def test_a_symbolic_link_and_an_unusual_name_are_kept(tmp_path):
     assert (tmp_path / "f").is_symlink()
     assert {path.name for path in target.iterdir()} == {"a", "b"}
     assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_leftovers_of_a_longer_name_are_kept(tmp_path):
+    with folders.replacing(tmp_path / "a.b") as other:
+        (other / "x").write_text("1")
+        with folders.replacing(tmp_path / "a"):
+            pass
+    assert (tmp_path / "a.b" / "x").read_text() == "1"

@@ -6,6 +6,7 @@ import os
 import signal
 import uuid
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,11 +15,11 @@ from PIL import Image
 import histo_jax
 from histo_jax.config import HeatmapConfig
 from histo_jax.data.example import PatchSpec
-from histo_jax.errors import ConfigError
+from histo_jax.errors import ConfigError, UserError
 from histo_jax.predictor import Predictor
-from histo_jax.run import signals
+from histo_jax.run import folders, signals
 from histo_jax.wsi import grid as grids
-from histo_jax.wsi import heatmap, reader, resolution, results, scaling, slide_map
+from histo_jax.wsi import heatmap, reader, resolution, results, scaling, search, slide_map
 
 shapely = pytest.importorskip("shapely", reason="the extra slides is not installed")
 tifffile = pytest.importorskip("tifffile", reason="the extra slides is not installed")
@@ -297,36 +298,127 @@ def test_a_broken_slide_does_not_stop_the_others(run_command, run, square_slide,
     assert "skipped" in ended.stderr
 
 
+def test_any_error_of_one_slide_does_not_stop_the_others(
+    predictor, square_slide, tmp_path, monkeypatch, log
+):
+    """Each kind of error comes from one slide's pixels; the last slide is whole."""
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for name in ("bug", "memory", "gone", "whole", "caf\udce9"):
+        (slides / f"{name}.tif").write_bytes(square_slide.read_bytes())
+    view = slide_map._view
+
+    def spoiled(slide, *arguments):
+        if slide.path.stem == "bug":
+            raise ValueError("a <b>\nlibrary")
+        if slide.path.stem == "memory":
+            raise MemoryError
+        return view(slide, *arguments)
+
+    def opened(path, original=reader.open_slide):
+        slide = original(path)
+        if path.stem == "gone":
+            path.unlink()
+        return slide
+
+    monkeypatch.setattr(slide_map, "_view", spoiled)
+    monkeypatch.setattr(reader, "open_slide", opened)
+    out, options = tmp_path / "out", HeatmapConfig(stride=320)
+    table = histo_jax.heatmap(predictor, slides, out, options).set_index("name")
+    errors = table["error"]
+    assert list(errors[errors != ""].index) == ["bug", "gone", "memory"]
+    assert "failed with ValueError (a <b> library)" in errors["bug"]
+    assert "needs more memory" in errors["memory"]
+    assert "gone.tif cannot be read (No such file" in errors["gone"]
+    assert table["cells"]["whole"] > 0
+    assert table["slide"]["caf_"].endswith("caf\\udce9.tif")
+    kept = json.loads((out / ".failed/bug.json").read_text())
+    assert "in spoiled" in kept["traceback"]
+    assert "a &lt;b&gt; library" in (out / "index.html").read_text()
+    assert "<b>" not in (out / "index.html").read_text()
+    # What the next slide would meet as well ends the command.
+    for error in (OSError("disk"), ConfigError("setting"), jax.errors.JaxRuntimeError("device")):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(slide_map, "_view", fail)
+        with pytest.raises(type(error)):
+            histo_jax.heatmap(predictor, square_slide, out, options)
+
+
+def test_each_process_makes_its_share(predictor, tmp_path, monkeypatch):
+    """Real processes do in `test_heatmap_processes.py`, which takes longer."""
+    made = []
+
+    def make_one(predictor, slide, settings, folder, position):
+        made.append((jax.process_index(), folder.name, position))
+        return {}
+
+    monkeypatch.setattr(heatmap, "_make_one", make_one)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    slides = [search.SlideFile(tmp_path / name / "a.svs") for name in "abcde"]
+    settings = heatmap._settings(predictor, HeatmapConfig(), tmp_path)
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        heatmap._make_share(predictor, slides, settings, tmp_path)
+    assert made == [
+        (0, "a", "1/3"), (0, "a-3", "2/3"), (0, "a-5", "3/3"), (1, "a-2", "1/2"), (1, "a-4", "2/2"),
+    ]  # fmt: skip
+
+
+def test_two_commands_do_not_share_a_folder(predictor, square_slide, tmp_path):
+    with results.locked(tmp_path), pytest.raises(UserError, match="in use by another heatmap"):
+        histo_jax.heatmap(predictor, square_slide, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pixels", [(1, 1), (700, 1), (1, 700), (40, 50)])
+def test_slides_smaller_than_a_window(pixels, predictor, write_slide, tissue_pixels, tmp_path):
+    slide = write_slide(tmp_path / "a.tif", tissue_pixels(*pixels), HALF)
+    table = histo_jax.heatmap(predictor, slide, tmp_path / "out", HeatmapConfig(tissue="all"))
+    height, width = (max(1, -(-side // 64)) for side in pixels)
+    assert (table["rows"].item(), table["columns"].item()) == (height, width)
+    assert table["cells"].item() == height * width
+    cells = read_cells(tmp_path / "out/a")
+    assert (cells["width"] * cells["height"]).sum() == pixels[0] * pixels[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ((), "config.heatmap.slides is empty"),
         (("--config.heatmap.slides=no.svs",), "no.svs does not exist"),
         (("--config.heatmap.threshold=2",), "above 0 and below 1"),
+        (("--config.heatmap.threshold=nan",), "above 0 and below 1"),
         (("--config.heatmap.mpp=0",), "above 0 and finite"),
+        (("--config.heatmap.slides=.", "--config.heatmap.mpp=1e-9"), "0.02 to 50"),
+        (("--config.heatmap.slides=.", "--config.heatmap.tissue=no.png"), "does not exist"),
     ],
 )
-def test_wrong_settings(options, message, run, run_command):
+def test_wrong_settings(options, message, run, run_command, square_slide, monkeypatch):
+    monkeypatch.chdir(square_slide.parent)
     ended = run_command(f"--workdir={run}", "--mode=heatmap", *options)
     assert ended.status == 2
     assert message in ended.stderr.strip().splitlines()[-1]
 
 
-def test_sigterm_leaves_nothing_half_written(predictor, square_slide, tmp_path, monkeypatch):
-    """The signal comes while cells are computed; the rerun makes the slide."""
+@pytest.mark.parametrize(
+    ("module", "name"), [(slide_map, "thumbnail"), (slide_map.probabilities, "compute")]
+)
+def test_sigterm_leaves_nothing_half_written(
+    module, name, predictor, square_slide, tmp_path, monkeypatch
+):
+    """The signal comes while the slide is read; the rerun makes it."""
+    original = getattr(module, name)
 
-    def interrupt(done, total, original=None):
+    def interrupt(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-
-    compute = slide_map.probabilities.compute
-
-    def compute_and_interrupt(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return compute(*arguments)
+        return original(*arguments)
 
     options = HeatmapConfig(stride=64)
     with monkeypatch.context() as patch:
-        patch.setattr(slide_map.probabilities, "compute", compute_and_interrupt)
+        patch.setattr(module, name, interrupt)
         with pytest.raises(signals.Preempted) as caught:
             histo_jax.heatmap(predictor, square_slide, tmp_path, options)
     assert caught.value.code == 75
@@ -340,8 +432,8 @@ def test_sigterm_leaves_nothing_half_written(predictor, square_slide, tmp_path, 
 def test_a_kill_leaves_the_old_results_or_the_new(number, tmp_path):
     """An exception that nothing handles, at each step of the replacement, stands for SIGKILL."""
     folder = tmp_path / "a"
-    with results.replacing(folder) as part:
-        (part / "slide.json").write_text('{"format": 1, "inputs": 1}')
+    with folders.replacing(folder) as part:
+        (part / "slide.json").write_text('{"format": 1, "slide": "a", "inputs": 1}')
     pid = os.fork()
     if not pid:
         count = 0
@@ -356,12 +448,12 @@ def test_a_kill_leaves_the_old_results_or_the_new(number, tmp_path):
         import sys
 
         sys.addaudithook(die)
-        with results.replacing(folder) as part:
-            (part / "slide.json").write_text('{"format": 1, "inputs": 2}')
+        with folders.replacing(folder) as part:
+            (part / "slide.json").write_text('{"format": 1, "slide": "a", "inputs": 2}')
             (part / "cells.csv").write_text("x")
         os._exit(0)
     os.waitpid(pid, 0)
-    results.remove_leftovers(tmp_path, "a")
+    folders.recover(folder)
     summary = results.read_summary(folder)
     assert summary is None or summary["inputs"] == 1 or (folder / "cells.csv").exists()
     assert [path.name for path in tmp_path.glob(".*")] == []

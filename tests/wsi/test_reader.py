@@ -1,6 +1,7 @@
 """Slides are opened, scaled by their micrometres, and refused with one line."""
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +205,15 @@ def test_strips_make_no_seam(monkeypatch):
     )
 
 
+def test_squares_of_a_thumbnail_make_no_seam(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (310, 290, 3)).astype(np.uint8)
+    whole = scaling.thumbnail(Pixels(pixels), 2.7)
+    monkeypatch.setattr(scaling, "_SQUARE", 50)
+    np.testing.assert_array_equal(scaling.thumbnail(Pixels(pixels), 2.7), whole)
+    assert whole.shape == (115, 108, 3)
+    np.testing.assert_allclose(whole[3, 5], area_mean(pixels, 13.5, 8.1, 2.7, 2.7), atol=0.51)
+
+
 def test_a_folder_is_searched_by_content(tmp_path, log, write_slide, tissue_pixels, sample):
     log.set_level(logging.INFO, "histo_jax")
     write_slide(tmp_path / "deep.tif", tissue_pixels(64, 64))
@@ -213,9 +223,21 @@ def test_a_folder_is_searched_by_content(tmp_path, log, write_slide, tissue_pixe
     (tmp_path / "fake.png").write_text("no picture")
     (tmp_path / "broken.svs").write_text("a failure")
     (tmp_path / "mrxs").symlink_to(sample / "slides/broken")
+    (tmp_path / "loop.svs").symlink_to(tmp_path / "loop.svs")
+    os.mkfifo(tmp_path / "pipe.svs")
     found = [slide.path.relative_to(tmp_path) for slide in search.find([str(tmp_path)], 0.5)]
-    assert [str(path) for path in found] == ["broken.svs", "deep.tif", "sub/picture.png"]
-    assert "passed over 2 files that are not slides (fake.png, notes.txt)" in log.text
+    assert [str(path) for path in found] == [
+        "broken.svs", "deep.tif", "loop.svs", "sub/picture.png",
+    ]  # fmt: skip
+    assert "passed over 3 files that are not slides (fake.png, notes.txt, pipe.svs)" in log.text
+    assert "passed over 1 links to folders, which are not followed (mrxs)" in log.text
+    for path, message in (
+        ("loop.svs", "cannot be opened"),
+        ("pipe.svs", "is not a file"),
+        ("sub", "is not a file"),
+    ):
+        with pytest.raises(DataError, match=message):
+            reader.open_slide(tmp_path / path)
     names = [s.path.name for s in search.find([str(sample / "slides/broken")], None)]
     assert names == [
         "histolab_broken.svs", "Mirax2-Fluorescence-2.mrxs", "CMU-1-40x - 2010-01-12 13.24.05.vms",
@@ -229,10 +251,17 @@ def test_tables_give_micrometres_for_each_slide(tmp_path):
         search.SlideFile(tmp_path / "a.svs", 0.25),
         search.SlideFile(Path("/b/c.svs"), 0.4),
     ]
+    with pytest.raises(ConfigError, match=r"mpp = 100 .* 0\.02 to 50"):
+        search.find([str(table)], 100)
     for text, message in {
         "slide,mpp\na.svs,fine\n": "line 2: mpp = fine must be a number above 0",
         "file\na.svs\n": "no column slide",
         "slide,mpp\n,0.5\n": "line 2: the slide is missing",
+        "slide,mpp\na.svs,nan\n": "line 2: mpp = nan must be a number above 0",
+        "slide,mpp\na.svs,1e-9\n": "line 2: mpp = 1e-9 cannot be the scale of a slide",
+        "mpp\n0.5\n": "no column slide",
+        "slide,mpp\n": "no rows",
+        "": "no column slide",
     }.items():
         table.write_text(text)
         with pytest.raises(ConfigError, match=message):
@@ -249,3 +278,10 @@ def test_names_of_results():
     taken = {"slide_1": Path("/z/slide 1.svs"), "_": Path("/c/é.tif")}
     names = [name for name, _ in search.assign_names(slides, taken)]
     assert names == ["Slide_1-2", "Slide_1-3", "_", "Slide_1-2"]
+    # A slide keeps the name of its results, in whatever order slides are given.
+    again = search.assign_names(slides[1:2], {"Slide_1-3": slides[1].path})
+    assert [name for name, _ in again] == ["Slide_1-3"]
+    odd = ["x" * 240, "x" * 239 + "y", "index.html", "....", "a\nb/<c>"]
+    slides = [search.SlideFile(Path("/", f"{name}.svs")) for name in odd]
+    names = [name for name, _ in search.assign_names(slides, {})]
+    assert names == ["x" * 150, "x" * 150 + "-2", "index.html-2", "slide", "_c_"]

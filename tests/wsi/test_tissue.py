@@ -71,6 +71,12 @@ def test_masks_are_stretched_over_the_slide(tmp_path):
     assert mask[:50, 30:].all()
     assert mask[50:, :30].all()
     assert mask.mean() == 0.5
+    fine = np.zeros((600, 1000), np.uint8)
+    fine[301, 501] = 1
+    Image.fromarray(fine).save(tmp_path / "fine.png")
+    assert np.argwhere(tissue._read_mask(tmp_path / "fine.png", (60, 100))).tolist() == [[30, 50]]
+    with pytest.raises(DataError, match="1000 x 600 pixels, another shape"):
+        tissue._read_mask(tmp_path / "fine.png", (100, 60))
 
 
 def test_qupath_annotations_with_holes_and_offset(tmp_path):
@@ -90,6 +96,38 @@ def test_qupath_annotations_with_holes_and_offset(tmp_path):
         assert not mask[30, 25]  # the hole
         assert not mask[5, 5]
         assert mask.sum() == pytest.approx((80**2 - 40**2) / 4, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "coordinates", "share"),
+    [
+        ("Polygon", [[[0, 0], [60, 60], [60, 0], [0, 60], [0, 0]]], 0.5),  # crosses itself
+        ("Polygon", [[[-1e12, -1e12], [1e12, -1e12], [1e12, 1e12], [-1e12, -1e12]]], 0.5),
+        ("Polygon", [[[0, 0, 9], [30, 0, 9], [30, 60, 9], [0, 60, 9], [0, 0, 9]]], 0.5),
+        (
+            "MultiPolygon",
+            [[[[0, 0], [15, 0], [15, 60], [0, 0]]], [[[60, 60], [15, 60], [60, 0], [60, 60]]]],
+            0.5,
+        ),
+        ("Polygon", [[[99, 99], [120, 99], [120, 120], [99, 99]]], 0),  # beside the slide
+        ("Polygon", [[[5, 5], [5, 5], [5, 5], [5, 5]]], 0),
+        ("Polygon", [], 0),
+    ],
+)
+def test_odd_polygons(tmp_path, kind, coordinates, share):
+    path = tmp_path / "a.geojson"
+    path.write_text(json.dumps({"type": kind, "coordinates": coordinates}))
+    mask = tissue._draw(tissue._read_polygons(path), (60, 60), 1.0, (0, 0))
+    assert mask.mean() == pytest.approx(share, abs=0.03)
+
+
+def test_a_geojson_of_another_slide_is_refused(tmp_path, write_slide):
+    slide_file = write_slide(tmp_path / "a.tif", np.zeros((50, 50, 3), np.uint8), 0.5)
+    ring = [[99, 99], [120, 99], [120, 120], [99, 99]]
+    (tmp_path / "a.geojson").write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    options = tissue.Options(str(tmp_path / "a.geojson"), 0, 0)
+    with reader.open_slide(slide_file) as slide, pytest.raises(DataError, match="no polygon on"):
+        tissue.find(slide, slide.read(0, 0, 0, 50, 50), 1.0, slide.spacing, options, "a")
 
 
 def test_real_annotations_are_read(sample):

@@ -264,8 +264,7 @@ def _corrupt_error(files: list[tuple[Path, int]], corrupt: dict[str, str]) -> Da
 def _read_image(path: Path) -> np.ndarray | str | Exception:
     """Returns uint8[96, 96, 3], or why the file is corrupt, or why the system cannot read it."""
     try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST)
+        content = raw_files.read_content(path, _LARGEST)
     except OSError as error:
         return error
     # From memory, so that an error of the disk is not taken for one of the file.
@@ -280,6 +279,6 @@ def _read_image(path: Path) -> np.ndarray | str | Exception:
         return f"is not a readable TIFF ({reason})"
     if pixels is None:
         return f"is {size[0]}x{size[1]} {mode}, not {_SIZE}x{_SIZE} RGB"
-    if hashlib.sha1(pixels.tobytes()).hexdigest() != path.stem:
+    if hashlib.sha1(pixels.data).hexdigest() != path.stem:
         return _OTHER_PIXELS
     return pixels
