@@ -20,7 +20,7 @@ from histo_jax.data import image_tables
 from histo_jax.data.names import identity
 from histo_jax.errors import DataError
 from histo_jax.slides import masks
-from histo_jax.wsi import search
+from histo_jax.wsi import reader, search
 
 log = logging.getLogger("histo_jax")
 
@@ -154,8 +154,13 @@ def _read_table(table: Path, folder: Path) -> list[AnnotatedSlide]:
         listed.check(missing, f"{column} {{}} is missing", "restore the file, or correct the table",
                      rows[column])  # fmt: skip
     scales = rows["mpp"].map(_number)
-    listed.check(scales.isna() & (rows["mpp"] != ""), "mpp {} must be a number above 0",
-                 "correct it", rows["mpp"])  # fmt: skip
+    low, high = reader.PLAUSIBLE
+    listed.check(
+        scales.isna() & (rows["mpp"] != ""),
+        "mpp {} cannot be the scale of a slide",
+        f"give micrometres a pixel, {low:g} to {high:g}",
+        rows["mpp"],
+    )
     columns = [rows[name].tolist() for name in ("path", "annotation", "patient", "split")]
     return [
         AnnotatedSlide(
@@ -171,9 +176,9 @@ def _read_table(table: Path, folder: Path) -> list[AnnotatedSlide]:
 
 
 def _number(text: str) -> float:
-    """Returns a number above 0, NaN where it is none."""
-    value = pd.to_numeric(text.replace(",", "."), errors="coerce")
-    return float(value) if 0 < value < math.inf else math.nan
+    """Returns a scale, NaN where it is none."""
+    value = float(pd.to_numeric(text.replace(",", "."), errors="coerce"))
+    return value if reader.is_plausible(value) else math.nan
 
 
 def _name(slides: list[AnnotatedSlide], folder: Path) -> list[AnnotatedSlide]:

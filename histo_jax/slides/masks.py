@@ -15,6 +15,8 @@ SUFFIXES = (".png", ".tif", ".tiff")
 _MAX_PIXELS = 64_000_000
 # Largest relative difference between the proportions of a mask and of its slide.
 _MAX_DISTORTION = 0.02
+# A picture with more values is none of classes; its outlines could fill the memory.
+_MAX_CLASSES = 64
 
 
 def read(path: Path, size: tuple[int, int]) -> dict[str, Any]:
@@ -45,7 +47,13 @@ def read(path: Path, size: tuple[int, int]) -> dict[str, Any]:
             f"{path} has {width} x {height} pixels, and its slide {size[0]} x {size[1]}: give a "
             "mask of the whole slide, with its proportions"
         )
-    return {str(value): outline(values == value, scale) for value in np.unique(values) if value}
+    classes = np.unique(values)
+    if len(classes) > _MAX_CLASSES:
+        raise DataError(
+            f"{path} has {len(classes)} different values, too many for classes: save the mask "
+            "without lossy compression"
+        )
+    return {str(value): outline(values == value, scale) for value in classes if value}
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

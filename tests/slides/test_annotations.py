@@ -206,11 +206,11 @@ def test_bad_masks_and_missing_files(tmp_path):
     Image.new("L", (100, 100)).save(tmp_path / "square.png")
     with pytest.raises(DataError, match="proportions"):
         read_annotations(tmp_path / "square.png", SIZE)
-    Image.fromarray(np.random.default_rng(0).integers(0, 9, (80, 100, 3), np.uint8)).save(
-        tmp_path / "colour.png"
-    )
-    with pytest.raises(DataError, match="a grey image"):
-        read_annotations(tmp_path / "colour.png", SIZE)
+    noise = np.random.default_rng(0).integers(0, 256, (80, 100, 3), np.uint8)
+    for channels, expected in ((noise, "a grey image"), (noise[..., 0], "256 different values")):
+        Image.fromarray(channels).save(tmp_path / "noise.png")
+        with pytest.raises(DataError, match=expected):
+            read_annotations(tmp_path / "noise.png", SIZE)
 
 
 @pytest.mark.parametrize(

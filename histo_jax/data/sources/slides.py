@@ -159,7 +159,7 @@ class Slides:
         """Reads what was drawn on all slides."""
         drawn, found = [], set()
         data = self._data
-        for listed in self._slides:
+        for listed in signals.stopping(self._slides):
             try:
                 with reader.open_slide(listed.path) as slide:
                     size, offset = slide.size, slide.offset

@@ -330,7 +330,7 @@ BAD = {
     ),
     "scale that is none": (
         lambda folder: (folder / "slides.csv").write_text("slide,annotation,mpp\na.tif,,x\n"),
-        r"slides\.csv, line 2: mpp 'x' must be a number above 0",
+        r"slides\.csv, line 2: mpp 'x' cannot be the scale of a slide",
     ),
     "no column": (
         lambda folder: (folder / "slides.csv").write_text("name,annotation\na.tif,\n"),
