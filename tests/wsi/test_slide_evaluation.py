@@ -167,6 +167,18 @@ def test_wrong_settings(options, message, command):
     assert message in ended.stderr.strip().splitlines()[-1]
 
 
+def test_an_ensemble_is_scored(own_run, slides, tmp_path):
+    """Its folder becomes that of the ensemble, whose next evaluation is of the split."""
+    config = Config()
+    config.predict.checkpoints, config.evaluate.slides = f"{own_run}", str(slides)
+    config.heatmap.stride = 320
+    result = histo_jax.evaluate(config, tmp_path / "ensemble")
+    assert result["slides"] == read_result(tmp_path / "ensemble")["slides"] == 3
+    saved = Workdir(tmp_path / "ensemble").saved_config().to_config()
+    assert saved.predict.checkpoints == str(own_run)
+    assert saved.evaluate.slides is None
+
+
 def test_several_processes_are_refused(own_run, slides, monkeypatch):
     config = Workdir(own_run).saved_config().to_config()
     config.evaluate.slides = str(slides)
