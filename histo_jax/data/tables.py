@@ -20,7 +20,7 @@ _SPACES += "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"
 # Characters of a cell: some files have outlines of regions in a column.
 csv.field_size_limit(2**24)
 _LABELS = {"false": 0, "true": 1}
-_FIX = "correct it or save it again"
+_FIX = "correct it, or save or download it again"
 # The first line by which Excel is given the delimiter.
 _DELIMITER_LINE = re.compile(r'"?sep=([,;|\t])"?\s*', re.IGNORECASE)
 

@@ -19,7 +19,7 @@ from worker import Task
 
 from histo_jax.config import Config
 from histo_jax.data.records import Prepared
-from histo_jax.distributed import mesh
+from histo_jax.distributed import mesh, runtime
 from histo_jax.models import create_model
 from histo_jax.preparation import prepare
 from histo_jax.training.augmentation import make_augment
@@ -35,6 +35,7 @@ PLACEMENTS = ("device", "host", "disk")  # the fastest first
 
 class Peer:
     def __init__(self, task: Task) -> None:
+        runtime.set_up()  # as every command does; on CPU it makes the allocator keep freed memory
         self._task = task
         self._folder = Path(task.folder)
         self._batch_sharding = mesh.batch_sharding()
