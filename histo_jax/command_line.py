@@ -35,7 +35,8 @@ usage: python -m histo_jax.main --config=FILE --workdir=DIR [--mode=MODE] [--con
   --mode=MODE      run (default): prepare, fit, evaluate, predict and report, in this order
                    prepare: write the records
                    fit:     train, or resume training
-                   evaluate: score the best checkpoint
+                   evaluate: score the best checkpoint, or its maps of the annotated slides of
+                            config.evaluate.slides
                    predict: write submission.csv with the best checkpoint, or predictions.csv for
                             the images of config.predict.images
                    report:  write report.html from the results of evaluate
@@ -55,7 +56,8 @@ Fields and their defaults (a config file may set others):
 EXAMPLE = "--config=configs/quickstart.py --workdir=runs/quickstart"
 _HOSTS = ("auto", "slurm", "tpu", "manual")
 _PATH_FIELDS = (
-    "data.raw_dir", "data.tfds_dir", "data.slide_map", "predict.images", "heatmap.tissue",
+    "data.raw_dir", "data.tfds_dir", "data.slide_map", "evaluate.slides", "predict.images",
+    "heatmap.tissue",
 )  # fmt: skip
 _OPTIONS = (
     "config", "workdir", "mode", "multihost", "coordinator", "process_count", "process_index",

@@ -296,6 +296,24 @@ class EvaluateConfig:
     split: str = _option(
         "validation", "split to score: validation, test", choices=("validation", "test")
     )
+    slides: str | None = _option(
+        None,
+        "folder or table of annotated slides, as data.raw_dir for slides, whose maps are scored "
+        "instead of the split; writes evaluation_slides.json",
+        Limit(bool, "a folder, a file, or None"),
+        LOCAL_PATH,
+    )
+    positive: str | None = _option(
+        None,
+        "slides: names of the positive annotation classes, separated by commas; None = as the run, "
+        "Tumor where its positive class is tumour",
+        Limit(bool, "the name of a class, or None"),
+    )
+    exclude: str | None = _option(
+        None,
+        "slides: names of annotation classes whose area takes no part, separated by commas; None = "
+        "as the run",
+    )
 
 
 @dataclasses.dataclass

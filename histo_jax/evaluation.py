@@ -29,7 +29,7 @@ _SELECTION_BIAS = "these patches selected the checkpoint and were used to fit it
 
 
 def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Scores the best checkpoint of `workdir` on `config.evaluate.split`.
+    """Scores the best checkpoint of `workdir` on `config.evaluate.split`, or its maps of slides.
 
     Every example counts exactly once. With `config.predict.tta` its logit is the mean over the
     eight symmetries of the image. With `config.predict.checkpoints` it is the equal mean of the
@@ -37,6 +37,9 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     it is the logit of the one run that was not trained on the patch. Writes `evaluation.json`,
     `evaluation_<split>.json`, and `predictions_<split>.csv` with `id`, `label`, `slide`, the
     calibrated `logit` and, where known, `patient` and `path`.
+
+    With `config.evaluate.slides` maps of these annotated slides are scored instead, see
+    `slide_evaluation.evaluate_slides`.
 
     Args:
         config: settings of the run; lengths, folders and what is evaluated may differ.
@@ -58,6 +61,10 @@ def evaluate(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             of an ensemble was trained on these patches; or a fold is missing.
         OSError: a file cannot be written.
     """
+    if config.evaluate.slides:
+        from histo_jax.slide_evaluation import evaluate_slides
+
+        return evaluate_slides(config, workdir)
     with command.start(config, workdir, "evaluate") as run:
         return evaluate_in(run, config)
 

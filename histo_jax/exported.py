@@ -27,7 +27,8 @@ CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 _FORMAT = "histo_jax.export"
 # Settings that name folders or other runs, which the receiver of an export does not have.
 _NOT_SAVED = (
-    *LOCATIONS, "data.slide_map", "predict.images", "predict.checkpoints", "compare.runs",
+    *LOCATIONS, "data.slide_map", "evaluate.slides", "predict.images", "predict.checkpoints",
+    "compare.runs",
 )  # fmt: skip
 _REPEAT = "copy it again, or rerun --mode=export"
 

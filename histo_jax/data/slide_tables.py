@@ -102,7 +102,7 @@ def _list_folder(folder: Path) -> list[AnnotatedSlide]:
     used = {annotation for several in beside.values() for annotation in several}
     slides = [path for path in found if path not in used]  # a mask is a picture, too
     if not slides:
-        raise DataError(f"{folder} has no slides: set --config.data.raw_dir")
+        raise DataError(f"{folder} has no slides: give the folder of the slides")
     for path in sorted(folder.rglob("*")):
         if path not in used and path.is_file() and is_annotation(path):
             raise DataError(

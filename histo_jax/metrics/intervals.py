@@ -1,6 +1,6 @@
 """95% confidence intervals and paired comparisons, by bootstrap over slides or over patches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Shaped
@@ -44,6 +44,26 @@ def _interval(values: np.ndarray) -> list[float]:
     return np.nanquantile(values, _QUANTILES).tolist()
 
 
+def bootstrap(
+    scores: Callable[[Weights], Mapping[str, np.ndarray]],
+    groups: Groups | None,
+    examples: int,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Returns the 95% percentile interval [low, high] of each score.
+
+    Args:
+        scores: returns the scores for each weighting of the examples, by name; nan = undefined.
+        groups: see `confidence_intervals`.
+        examples: their number.
+        seed: seed of the 2,000 resamples.
+    """
+    chunks = [scores(weights) for weights in _resamples(groups, examples, seed)]
+    return {
+        name: _interval(np.concatenate([chunk[name] for chunk in chunks])) for name in chunks[0]
+    }
+
+
 def confidence_intervals(
     logits: Values, labels: Values, groups: Groups | None, seed: int = 0
 ) -> dict[str, list[float]]:
@@ -62,13 +82,9 @@ def confidence_intervals(
     Returns:
         Low and high end of each score's interval; nan where there is only one group.
     """
-    chunks = [
-        weighted_scores(logits, labels, weights)
-        for weights in _resamples(groups, len(logits), seed)
-    ]
-    intervals = {
-        name: _interval(np.concatenate([chunk[name] for chunk in chunks])) for name in chunks[0]
-    }
+    intervals = bootstrap(
+        lambda weights: weighted_scores(logits, labels, weights), groups, len(logits), seed
+    )
     ece = float(weighted_scores(logits, labels, np.ones((1, len(logits))))["ece"][0])
     low, high = intervals["ece"]
     intervals["ece"] = [np.maximum(0.0, 2 * ece - high), np.maximum(ece, 2 * ece - low)]

@@ -30,6 +30,8 @@ _PATHS = (
 _LISTS_OF_PATHS = ("predict.checkpoints", "heatmap.slides")
 # Values of these fields that are words, not paths.
 _WORDS = {"heatmap.tissue": TISSUE_WORDS}
+# What one command scores instead of the split: the next one scores the split again.
+_NOT_SAVED = ("evaluate.slides",)
 # Keys beside the settings.
 _VERSION, _SOURCE, _CONFIG_FILE = "version", "source", "config_file"
 
@@ -96,7 +98,8 @@ class SavedConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of the file."""
-        content = {_VERSION: VERSION, **_with_absolute_paths(self.settings)}
+        saved = {name: value for name, value in self.settings.items() if name not in _NOT_SAVED}
+        content = {_VERSION: VERSION, **_with_absolute_paths(saved)}
         if self.config_file:
             content[_CONFIG_FILE] = dataclasses.asdict(self.config_file)
         return content | ({_SOURCE: self.source} if self.source else {})

@@ -96,7 +96,9 @@ def regions(annotations: dict[str, Area], positive: str, exclude: str = "") -> t
     return union(positive), union(f"{exclude},{_IGNORED}")
 
 
-def check_classes(found: Collection[str], positive: str, exclude: str, place: str) -> None:
+def check_classes(
+    found: Collection[str], positive: str, exclude: str, place: str, group: str = "data"
+) -> None:
     """Refuses positive classes that no slide has, and logs excluded ones.
 
     Args:
@@ -104,6 +106,7 @@ def check_classes(found: Collection[str], positive: str, exclude: str, place: st
         positive: see `regions`.
         exclude: likewise.
         place: where the annotations are, for the message.
+        group: of the settings `positive` and `exclude`, for the message.
 
     Raises:
         DataError: lists the classes that were found.
@@ -113,16 +116,16 @@ def check_classes(found: Collection[str], positive: str, exclude: str, place: st
     for name in names(positive):
         if name.casefold() not in known:
             match = closest(name, found)
-            hint = f": did you mean {match}?" if match else ": correct --config.data.positive"
+            hint = f"did you mean {match}?" if match else f"correct --config.{group}.positive"
             raise DataError(
-                f"config.data.positive = {positive!r}: no annotation in {place} has the class "
-                f"{name!r}; they have {listed}{hint}"
+                f"config.{group}.positive = {positive!r}: no annotation in {place} has the class "
+                f"{name!r}; they have {listed}: {hint}"
             )
     for name in names(exclude):
         if name.casefold() not in known:
             log.warning(
-                "config.data.exclude: no annotation in %s has the class %r; they have %s",
-                place, name, listed,
+                "config.%s.exclude: no annotation in %s has the class %r; they have %s",
+                group, place, name, listed,
             )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from histo_jax.wsi.grid import cell_size
 
 log = logging.getLogger("histo_jax")
 
-_FOLDER = "heatmaps"
+FOLDER = "heatmaps"
 _DEFAULT_THRESHOLD = 0.5
 _SHOWN = 3
 
@@ -61,13 +61,22 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> pd.DataFrame:
         )
     libraries.check()
     slides = search.find(paths, options.mpp)
-    _check_mask(options.tissue, slides)
+    check_mask(options.tissue, slides)
     with command.start(config, workdir, "heatmap") as session:
         predictor = ensemble.load_predictor(config, session.path, config.predict.prior)
-        _acquire(session, config)
-        settings = _settings(predictor, options, session.path)
-        table = _make_all(predictor, slides, settings, session.path / _FOLDER)
-        _raise_failures(len(slides), session.path / _FOLDER)
+        return run_in(session, config, predictor, slides)
+
+
+def run_in(
+    session: Workdir, config: Config, predictor: Predictor, slides: list[search.SlideFile]
+) -> pd.DataFrame:
+    """Does the work of `run` in an open folder."""
+    if config.predict.checkpoints:
+        session.acquire(config)
+        session.save_config(config)
+    settings = _settings(predictor, config.heatmap, session.path)
+    table = _make_all(predictor, slides, settings, session.path / FOLDER)
+    _raise_failures(len(slides), session.path / FOLDER)
     return table
 
 
@@ -104,7 +113,7 @@ def heatmap(
     validate(Config(heatmap=options))
     names = [slides] if isinstance(slides, str | os.PathLike) else slides
     found = search.find([os.fspath(name) for name in names], options.mpp)
-    _check_mask(options.tissue, found)
+    check_mask(options.tissue, found)
     with environment.defaults(), runtime.jax_defaults(), signals.watch():
         if isinstance(predictor, Predictor):
             run = Path(predictor.trained[0].run)
@@ -112,13 +121,6 @@ def heatmap(
             run, predictor = Path(predictor).expanduser(), load(predictor)
         settings = _settings(predictor, options, run)
         return _make_all(predictor, found, settings, files.expand(out, "out"))
-
-
-def _acquire(session: Workdir, config: Config) -> None:
-    """Makes the folder that of the ensemble of `config.predict.checkpoints`, if there is one."""
-    if config.predict.checkpoints:
-        session.acquire(config)
-        session.save_config(config)
 
 
 def _settings(predictor: Predictor, options: HeatmapConfig, folder: Path) -> slide_map.Settings:
@@ -153,7 +155,7 @@ def _settings(predictor: Predictor, options: HeatmapConfig, folder: Path) -> sli
     )
 
 
-def _check_mask(mask: str, slides: Sequence[search.SlideFile]) -> None:
+def check_mask(mask: str, slides: Sequence[Any]) -> None:
     """Refuses a mask that is missing, and one mask for several slides."""
     if mask in TISSUE_WORDS:
         return

@@ -35,7 +35,8 @@ from histo_jax.wsi.search import SlideFile
 # Pixels of the longer side of the thumbnail, on which tissue is found and the map is shown.
 _THUMBNAIL = 2048
 # Classes that QuPath knows, in its spelling.
-_QUPATH_CLASSES = {"tumour": "Tumor"}
+QUPATH_CLASSES = {"tumour": "Tumor"}
+_VALUES = "heatmap.ome.tif"
 
 
 class Settings(NamedTuple):
@@ -139,6 +140,36 @@ def make(
     return summary
 
 
+class SlideMap(NamedTuple):
+    """A finished map.
+
+    Attributes:
+        probabilities: float32[rows, columns], NaN where there is no cell.
+        grid: the cells.
+        spacing: of level 0.
+        threshold: at or above it a cell is positive.
+    """
+
+    probabilities: np.ndarray
+    grid: Grid
+    spacing: reader.Spacing
+    threshold: float
+
+
+def read(folder: Path) -> SlideMap:
+    """Returns the map that `make` has written."""
+    summary = results.read_summary(folder)
+    assert summary
+    window, cell, stride = (summary[name] for name in ("window", "cell", "stride"))
+    size = summary["width"], summary["height"]
+    return SlideMap(
+        libraries.load("tifffile").imread(folder / _VALUES),
+        Grid(window, cell, stride, tuple(summary["pixel"]), size),
+        reader.Spacing(summary["mpp_x"], summary["mpp_y"], summary["mpp_source"]),
+        summary["threshold"],
+    )
+
+
 class _View(NamedTuple):
     """What is known of a slide before its cells are computed.
 
@@ -181,11 +212,11 @@ def _write(
 ) -> None:
     """Writes everything but `slide.json`."""
     grid, slide = view.grid, view.slide
-    qupath_class = _QUPATH_CLASSES.get(settings.positive, settings.positive)
+    qupath_class = QUPATH_CLASSES.get(settings.positive, settings.positive)
     labels = tables.Labels(settings.threshold, qupath_class)
     tables.write_cells(part, values, grid, labels, name, slide.offset)
     tables.write_regions(part / "regions.geojson", found, labels, name, slide.offset)
-    pyramid.write(part / "heatmap.ome.tif", values, grid, view.spacing, name)
+    pyramid.write(part / _VALUES, values, grid, view.spacing, name)
     title = slide.path.name
     picture = overlay.draw(
         view.canvas, view.mask, values, grid, settings.threshold, title, settings.positive
