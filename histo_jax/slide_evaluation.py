@@ -20,9 +20,9 @@ from histo_jax.metrics.scores import weighted_scores
 from histo_jax.predictor import Predictor
 from histo_jax.run import files
 from histo_jax.run.workdir import Workdir
-from histo_jax.slides import annotations, lesions
-from histo_jax.wsi import detections, heatmap, libraries, reader, slide_map
-from histo_jax.wsi.search import SlideFile
+from histo_jax.slides import annotations, lesions, libraries, reader
+from histo_jax.slides.search import SlideFile
+from histo_jax.wsi import detections, heatmap, slide_map
 
 log = logging.getLogger("histo_jax")
 

@@ -1,4 +1,4 @@
-"""Four fake devices, shapes checked at run time, and small data."""
+"""Four fake devices, shapes checked at run time, and small data and slides."""
 
 import atexit
 import contextlib
@@ -141,6 +141,16 @@ def fork_server():
     server.close()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Makes logs valid text: they may hold names that are not, which pytest-xdist cannot send."""
+    report = yield
+    report.sections = [
+        (title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections
+    ]
+    return report
+
+
 @pytest.fixture
 def log(caplog):
     """What the package logs; its logger does not propagate in the tests."""
@@ -227,3 +237,45 @@ def _save_run(config: Config, folder: Path, calibration: Calibration) -> Path:
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(Checkpoint(state, early_stopping, data, []), 0.5)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_slide():
+    """Writes a tiled TIFF with a pyramid and a scale in its tags."""
+    tifffile = pytest.importorskip("tifffile", reason="the extra slides is not installed")
+
+    def write(path, pixels, mpp=None, levels=1, mpp_y=None):
+        with tifffile.TiffWriter(path) as file:
+            for level in range(levels):
+                options = {"tile": (256, 256), "photometric": "rgb", "compression": "zlib"}
+                if mpp:
+                    scale = 1e4 / 2**level
+                    options["resolution"] = scale / mpp, scale / (mpp_y or mpp)
+                    options["resolutionunit"] = "CENTIMETER"
+                file.write(pixels, subfiletype=int(level > 0), metadata=None, **options)
+                height, width = (side // 2 * 2 for side in pixels.shape[:2])
+                halves = pixels[:height, :width].reshape(height // 2, 2, width // 2, 2, 3)
+                pixels = halves.mean((1, 3)).round().astype(np.uint8)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tissue_pixels():
+    """Noisy pink tissue on glass, with a dark square."""
+
+    def make(height, width, square=None, border=0, seed=0):
+        rng = np.random.default_rng(seed)
+        pixels = np.empty((height, width, 3), np.uint8)
+        pixels[:] = (244, 244, 244)
+        inside = slice(border, height - border), slice(border, width - border)
+        pixels[inside] = (200, 130, 180)
+        noise = rng.integers(0, 12, (height // 8 + 1, width // 8 + 1, 1)).repeat(8, 0).repeat(8, 1)
+        pixels += noise[:height, :width].astype(np.uint8)
+        if square:
+            x, y, side = square
+            pixels[y : y + side, x : x + side] = (60, 10, 80)
+        return pixels
+
+    return make

@@ -24,6 +24,11 @@ class PatchSpec(NamedTuple):
     label_region: int | None = None
     mpp: float | None = None
 
+    @property
+    def cell(self) -> int:
+        """Width in pixels of what the label describes: `label_region`, or the whole patch."""
+        return self.label_region or self.size
+
 
 class Example(NamedTuple):
     """One patch with its label and origin.

@@ -10,9 +10,9 @@ import numpy as np
 from histo_jax.data.example import Example
 from histo_jax.data.read_ahead import read_ahead
 from histo_jax.data.slide_tables import AnnotatedSlide
-from histo_jax.wsi import reader, resolution
-from histo_jax.wsi.grid import Grid
-from histo_jax.wsi.scaling import read_scaled
+from histo_jax.slides import reader, resolution
+from histo_jax.slides.grid import Grid
+from histo_jax.slides.scaling import read_scaled
 
 
 class Cells(NamedTuple):

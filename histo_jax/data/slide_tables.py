@@ -19,8 +19,7 @@ import pandas as pd
 from histo_jax.data import image_tables
 from histo_jax.data.names import identity
 from histo_jax.errors import DataError
-from histo_jax.slides import masks
-from histo_jax.wsi import reader, search
+from histo_jax.slides import masks, reader, search
 
 log = logging.getLogger("histo_jax")
 

@@ -14,7 +14,7 @@ from scipy.special import expit
 from histo_jax.errors import UserError
 from histo_jax.metrics.scores import per_patch_loss
 from histo_jax.run import files, folders
-from histo_jax.wsi import reader
+from histo_jax.slides import reader
 
 log = logging.getLogger("histo_jax")
 

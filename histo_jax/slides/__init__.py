@@ -1,1 +1,4 @@
-"""What people have drawn on slides. It knows neither networks nor training."""
+"""Slides: reading at a physical scale, tissue, the grid of cells, and annotations.
+
+It knows neither networks nor JAX. The libraries are the extra `slides`, imported on first use.
+"""

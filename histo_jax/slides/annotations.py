@@ -15,8 +15,7 @@ from xml.parsers import expat
 
 from histo_jax.config_values import names
 from histo_jax.errors import DataError, UserError, closest, one_line
-from histo_jax.slides import masks
-from histo_jax.wsi import libraries
+from histo_jax.slides import libraries, masks
 
 log = logging.getLogger("histo_jax")
 

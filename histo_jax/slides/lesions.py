@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from histo_jax.wsi import libraries
+from histo_jax.slides import libraries
 
 # Micrometres: half of 75, the size of five tumour cells.
 _MARGIN = 37.5

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from histo_jax.errors import DataError, UserError, one_line
-from histo_jax.wsi import libraries
+from histo_jax.slides import libraries
 
 SUFFIXES = (".png", ".tif", ".tiff")
 # Pixels that are read at most: of a pyramid, the finest level that has no more.

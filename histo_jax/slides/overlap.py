@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from histo_jax.wsi import libraries
+from histo_jax.slides import libraries
 
 # A cell that lacks less than this part is covered: sums of coordinates are not exact.
 _EPSILON = 1e-9

@@ -6,8 +6,8 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Float, Float32
 
-from histo_jax.wsi.grid import Grid
-from histo_jax.wsi.reader import Spacing
+from histo_jax.slides.grid import Grid
+from histo_jax.slides.reader import Spacing
 
 # Micrometres. CAMELYON16 takes annotations that are nearer than this for one lesion.
 RADIUS = 75.0

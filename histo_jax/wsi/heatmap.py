@@ -26,8 +26,8 @@ from histo_jax.predictor import Predictor, load
 from histo_jax.run import files, progress, signals
 from histo_jax.run.folders import recover
 from histo_jax.run.workdir import Workdir
-from histo_jax.wsi import index, libraries, results, search, slide_map, tissue
-from histo_jax.wsi.grid import cell_size
+from histo_jax.slides import libraries, search, tissue
+from histo_jax.wsi import index, results, slide_map
 
 log = logging.getLogger("histo_jax")
 
@@ -137,7 +137,7 @@ def _settings(predictor: Predictor, options: HeatmapConfig, folder: Path) -> sli
             f"{predictor.trained[0].run}: micrometres a pixel of its patches are not known: set "
             "--config.data.mpp=..., also for this command alone"
         )
-    cell = cell_size(patch)
+    cell = patch.cell
     stride = options.stride or cell
     if stride % cell:
         raise ConfigError(

@@ -10,9 +10,9 @@ import scipy.ndimage
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from histo_jax.wsi.grid import Grid
-from histo_jax.wsi.reader import Pixels
-from histo_jax.wsi.tissue import Mask
+from histo_jax.slides.grid import Grid
+from histo_jax.slides.reader import Pixels
+from histo_jax.slides.tissue import Mask
 
 # Points of the colour map cividis (Nuñez et al., 2018), which reads the same with and without
 # red-green blindness; between them it is linear.

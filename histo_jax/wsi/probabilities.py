@@ -12,10 +12,10 @@ from scipy.special import expit
 
 from histo_jax.predictor import Predictor
 from histo_jax.run import signals
-from histo_jax.wsi.grid import Grid
-from histo_jax.wsi.reader import WHITE, Pixels, Slide
-from histo_jax.wsi.resolution import Scale
-from histo_jax.wsi.scaling import THREADS, read_scaled
+from histo_jax.slides.grid import Grid
+from histo_jax.slides.reader import WHITE, Pixels, Slide
+from histo_jax.slides.resolution import Scale
+from histo_jax.slides.scaling import THREADS, read_scaled
 
 
 class _Block(NamedTuple):

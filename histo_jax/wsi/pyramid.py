@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from histo_jax.wsi import libraries
-from histo_jax.wsi.grid import Grid
-from histo_jax.wsi.reader import Spacing
+from histo_jax.slides import libraries
+from histo_jax.slides.grid import Grid
+from histo_jax.slides.reader import Spacing
 
 _TILE = 256
 # A level this small needs no smaller one.

@@ -7,9 +7,9 @@ import numpy as np
 import scipy.ndimage
 from jaxtyping import Float32
 
-from histo_jax.wsi import libraries
-from histo_jax.wsi.grid import Grid
-from histo_jax.wsi.reader import Spacing
+from histo_jax.slides import libraries
+from histo_jax.slides.grid import Grid
+from histo_jax.slides.reader import Spacing
 
 
 class Region(NamedTuple):

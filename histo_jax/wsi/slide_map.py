@@ -16,21 +16,11 @@ from histo_jax.distributed import runtime
 from histo_jax.errors import DataError
 from histo_jax.predictor import Predictor
 from histo_jax.run import files, folders
-from histo_jax.wsi import (
-    libraries,
-    overlay,
-    probabilities,
-    pyramid,
-    reader,
-    regions,
-    resolution,
-    results,
-    tables,
-    tissue,
-)
-from histo_jax.wsi.grid import Grid
-from histo_jax.wsi.scaling import thumbnail
-from histo_jax.wsi.search import SlideFile
+from histo_jax.slides import libraries, reader, resolution, tissue
+from histo_jax.slides.grid import Grid
+from histo_jax.slides.scaling import thumbnail
+from histo_jax.slides.search import SlideFile
+from histo_jax.wsi import overlay, probabilities, pyramid, regions, results, tables
 
 # Pixels of the longer side of the thumbnail, on which tissue is found and the map is shown.
 _THUMBNAIL = 2048
@@ -194,7 +184,8 @@ def _view(slide: reader.Slide, slide_file: SlideFile, settings: Settings, name: 
     spacing = resolution.slide_spacing(slide, slide_file.mpp)
     assert settings.patch.mpp is not None
     scale = resolution.choose_scale(slide, spacing, settings.patch.mpp)
-    grid = Grid.create(settings.patch, settings.stride, scale.full, slide.size)
+    patch = settings.patch
+    grid = Grid(patch.size, patch.cell, settings.stride, scale.full, slide.size)
     step = max(1.0, max(slide.size) / _THUMBNAIL)
     image = thumbnail(slide, step)
     mask = tissue.find(slide, image, step, spacing, settings.tissue, name)

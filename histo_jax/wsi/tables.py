@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32
 
-from histo_jax.wsi import libraries
-from histo_jax.wsi.grid import Grid, Rectangles
+from histo_jax.slides import libraries
+from histo_jax.slides.grid import Grid, Rectangles
 from histo_jax.wsi.regions import Region
 
 # From the palette of Okabe & Ito, which is safe for colour blindness.

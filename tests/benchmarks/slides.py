@@ -163,7 +163,8 @@ def encode(tile: np.ndarray) -> bytes:
 def measure_speed(run: Path, path: Path, rounds: int) -> Iterator[str]:
     """Yields cells a second, and the predictor's images a second on the same windows."""
     import histo_jax
-    from histo_jax.wsi import grid, probabilities, reader, resolution, scaling
+    from histo_jax.slides import grid, reader, resolution, scaling
+    from histo_jax.wsi import probabilities
 
     predictor = histo_jax.load(run)
     with reader.open_slide(path) as slide:
@@ -171,7 +172,7 @@ def measure_speed(run: Path, path: Path, rounds: int) -> Iterator[str]:
         # 3% off the target, so that level 0 is read and scaled, as on most scanners.
         for name, target in (("level taken as it is", 0.972), ("scaled from level 0", 0.94)):
             scale = resolution.choose_scale(slide, spacing, target)
-            cells = grid.Grid.create(predictor.patch, 32, scale.full, slide.size)
+            cells = grid.Grid(96, 32, 32, scale.full, slide.size)
             is_tissue = np.ones(cells.shape, bool)
             windows = np.stack([
                 scaling.read_scaled(slide, scale, column * 32 - 32, row * 32 - 32, 96, 96)

@@ -1,4 +1,4 @@
-"""A network whose probability follows the darkness of the cell, and small made-up slides."""
+"""A network whose probability follows the darkness of the cell."""
 
 import dataclasses
 
@@ -16,8 +16,6 @@ from histo_jax.run.workdir import Workdir
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.optimizer import create_optimizer
 from histo_jax.training.state import EarlyStopping, create_state
-
-PINK, GLASS = (200, 130, 180), (244, 244, 244)
 
 
 class Darkness(nn.Module):
@@ -62,45 +60,3 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="package")
 def predictor(run):
     return histo_jax.load(run)
-
-
-@pytest.fixture(scope="session")
-def write_slide():
-    """Writes a tiled TIFF with a pyramid and a scale in its tags."""
-    tifffile = pytest.importorskip("tifffile", reason="the extra slides is not installed")
-
-    def write(path, pixels, mpp=None, levels=1, mpp_y=None):
-        with tifffile.TiffWriter(path) as file:
-            for level in range(levels):
-                options = {"tile": (256, 256), "photometric": "rgb", "compression": "zlib"}
-                if mpp:
-                    scale = 1e4 / 2**level
-                    options["resolution"] = scale / mpp, scale / (mpp_y or mpp)
-                    options["resolutionunit"] = "CENTIMETER"
-                file.write(pixels, subfiletype=int(level > 0), metadata=None, **options)
-                height, width = (side // 2 * 2 for side in pixels.shape[:2])
-                halves = pixels[:height, :width].reshape(height // 2, 2, width // 2, 2, 3)
-                pixels = halves.mean((1, 3)).round().astype(np.uint8)
-        return path
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def tissue_pixels():
-    """Noisy pink tissue on glass, with a dark square."""
-
-    def make(height, width, square=None, border=0, seed=0):
-        rng = np.random.default_rng(seed)
-        pixels = np.empty((height, width, 3), np.uint8)
-        pixels[:] = GLASS
-        inside = slice(border, height - border), slice(border, width - border)
-        pixels[inside] = PINK
-        noise = rng.integers(0, 12, (height // 8 + 1, width // 8 + 1, 1)).repeat(8, 0).repeat(8, 1)
-        pixels += noise[:height, :width].astype(np.uint8)
-        if square:
-            x, y, side = square
-            pixels[y : y + side, x : x + side] = (60, 10, 80)
-        return pixels
-
-    return make

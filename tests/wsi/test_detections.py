@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from histo_jax.slides.grid import Grid
+from histo_jax.slides.reader import Spacing
 from histo_jax.wsi import detections
-from histo_jax.wsi.grid import Grid
-from histo_jax.wsi.reader import Spacing
 
 
 def make_grid(rows, columns, full=(2.0, 2.0), stride=32):

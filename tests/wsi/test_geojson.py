@@ -10,9 +10,9 @@ import jsonschema
 import numpy as np
 import pytest
 
+from histo_jax.slides.grid import Grid
+from histo_jax.slides.reader import Spacing
 from histo_jax.wsi import regions, tables
-from histo_jax.wsi.grid import Grid
-from histo_jax.wsi.reader import Spacing
 
 shapely = pytest.importorskip("shapely", reason="the extra slides is not installed")
 

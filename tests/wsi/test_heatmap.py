@@ -18,8 +18,9 @@ from histo_jax.data.example import PatchSpec
 from histo_jax.errors import ConfigError, UserError
 from histo_jax.predictor import Predictor
 from histo_jax.run import folders, signals
-from histo_jax.wsi import grid as grids
-from histo_jax.wsi import heatmap, reader, resolution, results, scaling, search, slide_map
+from histo_jax.slides import grid as grids
+from histo_jax.slides import reader, resolution, scaling, search
+from histo_jax.wsi import heatmap, results, slide_map
 
 shapely = pytest.importorskip("shapely", reason="the extra slides is not installed")
 tifffile = pytest.importorskip("tifffile", reason="the extra slides is not installed")
@@ -237,10 +238,10 @@ def test_cells_tile_any_slide(full, side):
 
 
 def test_cells_of_other_networks():
-    whole = grids.Grid.create(PatchSpec(224, None, 0.5), 224, (1.0, 1.0), (1000, 1000))
+    whole = grids.Grid(224, PatchSpec(224).cell, 224, (1.0, 1.0), (1000, 1000))
     assert (whole.cell, whole.margin, whole.shape) == (224, 0, (5, 5))
     assert whole.block_pixels == 4 * 224
-    small = grids.Grid.create(PatchSpec(64, 32, 0.5), 32, (1.0, 1.0), (1000, 1000))
+    small = grids.Grid(64, PatchSpec(64, 32).cell, 32, (1.0, 1.0), (1000, 1000))
     assert (small.cell, small.margin, small.shape) == (32, 16, (32, 32))
 
 
@@ -299,7 +300,7 @@ def test_a_broken_slide_does_not_stop_the_others(run_command, run, square_slide,
 
 
 def test_any_error_of_one_slide_does_not_stop_the_others(
-    predictor, square_slide, tmp_path, monkeypatch, log
+    predictor, square_slide, tmp_path, monkeypatch
 ):
     """Each kind of error comes from one slide's pixels; the last slide is whole."""
     slides = tmp_path / "slides"

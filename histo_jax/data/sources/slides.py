@@ -16,7 +16,7 @@ import numpy as np
 
 from histo_jax.config import DataConfig
 from histo_jax.data import raw_files, slide_patches
-from histo_jax.data.example import Example, PatchSpec, SizedExamples
+from histo_jax.data.example import Example, SizedExamples
 from histo_jax.data.slide_patches import Cells
 from histo_jax.data.slide_tables import (
     TABLE,
@@ -29,11 +29,10 @@ from histo_jax.errors import DataError
 from histo_jax.registry import register_source
 from histo_jax.run import progress, signals
 from histo_jax.run.files import expand
-from histo_jax.slides import annotations, masks
+from histo_jax.slides import annotations, libraries, masks, reader, resolution, tissue
+from histo_jax.slides.grid import Grid
 from histo_jax.slides.overlap import overlaps
-from histo_jax.wsi import libraries, reader, resolution, tissue
-from histo_jax.wsi.grid import Grid
-from histo_jax.wsi.scaling import thumbnail
+from histo_jax.slides.scaling import thumbnail
 
 log = logging.getLogger("histo_jax")
 
@@ -202,8 +201,7 @@ class Slides:
                 step = max(1.0, max(slide.size) / _THUMBNAIL)
                 image = thumbnail(slide, step)
                 mask = tissue.find(slide, image, step, spacing, _TISSUE, listed.name)
-                patch = PatchSpec(self._size, self._region, self._mpp)
-                grid = Grid.create(patch, self._region, scale.full, slide.size)
+                grid = Grid(self._size, self._region, self._region, scale.full, slide.size)
         except DataError as error:
             self._skip(listed, error)
             return None

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 
 from histo_jax.errors import DataError, one_line
 from histo_jax.run import files
-from histo_jax.wsi import libraries
-from histo_jax.wsi.reader import Pixels, Slide, Spacing
+from histo_jax.slides import libraries
+from histo_jax.slides.reader import Pixels, Slide, Spacing
 
 Mask = Bool[np.ndarray, "height width"]
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from histo_jax.errors import ConfigError, DataError
 from histo_jax.run import files
-from histo_jax.wsi import reader
+from histo_jax.slides import reader
 
 log = logging.getLogger("histo_jax")
 

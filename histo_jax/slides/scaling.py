@@ -8,8 +8,8 @@ import numpy as np
 import scipy.sparse
 
 from histo_jax.run import signals
-from histo_jax.wsi.reader import Pixels, Slide
-from histo_jax.wsi.resolution import Scale, coarse_scale
+from histo_jax.slides.reader import Pixels, Slide
+from histo_jax.slides.resolution import Scale, coarse_scale
 
 # That read and scale, each a strip in several copies, about 50 MB.
 THREADS = min(8, os.cpu_count() or 1)

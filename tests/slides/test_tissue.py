@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from histo_jax.errors import DataError
-from histo_jax.wsi import reader, tissue
-from histo_jax.wsi.grid import Grid
+from histo_jax.slides import reader, tissue
+from histo_jax.slides.grid import Grid
 
 pytest.importorskip("shapely", reason="the extra slides is not installed")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from histo_jax.errors import ConfigError, DataError
-from histo_jax.wsi import reader, resolution, scaling, search
+from histo_jax.slides import reader, resolution, scaling, search
 
 pytest.importorskip("openslide", reason="the extra slides is not installed")
 

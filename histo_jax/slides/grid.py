@@ -6,8 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from histo_jax.data.example import PatchSpec
-
 # Target pixels of a block, with its margin: a quarter of this square is decoded by each of a few
 # threads, and the part of it that is read twice stays small.
 _BLOCK_PIXELS = 1088
@@ -38,13 +36,6 @@ class Grid(NamedTuple):
     stride: int
     full: tuple[float, float]
     size: tuple[int, int]
-
-    @classmethod
-    def create(
-        cls, patch: PatchSpec, stride: int, full: tuple[float, float], size: tuple[int, int]
-    ) -> "Grid":
-        """Returns the cells of a slide for a network of these patches."""
-        return cls(patch.size, cell_size(patch), stride, full, size)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -119,8 +110,3 @@ class Grid(NamedTuple):
             + sums[np.ix_(top, left)]
         )
         return counts > 0
-
-
-def cell_size(patch: PatchSpec) -> int:
-    """Returns the width of a cell in target pixels: the labelled region, or the whole patch."""
-    return patch.label_region or patch.size

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from histo_jax.errors import DataError, UserError, one_line
-from histo_jax.wsi import libraries
+from histo_jax.slides import libraries
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 

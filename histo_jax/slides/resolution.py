@@ -4,7 +4,7 @@ import logging
 from typing import NamedTuple
 
 from histo_jax.errors import DataError
-from histo_jax.wsi.reader import Slide, Spacing
+from histo_jax.slides.reader import Slide, Spacing
 
 log = logging.getLogger("histo_jax")
 
