@@ -36,7 +36,7 @@ CELLS = 1024  # that the predictor gets in memory
 
 # Runs the command in this process, and reports the first cell and the peak of the memory.
 CHILD = """
-import json, resource, sys, time
+import json, re, sys, time
 import psutil
 before = psutil.Process().memory_info().rss
 from histo_jax import main
@@ -51,7 +51,8 @@ def watched(*arguments):
     return compute(*rest, note)
 probabilities.compute = watched
 status = main.main(["histo_jax", *sys.argv[1:]])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which begins with the memory of the process that started this one.
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 result = {"first_cell": first[0], "cells": sum(cells), "memory": peak - before}
 print(json.dumps({"status": status, **result}))
 """
