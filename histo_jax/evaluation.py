@@ -15,9 +15,9 @@ from histo_jax.data.records import Prepared, prepare
 from histo_jax.distributed import consensus
 from histo_jax.errors import DataError, UserError
 from histo_jax.metrics import (
-    FEW_SLIDES,
     binary_scores,
     confidence_intervals,
+    few_note,
     operating_points,
 )
 from histo_jax.predictor import Predictor
@@ -261,10 +261,7 @@ def _log(result: dict[str, Any]) -> None:
         result["auc_low"], result["auc_high"], result["interval_over"], result["nll"],
         result["accuracy"], result["count"],
     )  # fmt: skip
-    if result["interval_over"] != "patches" and result["resampled"] < FEW_SLIDES:
-        log.warning(
-            "the 95%% intervals are over %d %s only; with fewer than %d they are unreliable",
-            result["resampled"], result["interval_over"], FEW_SLIDES,
-        )  # fmt: skip
+    if few := few_note(result["resampled"], result["interval_over"]):
+        log.warning("%s", few)
     if caveat := overlap.caveat(result["slide_disjoint"], result["patient_disjoint"]):
         log.warning("%s", caveat)

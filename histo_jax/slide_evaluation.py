@@ -12,10 +12,10 @@ import numpy as np
 from histo_jax import command, ensemble
 from histo_jax.config import Config
 from histo_jax.data.names import identity
-from histo_jax.data.slide_tables import AnnotatedSlide, list_slides
+from histo_jax.data.slide_tables import AnnotatedSlide, SlideAreas, list_slides, read_areas
 from histo_jax.data.source_adapter import class_names
 from histo_jax.errors import ConfigError, DataError, UserError
-from histo_jax.metrics import FEW_SLIDES, bootstrap, froc
+from histo_jax.metrics import bootstrap, few_note, froc
 from histo_jax.metrics.scores import weighted_scores
 from histo_jax.predictor import Predictor
 from histo_jax.run import files
@@ -78,20 +78,6 @@ def _check_processes(_: Workdir) -> None:
             "config.evaluate.slides needs one process: make the maps by --mode=heatmap first, and "
             "leave out --multihost"
         )
-
-
-class _Drawn(NamedTuple):
-    """A slide and what was drawn on it, in pixels of level 0.
-
-    Attributes:
-        listed: where the slide is.
-        positive: area with lesions.
-        excluded: area that takes no part.
-    """
-
-    listed: AnnotatedSlide
-    positive: Any
-    excluded: Any
 
 
 class _Scored(NamedTuple):
@@ -172,7 +158,7 @@ def _leave_out(
 
 def _read_annotations(
     listed: list[AnnotatedSlide], predictor: Predictor, config: Config, place: Path
-) -> list[_Drawn]:
+) -> list[SlideAreas]:
     """Reads what was drawn on the slides."""
     data = predictor.trained[0].config.data
     name = class_names(data)[1]
@@ -180,24 +166,17 @@ def _read_annotations(
     exclude = data.exclude if config.evaluate.exclude is None else config.evaluate.exclude
     drawn, found = [], set()
     for each in listed:
-        areas = {}
         with reader.open_slide(each.path) as slide:
-            if each.annotation:
-                areas = annotations.read_annotations(each.annotation, slide.size, slide.offset)
-        if each.annotation and not areas:
-            raise DataError(
-                f"{each.annotation} has no polygons: annotate {each.path.name}, or list it in a "
-                "table with an empty annotation if it is normal"
-            )
+            areas = read_areas(each, slide.size, slide.offset)
         found |= set(areas)
         area, excluded = annotations.regions(areas, positive, exclude)
-        drawn.append(_Drawn(each, area.difference(excluded), excluded))
+        drawn.append(SlideAreas(each, area.difference(excluded), excluded))
     if found:
         annotations.check_classes(found, positive, exclude, str(place), "evaluate")
     return drawn
 
 
-def _score(name: str, drawn: _Drawn, found: slide_map.SlideMap) -> _Scored:
+def _score(name: str, drawn: SlideAreas, found: slide_map.SlideMap) -> _Scored:
     """Finds the detections on a slide, and the lesion of each."""
     shapely = libraries.load("shapely")
     values, grid, spacing = found.probabilities, found.grid, found.spacing
@@ -292,8 +271,5 @@ def _log(result: dict[str, Any]) -> None:
     )  # fmt: skip
     if result["note"]:
         log.warning("%s", result["note"])
-    if result["resampled"] < FEW_SLIDES:
-        log.warning(
-            "the 95%% intervals are over %d %s only; with fewer than %d they are unreliable",
-            result["resampled"], result["interval_over"], FEW_SLIDES,
-        )  # fmt: skip
+    if few := few_note(result["resampled"], result["interval_over"]):
+        log.warning("%s", few)

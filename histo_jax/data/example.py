@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+SPLITS = ("train", "validation", "test")
 UNLABELLED = -1
 # What a patch's height and width may be, in pixels: five halvings must leave whole numbers.
 SIZES = range(32, 513, 32)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from histo_jax.data import groups, raw_files
-from histo_jax.data.example import UNLABELLED
-from histo_jax.data.image_list import SPLITS, ImageList
+from histo_jax.data.example import SPLITS, UNLABELLED
+from histo_jax.data.image_list import ImageList
 from histo_jax.errors import DataError
 
 log = logging.getLogger("histo_jax")

@@ -9,7 +9,6 @@ import pandas as pd
 from histo_jax.errors import DataError
 
 COLUMNS = ("path", "label", "slide", "patient", "split")
-SPLITS = ("train", "validation", "test")
 SPLIT_WORDS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",

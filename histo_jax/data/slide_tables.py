@@ -12,14 +12,14 @@ import collections
 import logging
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from histo_jax.data import image_tables
 from histo_jax.data.names import identity
 from histo_jax.errors import DataError
-from histo_jax.slides import masks, reader, search
+from histo_jax.slides import annotations, masks, reader, search
 
 log = logging.getLogger("histo_jax")
 
@@ -56,6 +56,44 @@ class AnnotatedSlide(NamedTuple):
     patient: str = ""
     split: str = "train"
     mpp: float | None = None
+
+
+class SlideAreas(NamedTuple):
+    """A slide and its annotated areas, in pixels of level 0.
+
+    Attributes:
+        listed: where the slide is.
+        positive: area of the positive classes.
+        excluded: area that takes no part.
+    """
+
+    listed: AnnotatedSlide
+    positive: Any
+    excluded: Any
+
+
+def read_areas(
+    listed: AnnotatedSlide, size: tuple[int, int], offset: tuple[int, int]
+) -> dict[str, annotations.Area]:
+    """Returns the annotated area of each class of a slide; none where it is normal.
+
+    Args:
+        listed: the slide.
+        size: see `annotations.read_annotations`.
+        offset: likewise.
+
+    Raises:
+        DataError: the annotation cannot be read, or has no polygons.
+    """
+    if listed.annotation is None:
+        return {}
+    areas = annotations.read_annotations(listed.annotation, size, offset)
+    if not areas:
+        raise DataError(
+            f"{listed.annotation} has no polygons: annotate {listed.path.name}, or list it in a "
+            "table with an empty annotation if it is normal"
+        )
+    return areas
 
 
 def list_slides(folder: Path | None, table: Path | None = None) -> list[AnnotatedSlide]:

@@ -13,12 +13,18 @@ from typing import Any
 import numpy as np
 
 from histo_jax.config import DataConfig
-from histo_jax.data.example import SIZES, UNLABELLED, Example, PatchSpec, SizedExamples
+from histo_jax.data.example import (
+    SIZES,
+    SPLITS,
+    UNLABELLED,
+    Example,
+    PatchSpec,
+    SizedExamples,
+)
 from histo_jax.errors import DataError, UserError, did_you_mean, one_line
 from histo_jax.registry import SOURCES
 from histo_jax.run import files
 
-SPLITS = ("train", "validation", "test")
 # Names of label 0 and label 1 where neither the settings nor the source give any.
 _CLASSES = ("negative", "positive")
 # Sources that `data.table` lists.

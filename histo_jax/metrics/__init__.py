@@ -1,7 +1,13 @@
 """Scores, confidence intervals and calibration: pure functions of arrays."""
 
 from histo_jax.metrics.calibration import Calibration
-from histo_jax.metrics.intervals import FEW_SLIDES, bootstrap, confidence_intervals, difference
+from histo_jax.metrics.intervals import (
+    FEW_SLIDES,
+    bootstrap,
+    confidence_intervals,
+    difference,
+    few_note,
+)
 from histo_jax.metrics.scores import binary_scores, operating_points
 
 __all__ = [
@@ -11,5 +17,6 @@ __all__ = [
     "bootstrap",
     "confidence_intervals",
     "difference",
+    "few_note",
     "operating_points",
 ]

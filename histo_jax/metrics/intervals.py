@@ -44,6 +44,21 @@ def _interval(values: np.ndarray) -> list[float]:
     return np.nanquantile(values, _QUANTILES).tolist()
 
 
+def few_note(count: int, unit: str) -> str:
+    """Returns the caveat for intervals over few slides or patients; '' = there is none.
+
+    Args:
+        count: slides, patients or patches that were resampled.
+        unit: which of these, in the plural.
+    """
+    if unit == "patches" or count >= FEW_SLIDES:
+        return ""
+    return (
+        f"the 95% intervals are over {count} {unit} only; with fewer than {FEW_SLIDES} they are "
+        "unreliable"
+    )
+
+
 def bootstrap(
     scores: Callable[[Weights], Mapping[str, np.ndarray]],
     groups: Groups | None,

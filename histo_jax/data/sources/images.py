@@ -18,7 +18,7 @@ import pandas as pd
 
 from histo_jax.config import DataConfig
 from histo_jax.data import raw_files
-from histo_jax.data.example import SIZES, Example, ReadAgain, SizedExamples
+from histo_jax.data.example import SIZES, SPLITS, Example, ReadAgain, SizedExamples
 from histo_jax.data.image_checks import check_labels, check_leaks, read_states
 from histo_jax.data.image_files import (
     ImageFile,
@@ -28,7 +28,7 @@ from histo_jax.data.image_files import (
     read_size,
 )
 from histo_jax.data.image_folders import has_class_folders
-from histo_jax.data.image_list import SPLITS, ImageList
+from histo_jax.data.image_list import ImageList
 from histo_jax.data.image_tables import TABLE, binary_labels, list_images
 from histo_jax.data.read_ahead import unreadable_files
 from histo_jax.errors import DataError

@@ -10,19 +10,20 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from histo_jax.config import DataConfig
 from histo_jax.data import raw_files, slide_patches
-from histo_jax.data.example import Example, SizedExamples
+from histo_jax.data.example import SPLITS, Example, SizedExamples
 from histo_jax.data.slide_patches import Cells
 from histo_jax.data.slide_tables import (
     TABLE,
     AnnotatedSlide,
+    SlideAreas,
     is_annotation,
     list_slides,
+    read_areas,
     relative,
 )
 from histo_jax.errors import DataError
@@ -36,7 +37,6 @@ from histo_jax.slides.scaling import thumbnail
 
 log = logging.getLogger("histo_jax")
 
-_SPLITS = ("train", "validation", "test")
 _SIZE = 96
 # As `heatmap` finds tissue by default.
 _THUMBNAIL = 2048
@@ -45,20 +45,6 @@ _TISSUE = tissue.Options("auto", 4_000.0, 4_000.0)
 _HEAD = 2**20
 # Less of the annotated area is tissue than this where coordinates are wrong, and more where right.
 _FEW, _MOST = 0.5, 0.9
-
-
-class _Drawn(NamedTuple):
-    """A slide and what was drawn on it, in pixels of level 0.
-
-    Attributes:
-        listed: where the slide is.
-        positive: area whose patches have label 1.
-        excluded: area whose patches take no part.
-    """
-
-    listed: AnnotatedSlide
-    positive: Any
-    excluded: Any
 
 
 @register_source("slides")
@@ -135,7 +121,7 @@ class Slides:
             counted = signals.stopping(progress.counted(bar, drawn))
             found = [cells for slide in counted if (cells := self._find_cells(slide))]
         self._check_labels(found)
-        by_split = {split: [c for c in found if c.listed.split == split] for split in _SPLITS}
+        by_split = {split: [c for c in found if c.listed.split == split] for split in SPLITS}
         return {
             split: SizedExamples(self._read(cells), sum(len(each.labels) for each in cells))
             for split, cells in by_split.items()
@@ -154,7 +140,7 @@ class Slides:
     def _place(self) -> str:
         return str(self._table or self._raw_dir)
 
-    def _read_annotations(self) -> list[_Drawn]:
+    def _read_annotations(self) -> list[SlideAreas]:
         """Reads what was drawn on all slides."""
         drawn, found = [], set()
         data = self._data
@@ -165,17 +151,10 @@ class Slides:
             except DataError as error:
                 self._skip(listed, error)
                 continue
-            areas = {}
-            if listed.annotation:
-                areas = annotations.read_annotations(listed.annotation, size, offset)
-                if not areas:
-                    raise DataError(
-                        f"{listed.annotation} has no polygons: annotate {listed.path.name}, or "
-                        "list it in a table with an empty annotation if it is normal"
-                    )
+            areas = read_areas(listed, size, offset)
             found |= set(areas)
             regions = annotations.regions(areas, data.positive or "", data.exclude)
-            drawn.append(_Drawn(listed, *regions))
+            drawn.append(SlideAreas(listed, *regions))
         if not data.positive:
             listed_classes = ", ".join(map(repr, sorted(found))) or "no class"
             raise DataError(
@@ -191,7 +170,7 @@ class Slides:
             raise error
         self.corrupt[str(listed.path)] = str(error).removeprefix(f"{listed.path} ")
 
-    def _find_cells(self, drawn: _Drawn) -> Cells | None:
+    def _find_cells(self, drawn: SlideAreas) -> Cells | None:
         """Returns the cells of a slide that become patches; None = it is corrupt."""
         listed = drawn.listed
         try:
@@ -277,7 +256,7 @@ def _spacing(slide: reader.Slide, listed: AnnotatedSlide) -> reader.Spacing:
 
 
 def _check_on_tissue(
-    drawn: _Drawn,
+    drawn: SlideAreas,
     covered: np.ndarray,
     is_tissue: np.ndarray,
     cell: tuple[float, float],
