@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from histo_jax import command, ensemble
 from histo_jax.config import Config
+from histo_jax.data import slide_patches
 from histo_jax.data.names import identity
 from histo_jax.data.slide_tables import AnnotatedSlide, SlideAreas, list_slides, read_areas
 from histo_jax.data.source_adapter import class_names
@@ -28,6 +29,8 @@ log = logging.getLogger("histo_jax")
 
 # What `per_slide` counts.
 _COUNTS = ("lesions", "isolated_cells", "lesions_found", "false_positives")
+# Bytes of slides with one name that tell whether they are one.
+_HEAD = 2**20
 _UNCHECKED = "whether the network was trained on these slides was not checked"
 
 
@@ -60,7 +63,7 @@ def evaluate_slides(config: Config, workdir: str | os.PathLike[str]) -> dict[str
     with command.start(config, workdir, "evaluate", _check_processes) as run:
         predictor = ensemble.load_predictor(config, run.path, config.predict.prior)
         trained_on = _trained_on(predictor)
-        listed = _leave_out(listed, trained_on or set(), place)
+        listed = _leave_out(listed, trained_on or (), place)
         drawn = _read_annotations(listed, predictor, config, place)
         slides = [SlideFile(slide.path, slide.mpp or config.heatmap.mpp) for slide in listed]
         names = heatmap.run_in(run, config, predictor, slides)["name"]
@@ -123,26 +126,36 @@ class _Scored(NamedTuple):
         return float(self.probability.max(initial=0))
 
 
-def _trained_on(predictor: Predictor) -> set[str] | None:
+def _trained_on(predictor: Predictor) -> set[Path] | None:
     """Returns the slides whose patches a network was trained on; None = not known for all."""
-    names: set[str] = set()
+    slides: set[Path] = set()
     for trained in predictor.trained:
-        if trained.config.data.source != "slides":
+        settings = trained.config.data
+        if settings.source != "slides":
             return None
         try:
             data = ensemble.read_training_data(trained)
         except (UserError, OSError):
             return None
         subset = data.subsets.train
-        names |= set(data.prepared.tables[subset.records]["slide"].iloc[subset.rows].unique())
-    return {identity(name) for name in names}
+        patches = data.prepared.tables[subset.records]["path"].iloc[subset.rows]
+        folder = Path(settings.raw_dir or Path(settings.table or "").parent).expanduser()
+        slides |= {folder / slide for slide in slide_patches.slide_paths(patches).unique()}
+    return slides
 
 
 def _leave_out(
-    listed: list[AnnotatedSlide], trained_on: set[str], place: Path
+    listed: list[AnnotatedSlide], trained_on: Collection[Path], place: Path
 ) -> list[AnnotatedSlide]:
-    """Returns the slides that were not trained on, by their names."""
-    kept = [slide for slide in listed if identity(slide.name) not in trained_on]
+    """Returns the slides that were not trained on, by their names and beginnings."""
+    by_name: dict[str, list[Path]] = {}
+    for path in trained_on:
+        by_name.setdefault(identity(path.stem), []).append(path)
+
+    def is_known(slide: Path) -> bool:
+        return any(_is_same(slide, path) for path in by_name.get(identity(slide.stem), ()))
+
+    kept = [slide for slide in listed if not is_known(slide.path)]
     if not kept:
         raise DataError(
             f"{place}: the network was trained on all {len(listed)} slides: set "
@@ -154,6 +167,20 @@ def _leave_out(
             place, len(listed) - len(kept), len(listed),
         )  # fmt: skip
     return kept
+
+
+def _is_same(slide: Path, other: Path) -> bool:
+    """Returns whether slides with one name are one; also if the other cannot be read any more."""
+    try:
+        if slide.samefile(other):
+            return True
+        heads = []
+        for path in (slide, other):
+            with path.open("rb") as file:
+                heads.append((path.stat().st_size, file.read(_HEAD)))
+        return heads[0] == heads[1]
+    except OSError:
+        return True
 
 
 def _read_annotations(
@@ -199,7 +226,7 @@ def _score(name: str, drawn: SlideAreas, found: slide_map.SlideMap) -> _Scored:
     )
 
 
-def _result(scored: list[_Scored], config: Config, trained_on: set[str] | None) -> dict[str, Any]:
+def _result(scored: list[_Scored], config: Config, trained_on: set[Path] | None) -> dict[str, Any]:
     """Returns what `evaluate_slides` returns."""
     per_slide = [slide.describe() for slide in scored]
     totals = {name: sum(row[name] for row in per_slide) for name in _COUNTS}

@@ -20,7 +20,7 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def list_images(
             return ImageList(rows, folder.parent, None)
         folder, table = None, folder
     if table is not None and not table.exists():
-        raise _missing_table(table, folder)
+        raise missing_table(table, folder)
     if folder is None:
         assert table is not None
         folder = table.parent
@@ -90,7 +90,7 @@ def list_images(
     return read_table(table, folder, has_splits)
 
 
-def _missing_table(table: Path, folder: Path | None) -> DataError:
+def missing_table(table: Path, folder: Path | None) -> DataError:
     """Returns the error for `data.table` that does not exist."""
     fix = "set --config.data.table"
     if not table.is_absolute():
@@ -151,6 +151,7 @@ def read_table(
     has_splits: bool = True,
     aliases: Mapping[str, tuple[str, ...]] = ALIASES,
     what: str = "images",
+    needed: Sequence[str] = ("path",),
 ) -> ImageList:
     """Returns the images, or the slides, of a table.
 
@@ -160,11 +161,12 @@ def read_table(
         has_splits: see `list_images`.
         aliases: the names that each column may have; those of `ALIASES`, and others.
         what: is listed, for messages.
+        needed: columns that may not be missing.
 
     Raises:
         DataError: see `list_images`.
     """
-    columns = functools.partial(_columns, path, aliases, what)
+    columns = functools.partial(_columns, path, aliases, what, needed)
     if path.suffix.lower() not in _TABLE_SUFFIXES:
         raise DataError(
             f"{path} is no table that can be read: save it as {', '.join(_TABLE_SUFFIXES)}, or "
@@ -192,12 +194,16 @@ def read_table(
 
 
 def _columns(
-    path: Path, aliases: Mapping[str, tuple[str, ...]], what: str, header: list[str]
+    path: Path,
+    aliases: Mapping[str, tuple[str, ...]],
+    what: str,
+    needed: Sequence[str],
+    header: list[str],
 ) -> dict[str, int]:
     """Returns the position of each column that a table has, and logs their names.
 
     Raises:
-        DataError: no column has the paths, or a name that is needed occurs twice.
+        DataError: a column that is needed is missing, or its name occurs twice.
     """
     names = [re.sub(r"[ .-]+", "_", name.casefold()) for name in header]
     found = {}
@@ -210,11 +216,12 @@ def _columns(
                 f"{path}: the header {shorten(header)} has the column {name} twice; rename one"
             )
         found[column] = names.index(name)
-    if "path" not in found:
-        raise DataError(
-            f"{path}: the header {shorten(header)} has no column with the {what}' paths; name it "
-            f"{aliases['path'][0]}"
-        )
+    for column in needed:
+        if column not in found:
+            raise DataError(
+                f"{path}: the header {shorten(header)} has no column with the {what}' {column}s; "
+                f"name it {aliases[column][0]}"
+            )
     used = [
         name if header[place] == name else f"{name} (column {header[place]!r})"
         for name, place in found.items()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from histo_jax.data.example import Example
 from histo_jax.data.read_ahead import read_ahead
@@ -13,6 +14,9 @@ from histo_jax.data.slide_tables import AnnotatedSlide
 from histo_jax.slides import reader, resolution
 from histo_jax.slides.grid import Grid
 from histo_jax.slides.scaling import read_scaled
+
+# Before the place of a patch in its path.
+_PLACE = "#xywh="
 
 
 class Cells(NamedTuple):
@@ -56,8 +60,13 @@ def read(cells: Cells, path: str) -> Iterator[Example]:
                     label=int(cells.labels[index]),
                     slide=cells.listed.name,
                     patient=cells.listed.patient,
-                    path=f"{path}#{_place(cells, index)}",
+                    path=f"{path}{_PLACE}{_place(cells, index)}",
                 )
+
+
+def slide_paths(paths: pd.Series) -> pd.Series:
+    """Returns the path of the slide of each patch, from the path of the patch."""
+    return paths.str.rpartition(_PLACE)[0]
 
 
 def _groups(cells: Cells) -> Iterator[np.ndarray]:
@@ -100,4 +109,4 @@ def _place(cells: Cells, index: int) -> str:
         for place, full in zip((cells.columns, cells.rows), grid.full, strict=True)
     )
     width, height = (grid.window * full for full in grid.full)
-    return f"xywh={x:.0f},{y:.0f},{width:.0f},{height:.0f}"
+    return f"{x:.0f},{y:.0f},{width:.0f},{height:.0f}"

@@ -1,7 +1,7 @@
 """Which slides there are, and the annotation of each: from a folder or a table.
 
 Folder: the annotation of `NAME.svs` is beside it, as `NAME.geojson` or `NAME.svs.geojson`, as
-`NAME.xml`, or as a mask image `NAME_mask.png` or `NAME_mask.tif`.
+`NAME.xml`, or as a mask image `NAME_mask.png` or `NAME_mask.tif`. Case does not matter.
 
 Table: a `.csv`, `.tsv` or `.parquet` file with the columns `slide` and `annotation`, and where
 known `patient`, `split` and `mpp`. Names of columns may be written as in
@@ -11,6 +11,7 @@ known `patient`, `split` and `mpp`. Names of columns may be written as in
 import collections
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +33,8 @@ _ALIASES = {
     "split": image_tables.ALIASES["split"],
     "mpp": ("mpp",),
 }
+_NEEDED = ("path", "annotation")
 _ANNOTATION_SUFFIXES = (".geojson", ".xml")
-_MASK = "_mask"
 # Bytes in which the root of an XML file of ASAP stands.
 _HEAD = 4096
 
@@ -112,6 +113,8 @@ def list_slides(folder: Path | None, table: Path | None = None) -> list[Annotate
         if not folder.exists():
             raise DataError(f"{folder}: no such file or folder; give the folder of the slides")
         folder, table = None, folder
+    if table is not None and not table.exists():
+        raise image_tables.missing_table(table, folder)
     if folder is None:
         assert table is not None
         folder = table.parent
@@ -123,33 +126,28 @@ def list_slides(folder: Path | None, table: Path | None = None) -> list[Annotate
 
 def is_annotation(path: Path) -> bool:
     """Whether a file is the annotation of a slide by its name, and for XML by its beginning."""
-    if path.suffix.lower() == ".xml":
-        try:
-            with path.open("rb") as file:
-                return b"ASAP_Annotations" in file.read(_HEAD)
-        except OSError:
-            return True  # reading it gives the reason
-    return path.suffix.lower() == ".geojson"
+    suffix = path.suffix.lower()
+    if suffix not in _ANNOTATION_SUFFIXES or path.name.startswith(".") or not path.is_file():
+        return False
+    if suffix != ".xml":
+        return True
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return True  # reading it gives the reason, as of an empty file
+    return not head or b"ASAP_Annotations" in head.replace(b"\0", b"")  # of UTF-16
 
 
 def _list_folder(folder: Path) -> list[AnnotatedSlide]:
     """Returns the annotated slides below a folder."""
-    found = search.search(folder)
-    beside = {path: _annotations(path) for path in found}
-    used = {annotation for several in beside.values() for annotation in several}
-    slides = [path for path in found if path not in used]  # a mask is a picture, too
+    slides = search.search(folder)
     if not slides:
         raise DataError(f"{folder} has no slides: give the folder of the slides")
-    for path in sorted(folder.rglob("*")):
-        if path not in used and path.is_file() and is_annotation(path):
-            raise DataError(
-                f"{path} is an annotation without a slide: add {path.stem} with its suffix beside "
-                "it, or remove the file"
-            )
-    for path in slides:
-        if len(beside[path]) > 1:
-            listed = " and ".join(annotation.name for annotation in beside[path])
-            raise DataError(f"{path} has several annotations, {listed}: keep one of them")
+    annotated = _find_annotations(folder)
+    beside = {path: _annotations(path, annotated) for path in slides}
+    slides = [path for path in slides if beside[path] or masks.slide_stem(path) is None]
+    _check_pairs(beside, [path for several in annotated.values() for path in several])
     bare = [path for path in slides if not beside[path]]
     if len(bare) == len(slides):
         raise DataError(
@@ -165,22 +163,52 @@ def _list_folder(folder: Path) -> list[AnnotatedSlide]:
     return [AnnotatedSlide(path, beside[path][0], "") for path in slides if beside[path]]
 
 
-def _annotations(slide: Path) -> list[Path]:
-    """Returns the annotations beside a slide."""
-    names = [f"{stem}{suffix}" for stem in (slide.stem, slide.name) for suffix in
-             _ANNOTATION_SUFFIXES]  # fmt: skip
-    names += [f"{slide.stem}{_MASK}{suffix}" for suffix in masks.SUFFIXES]
-    paths = [slide.with_name(name) for name in names]
-    return [path for path in paths if path.is_file() and (is_annotation(path) or _is_mask(path))]
+def _find_annotations(folder: Path) -> dict[tuple[Path, str], list[Path]]:
+    """Returns the annotations below a folder, by their folder and `file_key` of the slide."""
+    found: dict[tuple[Path, str], list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        stem = masks.slide_stem(path)
+        if stem is None and is_annotation(path):
+            stem = path.stem
+        if stem and not path.name.startswith(".") and path.is_file():
+            found.setdefault((path.parent, search.file_key(stem)), []).append(path)
+    return found
 
 
-def _is_mask(path: Path) -> bool:
-    return path.stem.endswith(_MASK)
+def _annotations(slide: Path, found: Mapping[tuple[Path, str], list[Path]]) -> list[Path]:
+    """Returns the annotations beside a slide; of several spellings those in its own."""
+    several = []
+    for name in (slide.stem, slide.name):
+        several += found.get((slide.parent, search.file_key(name)), [])
+    return [path for path in several if path.name.startswith(slide.stem)] or several
+
+
+def _check_pairs(beside: Mapping[Path, list[Path]], found: list[Path]) -> None:
+    """Refuses slides with several annotations, and annotations of several slides or of none."""
+    owner: dict[Path, Path] = {}
+    for slide, several in beside.items():
+        if len(several) > 1:
+            listed = " and ".join(path.name for path in several)
+            raise DataError(f"{slide} has several annotations, {listed}: keep one of them")
+        for path in several:
+            first = owner.setdefault(path, slide)
+            if first != slide:
+                raise DataError(
+                    f"{path} is the annotation of two slides by its name, {first.name} and "
+                    f"{slide.name}: move one of them, or list the slides in {TABLE}"
+                )
+    for path in found:
+        if path not in owner and not beside.get(path):
+            stem = masks.slide_stem(path) or path.stem
+            raise DataError(
+                f"{path} is an annotation without a slide: add {stem} with its suffix beside it, "
+                "or remove the file"
+            )
 
 
 def _read_table(table: Path, folder: Path) -> list[AnnotatedSlide]:
     """Returns the slides of a table."""
-    listed = image_tables.read_table(table, folder, aliases=_ALIASES, what="slides")
+    listed = image_tables.read_table(table, folder, aliases=_ALIASES, what="slides", needed=_NEEDED)
     rows = listed.rows
     rows["annotation"] = rows["annotation"].map(
         lambda text: text and image_tables.clean_path(text, str(folder))
@@ -188,8 +216,10 @@ def _read_table(table: Path, folder: Path) -> list[AnnotatedSlide]:
     for column in ("path", "annotation"):
         files = rows[column].map(lambda text: folder / text)
         missing = (rows[column] != "") & ~files.map(Path.is_file)
-        listed.check(missing, f"{column} {{}} is missing", "restore the file, or correct the table",
-                     rows[column])  # fmt: skip
+        fix = "restore the file, or correct the table"
+        if column == "annotation":
+            fix += "; leave the cell empty where the slide is normal"
+        listed.check(missing, f"{column} {{}} is missing", fix, rows[column])
     scales = rows["mpp"].map(_number)
     low, high = reader.PLAUSIBLE
     listed.check(
@@ -221,6 +251,7 @@ def _number(text: str) -> float:
 def _name(slides: list[AnnotatedSlide], folder: Path) -> list[AnnotatedSlide]:
     """Returns the slides with names: the file's without suffix, or the path where it is shared."""
     counts = collections.Counter(identity(slide.path.stem) for slide in slides)
+    counts[""] = 2  # 'NA' and the like, which mean that a slide is not known
     return [
         slide._replace(
             name=slide.path.stem

@@ -1,8 +1,9 @@
 """Reads annotations of a slide as areas by class: QuPath's GeoJSON, ASAP's XML, and mask images.
 
 Points and lines are passed over, and in GeoJSON also detections, cells and tiles, which programs
-make. Splines are taken as polygons of their points. In XML, CAMELYON's groups `_0` and `_1` are
-tumour; `_2`, `Exclusion` and `normal` are normal tissue in it, and are cut out of other groups.
+make. Splines are taken as polygons of their points. In XML, the groups `_0` and `_1` of CAMELYON16
+and `metastases` of CAMELYON17 are tumour; `_2`, `Exclusion` and `normal` are normal tissue in it,
+and are cut out of other groups.
 """
 
 import json
@@ -22,12 +23,14 @@ log = logging.getLogger("histo_jax")
 # The class of what has none, in QuPath's words.
 UNCLASSIFIED = "Unclassified"
 GEOJSON_SUFFIXES = (".geojson", ".json")
-# QuPath's class of what takes no part.
+# QuPath's class of tumour, and of what takes no part.
+_TUMOUR = "Tumor"
 _IGNORED = "ignore*"
 _POLYGONS = ("Polygon", "MultiPolygon", "GeometryCollection")
 _ASAP_AREAS = ("Polygon", "Spline", "Rectangle")
-_CAMELYON_TUMOUR = ("_0", "_1", "Tumor")
-_CAMELYON_HOLES = ("_2", "Exclusion", "normal")
+# In any case.
+_CAMELYON_TUMOUR = ("_0", "_1", "metastases", "metastasis", "tumor")
+_CAMELYON_HOLES = ("_2", "exclusion", "normal")
 # Polygons may be drawn over the edge of a slide, but not by more than this part of their area.
 _MAX_OUTSIDE = 0.5
 
@@ -73,6 +76,7 @@ def read_annotations(
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): correct the path") from None
     areas = {name: shapely.union_all(parts) for name, parts in shapes.items()}
+    areas = {name: area for name, area in areas.items() if not area.is_empty}
     _check_place(path, areas, size)
     return _apply_camelyon(areas) if suffix == ".xml" else areas
 
@@ -108,13 +112,19 @@ def check_classes(
         group: of the settings `positive` and `exclude`, for the message.
 
     Raises:
-        DataError: lists the classes that were found.
+        DataError: lists the classes that were found; or a class is both positive and excluded.
     """
+    if both := {name.casefold() for name in names(positive)} & set(names(exclude.casefold())):
+        raise DataError(
+            f"config.{group}.exclude names {', '.join(map(repr, sorted(both)))}, which "
+            f"config.{group}.positive names, too: remove each class from one of them"
+        )
     known = {name.casefold() for name in found}
     listed = ", ".join(map(repr, sorted(found))) or "no class"
     for name in names(positive):
         if name.casefold() not in known:
-            match = closest(name, found)
+            is_camelyon = name.casefold() in _CAMELYON_TUMOUR and _TUMOUR in found
+            match = _TUMOUR if is_camelyon else closest(name, found)
             hint = f"did you mean {match}?" if match else f"correct --config.{group}.positive"
             raise DataError(
                 f"config.{group}.positive = {positive!r}: no annotation in {place} has the class "
@@ -126,6 +136,12 @@ def check_classes(
                 "config.%s.exclude: no annotation in %s has the class %r; they have %s",
                 group, place, name, listed,
             )  # fmt: skip
+
+
+def negative_classes(found: Collection[str], positive: str, exclude: str) -> list[str]:
+    """Returns the classes that are neither positive nor excluded, see `regions`."""
+    named = {name.casefold() for name in names(f"{positive},{exclude},{_IGNORED}")}
+    return sorted(name for name in found if name.casefold() not in named)
 
 
 def _read_geojson(path: Path) -> Iterator[tuple[str, Area]]:
@@ -176,6 +192,8 @@ def _area(geometry: dict[str, Any]) -> Area:
 def _valid(shape: Area) -> Area:
     """Returns a shape as valid polygons; where an outline crosses itself, all loops count."""
     shapely = libraries.load("shapely")
+    if shape.is_empty:
+        return shape
     if not all(map(math.isfinite, shape.bounds)):
         raise ValueError("a coordinate is not a finite number")
     valid = shapely.make_valid(shape, method="structure", keep_collapsed=False)
@@ -244,13 +262,14 @@ def _read_asap(path: Path) -> list[tuple[str, Area]]:
 def _apply_camelyon(areas: dict[str, Area]) -> dict[str, Area]:
     """Returns the areas with CAMELYON's tumour groups as one, and its holes cut out."""
     shapely = libraries.load("shapely")
-    holes = shapely.union_all([areas[name] for name in _CAMELYON_HOLES if name in areas])
-    tumour = [areas[name] for name in _CAMELYON_TUMOUR if name in areas]
-    merged = {name: area for name, area in areas.items() if name not in _CAMELYON_TUMOUR}
+    by_group = {name: name.casefold() for name in areas}
+    holes = shapely.union_all([areas[name] for name in areas if by_group[name] in _CAMELYON_HOLES])
+    tumour = [areas[name] for name in areas if by_group[name] in _CAMELYON_TUMOUR]
+    merged = {name: areas[name] for name in areas if by_group[name] not in _CAMELYON_TUMOUR}
     if tumour:
-        merged["Tumor"] = shapely.union_all(tumour)
+        merged[_TUMOUR] = shapely.union_all(tumour)
     return {
-        name: area if name in _CAMELYON_HOLES else area.difference(holes)
+        name: area if name.casefold() in _CAMELYON_HOLES else area.difference(holes)
         for name, area in merged.items()
     }
 

@@ -11,12 +11,20 @@ from histo_jax.errors import DataError, UserError, one_line
 from histo_jax.slides import libraries
 
 SUFFIXES = (".png", ".tif", ".tiff")
+# The mask of `NAME.svs` is `NAME_mask.png`.
+_ENDING = "_mask"
 # Pixels that are read at most: of a pyramid, the finest level that has no more.
 _MAX_PIXELS = 64_000_000
 # Largest relative difference between the proportions of a mask and of its slide.
 _MAX_DISTORTION = 0.02
 # A picture with more values is none of classes; its outlines could fill the memory.
 _MAX_CLASSES = 64
+
+
+def slide_stem(path: Path) -> str | None:
+    """Returns the stem of the slide that a file is the mask of by its name; None = it is none."""
+    is_mask = path.suffix.lower() in SUFFIXES and path.stem.lower().endswith(_ENDING)
+    return path.stem[: -len(_ENDING)] if is_mask else None
 
 
 def read(path: Path, size: tuple[int, int]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _check_upsampling(slide: Slide, spacing: Spacing, target: float) -> None:
     if coarsest > MAX_UPSAMPLING * target:
         raise DataError(
             f"{slide.path} has {stated}, too coarse for the network's {target:g}: scan it finer, "
-            "or correct the scale by --config.heatmap.mpp=... or the column mpp of a table"
+            "or correct its scale by the column mpp of a table, or for maps by --config.heatmap.mpp"
         )
     log.warning(
         "%s has %s, coarser than the network's %g: it is enlarged, and results are less reliable",

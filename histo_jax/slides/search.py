@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from PIL import Image
 
 from histo_jax.errors import ConfigError, DataError
 from histo_jax.run import files
-from histo_jax.slides import reader
+from histo_jax.slides import masks, reader
 
 log = logging.getLogger("histo_jax")
 
@@ -91,8 +92,16 @@ def _check_scale(mpp: float, field: str) -> None:
         )
 
 
+def file_key(name: str) -> str:
+    """Returns a file's name as systems compare it that ignore case and the form of accents."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def search(folder: Path) -> list[Path]:
-    """Returns the slides below a folder, sorted; logs what is passed over."""
+    """Returns the slides below a folder, sorted, without the masks of others.
+
+    Logs what is passed over, but for files with the name of a slide, such as annotations.
+    """
     slides: list[Path] = []
     other: list[Path] = []
     links: list[Path] = []
@@ -106,9 +115,15 @@ def search(folder: Path) -> list[Path]:
             other.append(path)
         elif path.suffix.lower() != ".dcm" or _is_first(path, series):
             slides.append(path)
+    named = {(path.parent, file_key(name)) for path in slides for name in (path.stem, path.name)}
+    other = [path for path in other if (path.parent, file_key(path.stem)) not in named]
     _log_skipped(folder, "files that are not slides", other)
     _log_skipped(folder, "links to folders, which are not followed", links)
-    return slides
+    return [
+        path
+        for path in slides
+        if (path.parent, file_key(masks.slide_stem(path) or "")) not in named
+    ]
 
 
 def _log_skipped(folder: Path, what: str, paths: list[Path]) -> None:

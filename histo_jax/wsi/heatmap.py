@@ -17,7 +17,7 @@ from scipy.special import expit, logit
 from histo_jax import command, ensemble, environment, evaluation_files
 from histo_jax.config import TISSUE_WORDS, Config, HeatmapConfig
 from histo_jax.config_checks import validate
-from histo_jax.config_values import folders
+from histo_jax.config_values import folders, names
 from histo_jax.data.source_adapter import class_names
 from histo_jax.distributed import consensus, runtime
 from histo_jax.errors import ConfigError, DataError, UserError, one_line
@@ -144,7 +144,10 @@ def _settings(predictor: Predictor, options: HeatmapConfig, folder: Path) -> sli
             f"config.heatmap.stride = {stride} must be a multiple of the cell, {cell} pixels"
         )
     threshold, source = _threshold(predictor, options.threshold, folder)
-    _, positive = class_names(predictor.trained[0].config.data)
+    data = predictor.trained[0].config.data
+    _, positive = class_names(data)
+    if data.source == "slides":  # where several classes may be positive; QuPath gives an area one
+        positive = names(positive)[0]
     return slide_map.Settings(
         patch=patch,
         stride=stride,

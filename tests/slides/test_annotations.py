@@ -104,6 +104,29 @@ def test_asap_groups_of_camelyon(tmp_path):
     assert areas(xml(tmp_path, ("_0", [(5, 5)]), kind="Dot")) == {}
 
 
+def test_asap_groups_of_camelyon17_and_their_case(tmp_path):
+    path = xml(
+        tmp_path,
+        ("metastases", ring(0, 0, 100, 100)),
+        ("tumor", ring(50, 0, 100, 100)),
+        ("Normal", ring(10, 10, 20, 20)),
+    )
+    assert areas(path) == {"Tumor": 150 * 100 - 20 * 20, "Normal": 400}
+
+
+def test_shapes_without_an_area_are_passed_over(tmp_path):
+    line = [[0, 0], [9, 9], [0, 0], [0, 0]]
+    path = geojson(
+        tmp_path,
+        feature([], "Empty"),
+        feature([], "Empty", kind="MultiPolygon"),
+        feature([line], "Line"),
+        feature([ring(0, 0, 10, 10)]),
+        {"type": "Feature", "geometry": None, "properties": None},
+    )
+    assert areas(path) == {"Tumor": 100}
+
+
 def test_masks_name_classes_by_their_values(tmp_path):
     values = np.zeros((80, 100), np.uint8)
     values[10:20, 30:50], values[40:50, 0:10], values[45:47, 2:4] = 2, 255, 0
@@ -152,6 +175,8 @@ def test_a_class_that_is_missing_lists_those_found(log):
     check_classes({"Tumor", "Stroma"}, "tumor,Stroma", "", "folder")
     with pytest.raises(DataError, match=r"'Tumour'; they have 'Stroma', 'Tumor': did you mean Tum"):
         check_classes({"Tumor", "Stroma"}, "Tumour", "", "folder")
+    with pytest.raises(DataError, match=r"they have 'Tumor': did you mean Tumor\?"):
+        check_classes({"Tumor"}, "metastasis", "", "folder")
     check_classes({"Tumor"}, "Tumor", "Necrosis", "folder")
     assert "no annotation in folder has the class 'Necrosis'" in log.text
 
@@ -222,7 +247,7 @@ def test_bad_masks_and_missing_files(tmp_path):
         "asap-polygon.xml": {"Unclassified": 28617},
         "packer_example.xml": {"Unclassified": 19254},
         "patient_004_node_4.xml": {"Tumor": 252947},
-        "tumor_009.xml": {"metastasis": 850599383},
+        "tumor_009.xml": {"Tumor": 850599383},
         "dlup_qupath05.geojson": {"Unclassified": 168998},
         "histoqc_holed.geojson": {"Unclassified": 7827735},
         "wsidicom_qupath-brush.json": {"Unclassified": 10072},

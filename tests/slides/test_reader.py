@@ -219,6 +219,9 @@ def test_a_folder_is_searched_by_content(tmp_path, log, write_slide, tissue_pixe
     write_slide(tmp_path / "deep.tif", tissue_pixels(64, 64))
     (tmp_path / "sub").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "sub/picture.png")
+    for name in ("deep_mask.png", "sub/unknown_mask.png"):
+        Image.new("L", (9, 9)).save(tmp_path / name)
+    (tmp_path / "deep.tif.geojson").touch()
     (tmp_path / "notes.txt").write_text("no slide")
     (tmp_path / "fake.png").write_text("no picture")
     (tmp_path / "broken.svs").write_text("a failure")
@@ -227,7 +230,7 @@ def test_a_folder_is_searched_by_content(tmp_path, log, write_slide, tissue_pixe
     os.mkfifo(tmp_path / "pipe.svs")
     found = [slide.path.relative_to(tmp_path) for slide in search.find([str(tmp_path)], 0.5)]
     assert [str(path) for path in found] == [
-        "broken.svs", "deep.tif", "loop.svs", "sub/picture.png",
+        "broken.svs", "deep.tif", "loop.svs", "sub/picture.png", "sub/unknown_mask.png",
     ]  # fmt: skip
     assert "passed over 3 files that are not slides (fake.png, notes.txt, pipe.svs)" in log.text
     assert "passed over 1 links to folders, which are not followed (mrxs)" in log.text

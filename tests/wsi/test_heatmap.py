@@ -490,6 +490,9 @@ def test_maps_use_the_name_of_the_positive_class(predictor, square_slide, tmp_pa
     assert "tumour" not in page
     (region,) = features(tmp_path / "square_slide/regions.geojson")
     assert region["properties"]["classification"]["name"] == "<b>a long name"
+    # Corrected areas are read again by the classes that are positive.
+    config.data.source, config.data.positive = "slides", " Tumor, Metastasis"
+    assert heatmap._settings(own, HeatmapConfig(), tmp_path).positive == "Tumor"
 
 
 def test_the_page_lists_the_most_suspicious_slide_first(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from histo_jax import slide_evaluation
 from histo_jax.config import Config
 from histo_jax.data import splits
 from histo_jax.data.records import prepare
+from histo_jax.data.slide_tables import AnnotatedSlide
 from histo_jax.errors import ConfigError, DataError
 from histo_jax.metrics import intervals
 from histo_jax.predictor import Predictor
@@ -121,14 +123,32 @@ def test_what_cannot_be_computed_is_null(own_run, slides, tmp_path):
 def test_slides_that_were_trained_on_are_left_out(own_run, slides, monkeypatch, log):
     config = Workdir(own_run).saved_config().to_config()
     config.evaluate.slides = str(slides)
-    monkeypatch.setattr(slide_evaluation, "_trained_on", lambda _: {"dark"})
+    monkeypatch.setattr(slide_evaluation, "_trained_on", lambda _: {slides / "dark.tif"})
     result = histo_jax.evaluate(config, own_run)
     assert [row["name"] for row in result["per_slide"]] == ["normal", "pale"]
     assert result["slide_disjoint"] is True
     assert "1 of 3 slides are left out" in log.text
-    monkeypatch.setattr(slide_evaluation, "_trained_on", lambda _: {"dark", "normal", "pale"})
+    monkeypatch.setattr(slide_evaluation, "_trained_on", lambda _: set(slides.glob("*.tif")))
     with pytest.raises(DataError, match="trained on all 3 slides"):
         histo_jax.evaluate(config, own_run)
+
+
+def test_slides_are_known_by_their_files(slides, tmp_path, write_slide, tissue_pixels):
+    """A folder is trained on; then all are evaluated, where names need their folders."""
+    part, other = tmp_path / "all/part", tmp_path / "all/other"
+    for folder in (part, other):
+        folder.mkdir(parents=True)
+        write_slide(folder / "dark.tif", tissue_pixels(64, 64 * len(folder.name)), HALF)
+    copied = shutil.copy(part / "dark.tif", tmp_path)
+    listed = [
+        AnnotatedSlide(Path(path), None, str(path))
+        for path in (part / "dark.tif", other / "dark.tif", copied)
+    ]
+    kept = slide_evaluation._leave_out(listed, {part / "dark.tif"}, tmp_path)
+    assert kept == listed[1:2]
+    moved = {tmp_path / "moved/Dark.svs"}
+    normal = AnnotatedSlide(slides / "normal.tif", None, "normal")
+    assert slide_evaluation._leave_out([*listed, normal], moved, tmp_path) == [normal]
 
 
 def test_slides_of_the_training_patches_are_known(slides, predictor, tmp_path):
@@ -146,7 +166,8 @@ def test_slides_of_the_training_patches_are_known(slides, predictor, tmp_path):
     trained = predictor.trained[0]._replace(
         config=config, run=str(tmp_path), fingerprint=fingerprint
     )
-    assert slide_evaluation._trained_on(Predictor([trained])) == {"dark", "normal"}
+    expected = {slides / "dark.tif", slides / "normal.tif"}
+    assert slide_evaluation._trained_on(Predictor([trained])) == expected
     other = trained._replace(fingerprint="of other patches")
     assert slide_evaluation._trained_on(Predictor([trained, other])) is None
     assert slide_evaluation._trained_on(predictor) is None

@@ -77,8 +77,10 @@ class Slides:
     @staticmethod
     def recognizes(raw_dir: Path) -> bool:
         """Whether a folder has a table or annotations."""
-        files = (path for path in raw_dir.rglob("*.[gx]*") if path.is_file())
-        return (raw_dir / TABLE).exists() or any(map(is_annotation, files))
+        is_mask = masks.slide_stem
+        return (raw_dir / TABLE).exists() or any(
+            is_annotation(path) or is_mask(path) for path in raw_dir.rglob("*")
+        )
 
     def fingerprint(self) -> str | None:
         """Returns a SHA-256 of settings, table and annotations, and the beginning of pictures."""
@@ -162,6 +164,9 @@ class Slides:
                 "--config.data.positive=CLASS"
             )
         annotations.check_classes(found, data.positive, data.exclude, self._place)
+        if others := annotations.negative_classes(found, data.positive, data.exclude):
+            listed_classes = ", ".join(map(repr, others))
+            log.info("%s: areas of %s count as negative", self._place, listed_classes)
         return drawn
 
     def _skip(self, listed: AnnotatedSlide, error: DataError) -> None:
@@ -171,7 +176,7 @@ class Slides:
         self.corrupt[str(listed.path)] = str(error).removeprefix(f"{listed.path} ")
 
     def _find_cells(self, drawn: SlideAreas) -> Cells | None:
-        """Returns the cells of a slide that become patches; None = it is corrupt."""
+        """Returns the cells of a slide that become patches; None = there are none."""
         listed = drawn.listed
         try:
             with reader.open_slide(listed.path) as slide:
@@ -193,9 +198,11 @@ class Slides:
         excluded = overlaps(drawn.excluded, grid.shape, cell) >= pixel
         rows, columns = np.nonzero(is_tissue & ~excluded)
         labels = (covered[rows, columns] >= max(pixel, self._data.min_overlap)).astype(int)
-        chosen = self._sample(labels, listed.name)
         if not len(labels):
-            log.warning("%s: no tissue was found, and no patch is taken", listed.path)
+            reason = "all tissue is excluded" if is_tissue.any() else "no tissue was found"
+            log.warning("%s: %s, and no patch is taken", listed.path, reason)
+            return None
+        chosen = self._sample(labels, listed.name)
         return Cells(listed, scale, grid, rows[chosen], columns[chosen], labels[chosen])
 
     def _sample(self, labels: np.ndarray, name: str) -> np.ndarray:
@@ -218,10 +225,17 @@ class Slides:
             "%s: %d slides, %d training patches without and %d with %s",
             self._place, len(found), *counts, self._data.positive,
         )  # fmt: skip
+        if not labels:
+            raise DataError(
+                f"{self._place} gives no training patch: add slides of the split train, or exclude "
+                "less"
+            )
         if not counts.all():
             raise DataError(
                 f"{self._place}: of the training patches, {counts[0]} have label 0 and {counts[1]} "
-                "have label 1: both are needed; annotate more slides"
+                f"have label 1, where {self._data.positive} covers at least "
+                f"{self._data.min_overlap or 'a pixel'} of the cell: both are needed; annotate "
+                "more slides"
             )
 
     def _read(self, found: list[Cells]) -> Iterator[Example]:

@@ -13,7 +13,7 @@ from PIL import Image
 from histo_jax.config import Config, DataConfig
 from histo_jax.data import splits
 from histo_jax.data.records import prepare
-from histo_jax.data.slide_tables import list_slides
+from histo_jax.data.slide_tables import AnnotatedSlide, list_slides
 from histo_jax.data.sources.slides import Slides
 from histo_jax.errors import DataError
 from histo_jax.slides.annotations import read_annotations
@@ -252,6 +252,49 @@ def test_slides_without_annotation_are_left_out(tmp_path, log):
     assert "1 of 2 slides have no annotation and are left out, the first is" in log.text
 
 
+@pytest.mark.parametrize(
+    ("slide", "annotation"),
+    [
+        ("a.tif", "a.GEOJSON"),
+        ("a.TIF", "a.tif.geojson"),
+        ("a.tif", "a_MASK.PNG"),
+        ("Fälle 2/Präparat #1 (ö).tif", "Fälle 2/Präparat #1 (ö).geojson"),
+        ("Pra\u0308parat.tif", "Pr\u00e4parat.geojson"),
+    ],
+)
+def test_annotations_in_other_spellings(slide, annotation, tmp_path, log):
+    log.set_level("INFO", "histo_jax")
+    path = write_slide(tmp_path / slide)
+    (tmp_path / annotation).touch()
+    if annotation.endswith("PNG"):
+        Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / annotation)
+    # Copies that macOS makes on other file systems.
+    (tmp_path / f"._{annotation.rpartition('/')[2]}").write_bytes(b"\0\5\x16\7")
+    assert list_slides(tmp_path) == [AnnotatedSlide(path, tmp_path / annotation, path.stem)]
+    assert Slides.recognizes(tmp_path)
+    assert "passed over" not in log.text
+
+
+def test_slides_without_patches(tmp_path, log):
+    """One is glass, and on one all is excluded."""
+    write_slide(tmp_path / "a.tif")
+    shapes = {"Tumor": SQUARE, "Stroma": SQUARE, "Ignore*": shapely.box(0, 0, 90, 90)}
+    write_geojson(tmp_path / "a.geojson", **shapes)
+    write_slide(tmp_path / "b.tif", seed=1)
+    write_geojson(tmp_path / "b.geojson", Fold=shapely.box(0, 0, WIDTH, HEIGHT))
+    glass = np.full((HEIGHT, WIDTH, 3), 244, np.uint8)
+    tifffile.imwrite(tmp_path / "NA.tif", glass, photometric="rgb")
+    table = "slide,annotation,mpp\na.tif,a.geojson,\nb.tif,b.geojson,\nNA.tif,,1\n"
+    (tmp_path / "slides.csv").write_text(table)
+    log.set_level("INFO", "histo_jax")
+    assert {e.slide for e in read(tmp_path, exclude="Fold")["train"]} == {"a"}
+    assert "b.tif: all tissue is excluded, and no patch is taken" in log.text
+    assert "NA.tif: no tissue was found, and no patch is taken" in log.text
+    assert "areas of 'Stroma' count as negative" in log.text
+    # A name that tables write where a slide is not known.
+    assert [slide.name for slide in list_slides(tmp_path)] == ["a", "b", "NA.tif"]
+
+
 def test_names_of_slides_are_unique(tmp_path):
     for folder in ("x", "y"):
         write_slide(tmp_path / folder / "a.tif")
@@ -298,6 +341,22 @@ BAD = {
         lambda folder: write_geojson(folder / "a.geojson", Tumor=shapely.Point(90, 90)),
         "has no polygons: annotate a.tif, or list it in a table",
     ),
+    "mask without slide": (
+        lambda folder: Image.new("L", (WIDTH, HEIGHT)).save(folder / "b_mask.png"),
+        r"b_mask\.png is an annotation without a slide: add b with its suffix",
+    ),
+    "annotation of two slides": (
+        lambda folder: Image.new("RGB", (64, 48)).save(folder / "a.jpg"),
+        r"a\.geojson is the annotation of two slides by its name, a\.jpg and a\.tif: move one",
+    ),
+    "empty xml": (
+        lambda folder: (folder / "a.geojson").rename(folder / "a.xml").write_text(""),
+        r"a\.xml is no XML of ASAP that can be read \(no element found",
+    ),
+    "only empty polygons": (
+        lambda folder: write_geojson(folder / "a.geojson", Tumor=shapely.Polygon()),
+        "has no polygons: annotate a.tif, or list it in a table",
+    ),
     "broken xml": (
         lambda folder: (
             (folder / "a.geojson").rename(folder / "a.xml").write_text("<ASAP_Annotations><")
@@ -314,7 +373,13 @@ BAD = {
     ),
     "one class": (
         lambda folder: write_geojson(folder / "a.geojson", Tumor=shapely.box(0, 0, WIDTH, HEIGHT)),
-        "0 have label 0 and 140 have label 1",
+        "0 have label 0 and 140 have label 1, where Tumor covers at least a pixel of the cell",
+    ),
+    "no slide to train on": (
+        lambda folder: (folder / "slides.csv").write_text(
+            "slide,annotation,split\na.tif,a.geojson,test\n"
+        ),
+        "gives no training patch: add slides of the split train, or exclude less",
     ),
     "unknown scale": (
         lambda folder: Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "a.tif"),
@@ -327,6 +392,10 @@ BAD = {
     "annotation that is missing": (
         lambda folder: (folder / "slides.csv").write_text("slide,annotation\na.tif,b.xml\n"),
         r"slides\.csv, line 2: annotation 'b\.xml' is missing",
+    ),
+    "no column of annotations": (
+        lambda folder: (folder / "slides.csv").write_text("slide,patient\na.tif,1\n"),
+        "has no column with the slides' annotations; name it annotation",
     ),
     "scale that is none": (
         lambda folder: (folder / "slides.csv").write_text("slide,annotation,mpp\na.tif,,x\n"),
@@ -363,6 +432,10 @@ def test_bad_settings_give_one_line(tmp_path):
     write_geojson(tmp_path / "a.geojson", Tumor=SQUARE)
     with pytest.raises(DataError, match=r"have 'Tumor'; name the positive class by --config\.data"):
         read(tmp_path, positive=None)
+    with pytest.raises(DataError, match=r"exclude names 'tumor', which config\.data\.positive"):
+        read(tmp_path, exclude="tumor,necrosis")
+    with pytest.raises(DataError, match=r"other\.csv: no such table; set --config.data.table"):
+        read(tmp_path, table=str(tmp_path / "other.csv"))
     with pytest.raises(DataError, match="label_region = 100 is more than the 96 pixels"):
         read(tmp_path, label_region=100)
     with pytest.raises(DataError, match=r"config\.data\.raw_dir is not set"):
