@@ -16,6 +16,7 @@ from histo_jax.data.records import prepare
 from histo_jax.data.slide_tables import AnnotatedSlide, list_slides
 from histo_jax.data.sources.slides import Slides
 from histo_jax.errors import DataError
+from histo_jax.report import points
 from histo_jax.slides.annotations import read_annotations
 
 tifffile = pytest.importorskip("tifffile", reason="the extra slides is not installed")
@@ -225,6 +226,33 @@ def test_scales_give_the_same_patches(tmp_path):
             ]
             assert np.abs(fine.image.astype(int) - coarse.image).max() <= 1
     assert len(found[1]) == TISSUE.sum()
+
+
+@pytest.mark.parametrize(("scale", "mpp"), [(2, 1.0), (2, 0.972), (1, 0.972)])
+def test_points_of_errors_are_where_the_pixels_are(scale, mpp, tmp_path):
+    """Bright squares on a slide are found in the patches, and at the points of these patches."""
+    write_slide(tmp_path / "a.tif", scale)
+    pixels = tifffile.imread(tmp_path / "a.tif")
+    full = mpp * scale  # pixels of the slide in one of a patch
+    centres = [(cell + 0.5) * CELL * full for cell in (4, 5, 7)]
+    for centre in centres:
+        square = slice(round(centre - 4 * full), round(centre + 4 * full))
+        pixels[square, square] = (0, 250, 0)
+    tifffile.imwrite(
+        tmp_path / "a.tif", pixels, tile=(256, 256), photometric="rgb", metadata=None,
+        resolution=(1e4 * scale,) * 2, resolutionunit="CENTIMETER",
+    )  # fmt: skip
+    write_geojson(tmp_path / "a.geojson", scale, Tumor=SQUARE)
+    examples = read(tmp_path, mpp=mpp)["train"]
+    wrong = [e for e in examples if e.image[46:50, 46:50, 0].max() < 30]
+    assert len(wrong) == len(centres)
+    table = pd.DataFrame([(e.id, e.label, e.slide, e.path) for e in wrong],
+                         columns=["id", "label", "slide", "path"])  # fmt: skip
+    points.write(tmp_path, table.assign(logit=1.0 - 2.0 * table["label"]), tmp_path)
+    features = json.loads((tmp_path / "errors/a.geojson").read_text())["features"]
+    found = sorted(feature["geometry"]["coordinates"] for feature in features)
+    # The places of patches are in whole pixels of the slide.
+    np.testing.assert_allclose(found, np.transpose([centres, centres]), atol=0.75)
 
 
 def test_sparse_and_dense_patches_have_the_same_pixels(tmp_path):
