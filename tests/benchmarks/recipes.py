@@ -222,6 +222,7 @@ def run_pytorch(config: Config, prepared: Prepared, _: Path, key: Row, is_busy: 
         "last_auc": round(epochs[-1]["validation_auc"], 4),
         "last_nll": round(epochs[-1]["validation_loss"], 4),
         "minutes": None if is_busy else round(epochs[-1]["minutes"], 2),
+        "parameters": None,
     }
 
 
