@@ -52,23 +52,23 @@ def decode_patches(files: Sequence[File], size: int, is_scaled: bool) -> list[Pa
 def _decode_patch(name: str, content: bytes, size: int, is_scaled: bool) -> PatchFile:
     if not content:
         return PatchFile(name, error="is empty")
-    sides = _sides(content)
-    if sides and not is_scaled and sides != (size, size):
+    dimensions = _dimensions(content)
+    if dimensions and not is_scaled and dimensions != (size, size):
         return PatchFile(
             name,
-            error=f"is {sides[0]}x{sides[1]} pixels; the network needs {size}x{size}: scale it, "
-            "or ask for a heat map of a larger picture",
-            is_larger=min(sides) >= size,
+            error=f"is {dimensions[0]}x{dimensions[1]} pixels; the network needs {size}x{size}: "
+            "scale it, or ask for a heat map of a larger picture",
+            is_larger=min(dimensions) >= size,
         )
     result = decode_image(content, size if is_scaled else None, _FORMATS)
     if isinstance(result, ImageFile):
         return PatchFile(name, result.pixels, conversions=result.conversions)
     if isinstance(result, MemoryError):
         return PatchFile(name, error="needs more memory than the server has")
-    return PatchFile(name, error=str(result) if sides else "is not a TIFF, PNG or JPEG file")
+    return PatchFile(name, error=str(result) if dimensions else "is not a TIFF, PNG or JPEG file")
 
 
-def _sides(content: bytes) -> tuple[int, int] | None:
+def _dimensions(content: bytes) -> tuple[int, int] | None:
     """Returns width and height as the header states them, None where it cannot be read."""
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:

@@ -151,7 +151,7 @@ def _parse(form: Form, service: Service) -> tuple[File | SlideFile, str, Options
         return files[0], files[0].name, options
     slide = service.slides.get(named)
     if slide is None:
-        raise Refused(404, "there is no slide of this id: see GET /v1/slides")
+        raise Refused(404, "the slide is not in the folder: see GET /v1/slides")
     return slide, named, options
 
 

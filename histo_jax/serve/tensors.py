@@ -114,11 +114,11 @@ def _parameters(values: Mapping[str, Any]) -> dict[str, Any]:
 def _outputs(request: Mapping[str, Any]) -> dict[str, bool]:
     """Returns the outputs that are asked for, and whether each is to be binary."""
     default = _parameters(request).get("binary_data_output", False) is True
-    wanted = request.get("outputs") or [{"name": name} for name in OUTPUTS]
-    if not isinstance(wanted, list) or not all(isinstance(output, dict) for output in wanted):
+    requested = request.get("outputs") or [{"name": name} for name in OUTPUTS]
+    if not isinstance(requested, list) or not all(isinstance(output, dict) for output in requested):
         raise _bad("outputs must be a list of objects with a name")
     outputs = {}
-    for output in wanted:
+    for output in requested:
         if output.get("name") not in OUTPUTS:
             raise _bad(f"the outputs are {' and '.join(OUTPUTS)}")
         parameters = _parameters(output)

@@ -1,10 +1,11 @@
 """Opens slides and reads their pixels: OpenSlide's formats, and pictures that Pillow reads."""
 
 import abc
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -181,7 +182,7 @@ class Picture(Slide):
 
     vendor = "picture"
 
-    def __init__(self, path: Path, content: IO[bytes] | None = None) -> None:
+    def __init__(self, path: Path, content: io.BytesIO | None = None) -> None:
         self.path = path
         with Image.open(content or path) as image:
             if image.width * image.height > _MAX_PICTURE_PIXELS:
