@@ -33,7 +33,9 @@ class Json(JSONResponse):
 
 def refusal(error: Refused) -> Json:
     """Returns the answer to a request that is refused."""
-    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
+    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
+    if error.status == 408:  # the rest of the body may still come
+        headers["Connection"] = "close"
     return Json({"error": error.message}, error.status, headers)
 
 

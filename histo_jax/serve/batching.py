@@ -197,6 +197,8 @@ async def finished(
         if not future.cancel():
             cancel()
             await asyncio.wait({waiter})
+            if not waiter.cancelled():
+                waiter.exception()  # asyncio would log one that nobody has read
         raise
 
 
