@@ -128,7 +128,7 @@ def test_the_keyboard_alone_suffices(start, open_page, slide_folder, encode, pat
             for _ in range(40):
                 page.keyboard.press("Tab")
                 text = page.evaluate(
-                    "(e => e.ariaLabel || e.textContent || e.id)(document.activeElement)"
+                    "(e => e === document.body ? '' : e.ariaLabel || e.textContent)(document.activeElement)"
                 )
                 if name in text:
                     return
