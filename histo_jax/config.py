@@ -167,8 +167,8 @@ class DataConfig:
     placement: str = _option(
         "auto",
         "where fit keeps the pixels: device = in the memory of each device, host = in memory, "
-        "disk = in the records, read ahead; auto = the first of these that fits into three "
-        "quarters of the free memory; evaluate and predict always read the records",
+        "disk = in the records, read ahead; auto = the first of these, on CPU after device, that "
+        "fits into three quarters of the free memory; evaluate and predict always read the records",
         choices=("auto", "device", "host", "disk"),
     )
     synthetic_slides: int = _option(

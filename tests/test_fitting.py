@@ -92,6 +92,8 @@ def test_fit_evaluate_and_predict_from_python(trained):
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["step"]) == ("complete", 9)
     assert status["images_per_second"] > 0
+    assert 0 < status["minutes_trained"] < 60
+    assert any("without compilation" in message for message in trained.log)
     for word in ("loss", "validation loss", "validation AUC", "img/s", "left"):
         assert word in "\n".join(trained.log)
 
@@ -161,6 +163,8 @@ def test_a_resumed_run_equals_an_undisturbed_one_and_compiles_each_step_once(
     assert (status["state"], status["step"]) == ("failed", 6)
     assert (tmp_path / "checkpoints" / "6").exists()
     resumed = histo_jax.fit(config, tmp_path)
+    total = json.loads((tmp_path / "status.json").read_text())["minutes_trained"]
+    assert total > status["minutes_trained"] > 0
     assert "resumed from step 3" in log.text
     assert "resumed from step 6" in log.text
     assert [step._cache_size() for step in compiled] == [1, 1, 1]

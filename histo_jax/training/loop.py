@@ -22,6 +22,7 @@ from histo_jax.run.workdir import Workdir
 from histo_jax.training import validation
 from histo_jax.training.callbacks import CallbackError, CallbackList
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
+from histo_jax.training.clock import TrainingClock
 from histo_jax.training.epoch_log import log_epoch
 from histo_jax.training.placement import Dataset, TrainingBatch
 from histo_jax.training.state import EarlyStopping, update
@@ -151,6 +152,7 @@ class Trainer:
         self._gradient_norm = start.data.get("gradient_norm", float("nan"))
         self._last_save = time.monotonic()
         self._is_compiled = False
+        self._clock = TrainingClock(run.status().get("minutes_trained", 0) if self._step else 0)
 
     @property
     def _epoch(self) -> int:
@@ -183,6 +185,7 @@ class Trainer:
                 "early stopping: no better validation loss for %d epochs",
                 self._early_stopping.epochs_without_improvement,
             )
+        log.info("trained for %.1f minutes, without compilation", self._clock.minutes)
         return self._history
 
     def _run_epoch(self, batches: Iterator[TrainingBatch]) -> None:
@@ -236,6 +239,7 @@ class Trainer:
                     # The first step of a process compiles: the rate is measured from its end.
                     metrics.loss.block_until_ready()
                     self._is_compiled, timed_from = True, time.monotonic()
+                    self._clock.start()
                 if control != Control.CONTINUE:
                     control = max(control, in_flight.drain())
                     self._obey(control, in_flight)
@@ -314,7 +318,7 @@ class Trainer:
             data["calibration"] = dataclasses.asdict(result.calibration)
         checkpoint = Checkpoint(self._state, self._early_stopping, data, self._history)
         self._checkpoints.save(checkpoint, result.loss if result else None)
-        self._run.update_status(step=self._step)
+        self._run.update_status(step=self._step, minutes_trained=round(self._clock.minutes, 4))
         self._last_save = time.monotonic()
 
     def _stop(self) -> NoReturn:

@@ -150,6 +150,8 @@ def _select(setting: str, needed: int, devices: Sequence[jax.Device]) -> str:
     }
     sizes = {name: "unknown" if size is None else _gb(size) for name, size in free.items()}
     if setting == "auto":
+        if devices[0].platform == "cpu":
+            del free["device"]  # in the same memory, but a copy for each device, and slower
         fitting = (n for n, size in free.items() if size and needed <= _AUTO_FRACTION * size)
         selected = next(fitting, "disk")
         skipped = list(free)[: [*free, "disk"].index(selected)]

@@ -9,11 +9,16 @@ official validation split. Skips the runs that are in the CSV, and resumes inter
     full     the recipes of `FULL`, on all patches; --seeds=0,1,2
     curve    the best recipe with the D4-invariant and with the plain network on 1,000 and 5,000
              patches; draws `learning_curves.svg` of these and the full runs
+    pytorch  the recipe of the original teaching project in PyTorch, see `original.py`
+
+Minutes are those of training, without compilation; `recipe_curves.csv` has them, and the scores,
+for each epoch. They count only for a run that has the machine to itself: --busy leaves them out.
 """
 
 import argparse
 import datetime
-import time
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +29,15 @@ from absl import logging
 import histo_jax
 from histo_jax import streams
 from histo_jax.config import Config, flat
+from histo_jax.data.records import Prepared
 from histo_jax.data.splits import make_subsets
 from histo_jax.models import create_model
 from histo_jax.preparation import prepare
 from histo_jax.run.workdir import Workdir
 
 TABLE = Path(__file__).with_name("recipes.csv")
+CURVES = Path(__file__).with_name("recipe_curves.csv")
+Row = dict[str, Any]
 BASE = {
     "model.name": "five_block_p4m",
     "model.features": (4, 8, 16, 32, 64),
@@ -97,55 +105,124 @@ CURVE = {
     for size in (1000, 5000)
     for network, full in NETWORKS.items()
 }
-STAGES = {"screen": FACTORS, "full": FULL, "curve": CURVE}
+PYTORCH = {"original": FULL["original"]}
+STAGES = {"screen": FACTORS, "full": FULL, "curve": CURVE, "pytorch": PYTORCH}
 
 
-def configure(changes: dict[str, Any]) -> Config:
+def configure(options: argparse.Namespace, name: str, seed: int) -> Config:
+    """Returns the settings of a recipe of a stage."""
+    changes = {
+        "early_stopping.patience": 1000,
+        **BASE,
+        **STAGES[options.stage][name],
+        "seed": seed,
+        "data.source": "pcam",
+        "data.raw_dir": options.data,
+        "data.tfds_dir": str(options.runs / "records"),
+    }
+    if options.stage == "screen":
+        changes |= {"data.samples_per_class": 2500, "fit.epochs": 15}
     config = Config()
-    for name, value in changes.items():
+    for field, value in changes.items():
         node = config
-        *groups, field = name.split(".")
+        *groups, last = field.split(".")
         for group in groups:
             node = getattr(node, group)
-        assert hasattr(node, field), name
-        setattr(node, field, value)
+        assert hasattr(node, last), field
+        setattr(node, last, value)
     return config
 
 
-def run(stage: str, name: str, changes: dict[str, Any], workdir: Path) -> dict[str, Any]:
-    """Trains or resumes a run, and evaluates it; returns the row of the table."""
-    config = configure(changes)
+def make_row(config: Config, key: Row, options: argparse.Namespace) -> Row:
+    """Trains and scores a recipe; returns its row of the table."""
     prepared = prepare(config)
     patches = len(make_subsets(prepared.tables, config.data, config.data_seed).train.rows)
-    start = time.monotonic()
-    history = histo_jax.fit(config, workdir)
-    scores = histo_jax.evaluate(config, workdir)
-    minutes = (time.monotonic() - start) / 60
-    model = create_model(config.model)
-    shapes = jax.eval_shape(
-        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 96, 96, 3), "float32")
-    )
+    workdir = options.runs / "_".join(map(str, key.values()))
+    train = run_pytorch if key["stage"] == "pytorch" else run
+    result = train(config, prepared, workdir, key, options.busy)
     default = flat(Config())
     changed = {
         k: v for k, v in flat(config).items() if v != default[k] and not k.startswith("data.")
     }
-    best = history.loc[history["validation_loss"].idxmin()]
     return {
         "date": datetime.date.today().isoformat(),
-        "stage": stage,
-        "recipe": name,
-        "seed": config.seed,
+        **key,
         "training_patches": patches,
+        **result,
+        "config": " ".join(f"{k}={v}".replace(" ", "") for k, v in changed.items()),
+    }
+
+
+class Curve(histo_jax.Callback):
+    """Writes the scores of each epoch, and the minutes of training up to it, to `CURVES`.
+
+    Args:
+        run: stage, recipe and seed.
+        minutes: returns the minutes so far.
+    """
+
+    def __init__(self, run: dict[str, Any], minutes: Callable[[], float | None]) -> None:
+        self._run, self._minutes = run, minutes
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any]) -> None:
+        row = self._run | {
+            "epoch": epoch,
+            "minutes": self._minutes(),
+            "validation_auc": round(logs["validation_auc"], 4),
+            "validation_nll": round(logs["validation_loss"], 4),
+        }
+        table = pd.read_csv(CURVES) if CURVES.exists() else pd.DataFrame()
+        table = pd.concat([table, pd.DataFrame([row])])
+        # An epoch is trained again after a kill.
+        table.drop_duplicates([*self._run, "epoch"], keep="last").to_csv(CURVES, index=False)
+
+
+def run(config: Config, prepared: Prepared, workdir: Path, key: Row, is_busy: bool) -> Row:
+    """Trains or resumes a run, and evaluates it; returns its part of a row of the table."""
+
+    def status(name: str) -> float | None:
+        return None if is_busy else round(Workdir(workdir).status()[name], 2)
+
+    curve = Curve(key, lambda: status("minutes_trained"))
+    history = histo_jax.fit(config, workdir, callbacks=[curve])
+    scores = histo_jax.evaluate(config, workdir)
+    model = create_model(config.model)
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 96, 96, 3), "float32")
+    )
+    best = history.loc[history["validation_loss"].idxmin()]
+    return {
         "validation_auc": round(scores["auc"], 4),
         "validation_nll": round(scores["nll"], 4),
         "validation_accuracy": round(scores["accuracy"], 4),
         "best_epoch": int(best["epoch"]),
         "last_auc": round(history["validation_auc"].iloc[-1], 4),
         "last_nll": round(history["validation_loss"].iloc[-1], 4),
-        "minutes": round(minutes, 1),
-        "images_per_second": Workdir(workdir).status()["images_per_second"],
+        "minutes": status("minutes_trained"),
+        "images_per_second": status("images_per_second"),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])),
-        "config": " ".join(f"{k}={v}".replace(" ", "") for k, v in changed.items()),
+    }
+
+
+def run_pytorch(config: Config, prepared: Prepared, _: Path, key: Row, is_busy: bool) -> Row:
+    """Trains the original in PyTorch; it cannot resume. Returns its part of a row."""
+    import original
+
+    epochs: list[Row] = []
+    curve = Curve(key, lambda: None if is_busy else round(epochs[-1]["minutes"], 2))
+    for epoch in original.train(config, prepared, os.cpu_count() or 1):
+        epochs.append(epoch)
+        curve.on_epoch_end(epoch["epoch"], epoch)
+    best = min(epochs, key=lambda epoch: epoch["validation_loss"])
+    return {
+        "validation_auc": round(best["validation_auc"], 4),
+        "validation_nll": round(best["validation_loss"], 4),
+        "validation_accuracy": round(best["validation_accuracy"], 4),
+        "best_epoch": best["epoch"],
+        "last_auc": round(epochs[-1]["validation_auc"], 4),
+        "last_nll": round(epochs[-1]["validation_loss"], 4),
+        "minutes": None if is_busy else round(epochs[-1]["minutes"], 2),
+        "parameters": None,
     }
 
 
@@ -156,29 +233,19 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, default="screen")
     parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--busy", action="store_true", help="other programs run: no minutes")
     options = parser.parse_args()
     logging.set_verbosity(logging.FATAL)  # as histo_jax.main does
     streams.log_to_stderr()
     for name in options.names or STAGES[options.stage]:
         for seed in map(int, options.seeds.split(",")):
-            changes = {
-                "early_stopping.patience": 1000,
-                **BASE,
-                **STAGES[options.stage][name],
-                "seed": seed,
-                "data.source": "pcam",
-                "data.raw_dir": options.data,
-                "data.tfds_dir": str(options.runs / "records"),
-            }
-            if options.stage == "screen":
-                changes |= {"data.samples_per_class": 2500, "fit.epochs": 15}
+            key = {"stage": options.stage, "recipe": name, "seed": seed}
             done = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame()
-            same = {"stage": options.stage, "recipe": name, "seed": seed}
-            if len(done) and (done[list(same)] == list(same.values())).all(axis=1).any():
+            if len(done) and (done[list(key)] == list(key.values())).all(axis=1).any():
                 continue
-            workdir = options.runs / f"{options.stage}_{name}_{seed}"
-            row = run(options.stage, name, changes, workdir)
-            pd.concat([done, pd.DataFrame([row])]).to_csv(TABLE, index=False)
+            row = make_row(configure(options, name, seed), key, options)
+            table = pd.concat([done, pd.DataFrame([row])]).astype({"parameters": "Int64"})
+            table.to_csv(TABLE, index=False)
             print(row, flush=True)
     if options.stage == "curve":
         draw(pd.read_csv(TABLE))

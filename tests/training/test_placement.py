@@ -85,7 +85,8 @@ def test_auto_selects_what_fits_first_and_logs_why(on_device, on_host, selected,
     free = None if on_device is None else int(on_device * GB)
     monkeypatch.setattr(memory, "free_on_devices", lambda _: free)
     monkeypatch.setattr(memory, "free_on_host", lambda: int(on_host * GB))
-    assert placement._select("auto", 3 * GB, jax.devices()) == selected
+    gpus = [mock.Mock(spec=jax.Device, platform="gpu")] * 4
+    assert placement._select("auto", 3 * GB, gpus) == selected
     [message] = log.messages
     assert f"data.placement: {selected}" in message
     assert "3.00 GB" in message
@@ -96,6 +97,12 @@ def test_auto_selects_what_fits_first_and_logs_why(on_device, on_host, selected,
         assert f"more than 75% of the free memory on each of 4 devices ({known} free)" in message
     if selected == "disk":
         assert "and in memory (3.90 GB free)" in message
+
+
+@pytest.mark.parametrize(("on_host", "selected"), [(4.1, "host"), (3.9, "disk")])
+def test_auto_makes_no_copies_for_devices_that_share_main_memory(on_host, selected, monkeypatch):
+    monkeypatch.setattr(memory, "free_on_host", lambda: int(on_host * GB))
+    assert placement._select("auto", 3 * GB, jax.devices()) == selected
 
 
 @pytest.mark.parametrize(("setting", "where"), [("device", "on the device"), ("host", "in memory")])
