@@ -5,8 +5,9 @@
 
 import sys
 
-_MODULES = ("histo_jax.main", "histo_jax.doctor")
-_SCRIPTS = ("histo_jax", "histo_jax.exe")  # the console script
+_MODULES = ("histo_jax.main", "histo_jax.doctor", "histo_jax.serve")
+# The console scripts.
+_SCRIPTS = {"histo_jax": "histo_jax.main", "histo_jax-serve": "histo_jax.serve"}
 _EXPECTED_FAILURE = 2
 
 
@@ -57,17 +58,19 @@ def fail(text: str) -> None:
 def command() -> str:
     """Returns which module of this package is being started, '' if another program imports it."""
     script = sys.argv[0] if sys.argv else ""
-    if script.replace("\\", "/").rpartition("/")[2] in _SCRIPTS:
-        return _MODULES[0]
+    name = script.replace("\\", "/").rpartition("/")[2].partition(".exe")[0]
+    if name in _SCRIPTS:
+        return _SCRIPTS[name]
     if script != "-m":  # which it is until Python has found the module
-        return _MODULES[0] if _is_main_module() else ""
+        return _main_module()
     words = getattr(sys, "orig_argv", _MODULES[:1])  # new in Python 3.10
     return next((name for name in _MODULES for word in words if word.endswith(name)), "")
 
 
-def _is_main_module() -> bool:
+def _main_module() -> str:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return getattr(spec, "name", "") == _MODULES[0]
+    name = getattr(spec, "name", "").partition(".__main__")[0]
+    return name if name in _SCRIPTS.values() else ""
 
 
 def _is_own(module: str) -> bool:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Creates .venv in the repository and installs histo_jax into it, unless that is up to date.
-# usage: launch/install.sh [EXTRA]     EXTRA: test, slides, cuda, tpu or bench; PYTHON names the interpreter of a new .venv
+# usage: launch/install.sh [EXTRA]     EXTRA: test, slides, serve, cuda, tpu or bench; PYTHON names the interpreter of a new .venv
 if [ -z "${BASH_VERSION:-}" ]; then exec bash "$0" "$@"; fi
 set -euo pipefail
 case ${PYTHON:-} in /*) ;; */*) PYTHON=$PWD/$PYTHON ;; esac
@@ -12,8 +12,8 @@ fail() { # message
 extra=${1:-}
 case $extra in
   --help | -h) sed -n '2,3s/^# //p' launch/install.sh; exit ;;
-  "" | test | slides | cuda | tpu | bench) ;;
-  *) fail "unknown extra $extra: test, slides, cuda, tpu or bench" ;;
+  "" | test | slides | serve | cuda | tpu | bench) ;;
+  *) fail "unknown extra $extra: test, slides, serve, cuda, tpu or bench" ;;
 esac
 if [ $# -gt 1 ]; then fail "one extra at a time: rerun for $2"; fi
 case $(uname) in MINGW* | MSYS* | CYGWIN*) fail "JAX needs Linux or macOS: run this in WSL" ;; esac

@@ -134,7 +134,7 @@ def test_rotated_copies_are_near_duplicates_and_memory_stays_flat(size):
 def test_squares_of_the_attribution_divide_every_size():
     for size in (32, 96, 160, 224, 512):
         image, adds = np.full((size, size, 3), 200, np.uint8), np.ones((size, size), np.float32)
-        assert patches._draw_attribution(image, adds).shape == image.shape
+        assert patches.draw_attribution(image, adds).shape == image.shape
 
 
 def test_colours_are_counted_per_pixel_at_every_size(config):

@@ -20,7 +20,7 @@ def run(*words: str, folder: Path, path: str = "") -> subprocess.CompletedProces
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("module", ["main", "doctor"])
+@pytest.mark.parametrize("module", ["main", "doctor", "serve"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_outside_the_environment_one_line_names_the_command(module, inside, tmp_path):
     # `-S`: without site-packages.

@@ -90,8 +90,24 @@ def read_image(path: Path, image_size: int | None = None) -> ImageFile | str | E
     if len(content) > _LARGEST_FILE:
         return f"is larger than {_LARGEST_FILE >> 20} MiB"
     # From memory, so that an error of the disk is not taken for one of the file.
+    return decode_image(content, image_size, _formats(path))
+
+
+def decode_image(
+    content: bytes, image_size: int | None = None, formats: tuple[str, ...] = _FORMATS
+) -> ImageFile | str | Exception:
+    """Decodes the content of an image file.
+
+    Args:
+        content: of the file.
+        image_size: see `read_image`.
+        formats: Pillow's names of those that are accepted.
+
+    Returns:
+        See `read_image`.
+    """
     try:
-        with _open(path, io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
             return _problem(image, image_size) or _convert(image, image_size)
     except MemoryError as error:
         return error
@@ -102,7 +118,11 @@ def read_image(path: Path, image_size: int | None = None) -> ImageFile | str | E
 def read_size(path: Path) -> tuple[int, int] | None:
     """Returns width and height as the header states them; None = it cannot be read."""
     try:
-        with warnings.catch_warnings(), path.open("rb") as file, _open(path, file) as image:
+        with (
+            warnings.catch_warnings(),
+            path.open("rb") as file,
+            Image.open(file, formats=_formats(path)) as image,
+        ):
             return image.size
     except CORRUPTION:
         return None
@@ -124,9 +144,10 @@ def describe_conversions(conversions: dict[str, int], image_size: int | None) ->
     return "; ".join(parts)
 
 
-def _open(path: Path, file: io.BufferedReader | io.BytesIO) -> ImageFormat.ImageFile:
+def _formats(path: Path) -> tuple[str, ...]:
+    """Returns the formats that a file may have."""
     by_suffix = _suffix_format(path.suffix.lower())
-    return Image.open(file, formats=(*_FORMATS, by_suffix) if by_suffix else _FORMATS)
+    return (*_FORMATS, by_suffix) if by_suffix else _FORMATS
 
 
 @functools.cache

@@ -20,15 +20,18 @@ _BATCH, _PIXELS = 12, 12 * 96 * 96
 
 
 def attribute(
-    predictor: Predictor, images: UInt8[np.ndarray, "n height width 3"]
+    predictor: Predictor,
+    images: UInt8[np.ndarray, "n height width 3"],
+    batch_size: int | None = None,
 ) -> Float32[np.ndarray, "n height width"]:
     """Returns what each pixel adds to the calibrated logit, without test-time augmentation.
 
     Args:
         predictor: its networks' attributions are averaged.
         images: RGB patches.
+        batch_size: patches at once; each compiles a program. None = as many as memory allows.
     """
-    batch_size = max(1, min(_BATCH, _PIXELS // predictor.patch.size**2))
+    batch_size = batch_size or max(1, min(_BATCH, _PIXELS // predictor.patch.size**2))
     maps = predictor.map(make_attribution, images, batch_size)
     pairs = zip(predictor.trained, maps, strict=True)
     scaled = [trained.calibration.scale * own for trained, own in pairs]

@@ -94,7 +94,7 @@ def gather(
         if logits is None:
             logits = predictor.logits(images)
         maps = attribute(predictor, images)
-        pictures = [_draw_attribution(*pair) for pair in zip(images, maps, strict=True)]
+        pictures = [draw_attribution(*pair) for pair in zip(images, maps, strict=True)]
     assert logits is not None
     table = prepared.tables[split].iloc[rows]
     columns = (table[name].tolist() for name in ("id", "slide", "label"))
@@ -145,7 +145,7 @@ def scoring_networks(
     return np.argmax([np.isin(rows, subsets.validation.rows) for subsets in folds], axis=0)
 
 
-def _draw_attribution(image: Pixels, maps: Float32[np.ndarray, "height width"]) -> Pixels:
+def draw_attribution(image: Pixels, maps: Float32[np.ndarray, "height width"]) -> Pixels:
     """Colours by squares with soft edges, because single pixels look like noise.
 
     The strongest squares of each patch have full colour, however little they contribute.

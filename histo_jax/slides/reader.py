@@ -1,6 +1,7 @@
 """Opens slides and reads their pixels: OpenSlide's formats, and pictures that Pillow reads."""
 
 import abc
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -168,14 +169,22 @@ class _OpenSlide(Slide):
         self._slide.close()
 
 
-class _Picture(Slide):
-    """A picture that Pillow reads, held in memory; its pixels are taken as they are stored."""
+class Picture(Slide):
+    """A picture that Pillow reads, held in memory; its pixels are taken as they are stored.
+
+    Args:
+        path: of the file.
+        content: of the file, for a picture that no file holds; its `path` is only its name.
+
+    Raises:
+        DataError: it has too many pixels, or pixels of another kind.
+    """
 
     vendor = "picture"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: io.BytesIO | None = None) -> None:
         self.path = path
-        with Image.open(path) as image:
+        with Image.open(content or path) as image:
             if image.width * image.height > _MAX_PICTURE_PIXELS:
                 raise DataError(
                     f"{path} has {image.width} x {image.height} pixels, too many to be held in "
@@ -188,16 +197,20 @@ class _Picture(Slide):
                     "channel"
                 )
             self.vendor = str(image.format).lower()
-            self.levels = [image.size]
             self.spacing = _picture_spacing(image)
             has_alpha = image.mode in ("RGBA", "LA") or "transparency" in image.info
-            rgba = image.convert("RGBA") if has_alpha else image.convert("RGB")
-        self._pixels = _on_white(rgba)
+            mode = "RGBA" if has_alpha else "RGB"
+            # Without a second copy of hundreds of MB where it is of that mode.
+            rgba = image if image.mode == mode else image.convert(mode)
+            self._pixels = _on_white(rgba)
+        # Pillow turns a TIFF by its orientation when it decodes it.
+        self.levels = [(self._pixels.shape[1], self._pixels.shape[0])]
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         return self._pixels[y : y + height, x : x + width]
 
     def close(self) -> None:
+        """Frees the pixels."""
         self._pixels = np.zeros((0, 0, 3), np.uint8)
 
 
@@ -218,7 +231,7 @@ def open_slide(path: Path) -> Slide:
         except Exception as error:
             reasons.append(f"{vendor}: {one_line(error)}")
     try:
-        return _Picture(path)
+        return Picture(path)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow's plug-ins raise anything on a corrupt file
@@ -249,7 +262,7 @@ def detect(path: Path) -> str | None:
 def _on_white(image: Image.Image) -> Pixels:
     """Returns the pixels of an RGB or RGBA picture; transparent ones become white."""
     if image.mode == "RGB" or image.getchannel("A").getextrema()[0] == WHITE:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     pixels = np.asarray(image)
     alpha = pixels[..., 3:].astype(np.uint16)
     mixed = pixels[..., :3] * alpha + WHITE * (WHITE - alpha)

@@ -143,7 +143,7 @@ def _settings(predictor: Predictor, options: HeatmapConfig, folder: Path) -> sli
         raise ConfigError(
             f"config.heatmap.stride = {stride} must be a multiple of the cell, {cell} pixels"
         )
-    threshold, source = _threshold(predictor, options.threshold, folder)
+    threshold, source = decision_threshold(predictor, options.threshold, folder)
     data = predictor.trained[0].config.data
     _, positive = class_names(data)
     if data.source == "slides":  # where several classes may be positive; QuPath gives an area one
@@ -175,8 +175,16 @@ def check_mask(mask: str, slides: Sequence[Any]) -> None:
         )
 
 
-def _threshold(predictor: Predictor, given: float | None, folder: Path) -> tuple[float, str]:
-    """Returns the decision threshold and where it comes from."""
+def decision_threshold(
+    predictor: Predictor, given: float | None, folder: Path
+) -> tuple[float, str]:
+    """Returns the decision threshold and where it comes from.
+
+    Args:
+        predictor: the networks.
+        given: by the user; None = that of the evaluation, 0.5 without one.
+        folder: where `evaluate` has scored the networks, if it has.
+    """
     if given is not None:
         return given, "given"
     try:

@@ -107,7 +107,7 @@ def make(
     with reader.open_slide(slide_file.path) as slide:
         inputs = settings.inputs(predictor, slide_file, name)
         with _timing(seconds, "tissue"):
-            view = _view(slide, slide_file, settings, name)
+            view = make_view(slide, slide_file, settings, name)
             is_tissue = view.grid.meeting(view.mask, view.canvas.step)
         with _timing(seconds, "cells"), open_bar(int(is_tissue.sum())) as bar:
             values = probabilities.compute(
@@ -120,8 +120,8 @@ def make(
             summary = {
                 "format": results.FORMAT,
                 "slide": str(slide_file.path.resolve()),
-                **_describe(view, settings),
-                **_numbers(values, found, settings.threshold),
+                **describe(view, settings),
+                **summarise(values, found, settings.threshold),
                 "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
                 **_networks(predictor),
                 "inputs": inputs,
@@ -160,7 +160,7 @@ def read(folder: Path) -> SlideMap:
     )
 
 
-class _View(NamedTuple):
+class View(NamedTuple):
     """What is known of a slide before its cells are computed.
 
     Attributes:
@@ -180,7 +180,19 @@ class _View(NamedTuple):
     mask: tissue.Mask
 
 
-def _view(slide: reader.Slide, slide_file: SlideFile, settings: Settings, name: str) -> _View:
+def make_view(slide: reader.Slide, slide_file: SlideFile, settings: Settings, name: str) -> View:
+    """Reads the thumbnail of a slide, finds its tissue, and lays the grid of cells.
+
+    Args:
+        slide: open.
+        slide_file: where it is; its `mpp` is used where it is given.
+        settings: how the map is made; the spacing of its patches is known.
+        name: of the slide's results.
+
+    Raises:
+        DataError: the slide cannot be read, is too coarse, or lacks micrometres a pixel.
+        Preempted: a signal has asked this process to stop.
+    """
     spacing = resolution.slide_spacing(slide, slide_file.mpp)
     assert settings.patch.mpp is not None
     scale = resolution.choose_scale(slide, spacing, settings.patch.mpp)
@@ -190,12 +202,12 @@ def _view(slide: reader.Slide, slide_file: SlideFile, settings: Settings, name: 
     image = thumbnail(slide, step)
     mask = tissue.find(slide, image, step, spacing, settings.tissue, name)
     canvas = overlay.Canvas(image, step, step * spacing.x)
-    return _View(slide, spacing, scale, grid, canvas, mask)
+    return View(slide, spacing, scale, grid, canvas, mask)
 
 
 def _write(
     part: Path,
-    view: _View,
+    view: View,
     values: np.ndarray,
     found: list[regions.Region],
     settings: Settings,
@@ -217,7 +229,8 @@ def _write(
     overlay.map_picture(values).save(part / "map.png")
 
 
-def _describe(view: _View, settings: Settings) -> dict[str, Any]:
+def describe(view: View, settings: Settings) -> dict[str, Any]:
+    """Returns what is known of a slide and its grid, as `slide.json` has it."""
     slide, spacing, scale, grid = view.slide, view.spacing, view.scale, view.grid
     tissue_pixels = float(view.mask.sum()) * view.canvas.step**2
     return {
@@ -244,8 +257,14 @@ def _describe(view: _View, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _numbers(values: np.ndarray, found: list[regions.Region], threshold: float) -> dict[str, Any]:
-    """Returns the numbers of a map; None where it has no cells."""
+def summarise(values: np.ndarray, found: list[regions.Region], threshold: float) -> dict[str, Any]:
+    """Returns the numbers of a map, None where it has no cells.
+
+    Args:
+        values: probabilities, NaN where there is no cell.
+        found: its regions.
+        threshold: at or above it a cell is positive.
+    """
     known = np.sort(values[~np.isnan(values)].astype(np.float64))[::-1]
     top = known[: max(1, round(0.01 * len(known)))]
     return {

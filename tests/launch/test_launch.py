@@ -258,7 +258,10 @@ def test_an_unknown_option_is_refused_before_installing(fakes, script, option, m
 def test_an_unknown_extra_is_refused(fakes):
     done = fakes.run(LAUNCH / "install.sh", "cud")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "launch/install.sh: unknown extra cud: test, slides, cuda, tpu or bench\n"
+    assert (
+        done.stderr
+        == "launch/install.sh: unknown extra cud: test, slides, serve, cuda, tpu or bench\n"
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

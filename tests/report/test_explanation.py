@@ -19,7 +19,7 @@ def test_orange_raises_and_blue_lowers_the_logit():
     image = np.full((96, 96, 3), 200, np.uint8)
     adds = np.ones((96, 96), np.float32)
     adds[:, 48:] = -1
-    red, _, blue = patches._draw_attribution(image, adds).astype(int).transpose(2, 0, 1)
+    red, _, blue = patches.draw_attribution(image, adds).astype(int).transpose(2, 0, 1)
     assert (red > blue + 100)[:, :40].all()
     assert (blue > red + 50)[:, 56:].all()
 

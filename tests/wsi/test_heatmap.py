@@ -307,7 +307,7 @@ def test_any_error_of_one_slide_does_not_stop_the_others(
     slides.mkdir()
     for name in ("bug", "memory", "gone", "whole", "caf\udce9"):
         (slides / f"{name}.tif").write_bytes(square_slide.read_bytes())
-    view = slide_map._view
+    view = slide_map.make_view
 
     def spoiled(slide, *arguments):
         if slide.path.stem == "bug":
@@ -322,7 +322,7 @@ def test_any_error_of_one_slide_does_not_stop_the_others(
             path.unlink()
         return slide
 
-    monkeypatch.setattr(slide_map, "_view", spoiled)
+    monkeypatch.setattr(slide_map, "make_view", spoiled)
     monkeypatch.setattr(reader, "open_slide", opened)
     out, options = tmp_path / "out", HeatmapConfig(stride=320)
     table = histo_jax.heatmap(predictor, slides, out, options).set_index("name")
@@ -343,7 +343,7 @@ def test_any_error_of_one_slide_does_not_stop_the_others(
         def fail(*_, error=error):
             raise error
 
-        monkeypatch.setattr(slide_map, "_view", fail)
+        monkeypatch.setattr(slide_map, "make_view", fail)
         with pytest.raises(type(error)):
             histo_jax.heatmap(predictor, square_slide, out, options)
 
@@ -463,12 +463,12 @@ def test_a_kill_leaves_the_old_results_or_the_new(number, tmp_path):
 def test_threshold_of_evaluation_moves_with_the_prior(predictor, monkeypatch, run):
     scores = {"checkpoint_step": predictor.trained[0].step, "threshold_at_95_specificity": 0.4}
     monkeypatch.setattr(heatmap.evaluation_files, "read_scores", lambda *_: scores)
-    assert heatmap._threshold(predictor, None, run)[0] == 0.4
-    assert heatmap._threshold(predictor, 0.3, run) == (0.3, "given")
+    assert heatmap.decision_threshold(predictor, None, run)[0] == 0.4
+    assert heatmap.decision_threshold(predictor, 0.3, run) == (0.3, "given")
     rare = histo_jax.load(run, prior=0.01)
     logits = np.array([[-0.2, 0.0, 0.3, 1.0]], np.float32)
     is_positive = predictor.calibrate(logits)[0] >= np.log(0.4 / 0.6)
-    moved = heatmap._threshold(rare, None, run)[0]
+    moved = heatmap.decision_threshold(rare, None, run)[0]
     np.testing.assert_array_equal(rare.calibrate(logits)[0] >= np.log(moved / (1 - moved)),
                                   is_positive)  # fmt: skip
 
