@@ -112,18 +112,18 @@ def grad_cam(model, weights, images, block):
 
 
 @pytest.fixture(scope="module", params=SEEDS, ids="seed {}".format)
-def trained(request, make_tiny_config, tmp_path_factory):
+def trained(request, make_tiny_config, synthetic_records, tmp_path_factory):
     """A network trained with this seed, and validation patches with tumour."""
-    config, folder = make_tiny_config(), tmp_path_factory.mktemp("attribution")
+    config, folder = make_tiny_config(), tmp_path_factory.mktemp("attribution") / "run"
     config.seed = request.param
     config.data = DataConfig(synthetic_slides=8, samples_per_class=200, validation_fraction=0.25)
-    config.data.tfds_dir = str(folder / "records")
-    histo_jax.fit(config, folder / "run")
+    config.data.tfds_dir = synthetic_records
+    histo_jax.fit(config, folder)
     prepared = prepare(config)
     subset = make_subsets(prepared.tables, config.data, config.data_seed).validation
     labels = prepared.tables[subset.records]["label"].to_numpy()[subset.rows]
     rows = subset.rows[labels == 1][:24]
-    return histo_jax.load(folder / "run"), prepared.records(subset.records, rows).images(
+    return histo_jax.load(folder), prepared.records(subset.records, rows).images(
         np.arange(len(rows))
     )
 
