@@ -235,12 +235,13 @@ def _restore(setup: _Setup, checkpoints: Checkpoints) -> Checkpoint:
         return checkpoint
     mean, std = splits.channel_stats(tables[subsets.train.records], subsets.train.rows)
 
-    def create() -> TrainState:
-        return create_state(parts.model, optimizer, config.seed, mean, std, image_size, has_ema)
+    def create(seed: Any, mean: Any, std: Any) -> TrainState:
+        return create_state(parts.model, optimizer, seed, mean, std, image_size, has_ema)
 
     data = {"fingerprint": fingerprint, "image_size": image_size}
-    # On all devices at once: a process cannot copy its arrays to the devices of others.
-    state = jax.jit(create, out_shardings=replicated)()
+    # On all devices at once: a process cannot copy its arrays to the devices of others. Seed and
+    # statistics are arguments, so that runs that differ in them share the compiled program.
+    state = jax.jit(create, out_shardings=replicated)(config.seed, mean, std)
     return Checkpoint(state, early_stopping, data, [])
 
 

@@ -117,6 +117,12 @@ def _tiny_config(kaggle_dir: Path, records: Path) -> Config:
     return config
 
 
+@pytest.fixture(scope="session")
+def synthetic_records(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of records of synthetic slides; who asks for the same slides finds them made."""
+    return str(tmp_path_factory.getbasetemp() / "synthetic")
+
+
 @dataclasses.dataclass
 class Ended:
     """How a command ended in this process."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from PIL import Image
 
 import histo_jax
 from histo_jax import environment, main
+from histo_jax.config import ModelConfig
 from histo_jax.distributed import runtime
 from histo_jax.errors import UserError
 from histo_jax.run import files
@@ -69,6 +71,8 @@ def restored():
 def test_settings_of_the_user_change_no_byte_and_hold_again_afterwards(
     tiny_config, tmp_path, monkeypatch, restored, make_kaggle, capfd
 ):
+    runpy.run_path(str(ROOT / "tests" / "tiny_network.py"))
+    tiny_config.model = ModelConfig(name="tiny")
     tiny_config.fit.epochs = 1
     written = []
     for name in ("plain", "other"):

@@ -25,16 +25,15 @@ SYMMETRIC = {"model_name": "five_block_p4m"}
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory):
+def make(synthetic_records):
     """Makes the config of a small network on synthetic slides."""
-    folder = tmp_path_factory.mktemp("records")
 
     def make(**changes):
         config = Config()
         config.data.synthetic_slides = 8
         config.data.samples_per_class = 60
         config.data.validation_fraction = 0.5
-        config.data.tfds_dir = str(folder)
+        config.data.tfds_dir = synthetic_records
         config.model.features, config.model.dense = (2, 2, 2, 2, 2), 4
         config.fit.batch_size, config.fit.epochs = 8, 1
         config.optimizer.learning_rate = 3e-3

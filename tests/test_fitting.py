@@ -3,7 +3,9 @@ import io
 import json
 import logging
 import re
+import runpy
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 import histo_jax
 from histo_jax import fitting
+from histo_jax.config import ModelConfig
 from histo_jax.data import loader, splits
 from histo_jax.distributed.mesh import batch_sharding, replicated
 from histo_jax.errors import UserError
@@ -26,6 +29,8 @@ from histo_jax.training.callbacks import HISTORY_COLUMNS, check_callbacks
 from histo_jax.training.checkpoints import Checkpoints
 from histo_jax.training.epoch_log import follow_up_passes
 from histo_jax.training.patch_sheet import draw_patch_sheet
+
+runpy.run_path(str(Path(__file__).with_name("tiny_network.py")))
 
 
 @pytest.fixture
@@ -53,6 +58,18 @@ class Recorder:
 class ImageRecorder(Recorder):
     def on_images(self, name, step, image):
         self.images.append((name, step, image))
+
+
+@pytest.fixture(scope="module")
+def make_tiny_config(make_tiny_config):
+    """Its network compiles quickly: the loop around it is tested."""
+
+    def make():
+        config = make_tiny_config()
+        config.model = ModelConfig(name="tiny")
+        return config
+
+    return make
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,10 @@ CONFIG = """
 from histo_jax.config import Config
 def get_config():
     config = Config()
-    config.model.features = (2, 2, 2, 2, 2)
-    config.model.dense = 4
-    config.fit.batch_size = 8
+    # As in tests/test_docs.py: what one compiles, the other finds in the cache.
+    config.model.features = (4, 4, 4, 4, 4)
+    config.model.dense = 8
+    config.fit.batch_size = config.predict.batch_size = 8
     config.fit.epochs = 1
     config.data.validation_fraction = 0.25
     config.data.source = "kaggle"

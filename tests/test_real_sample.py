@@ -5,21 +5,16 @@ import json
 import pandas as pd
 
 import histo_jax
-from histo_jax.config import Config
 from histo_jax.preparation import prepare
 
 
-def test_a_small_network_learns_from_real_tiffs(sample, tmp_path):
-    config = Config()
-    config.data.source = "kaggle"
+def test_a_small_network_learns_from_real_tiffs(sample, make_tiny_config, tmp_path):
+    config = make_tiny_config()
     config.data.raw_dir = str(sample / "kaggle_sample")
     config.data.tfds_dir = str(tmp_path / "records")
     config.data.validation_fraction = 0.2
     config.data.samples_per_class = 400
-    config.model.features = (4, 8, 8, 8, 8)
-    config.model.dense = 16
-    config.optimizer.learning_rate = 3e-3
-    config.fit.batch_size, config.fit.epochs = 32, 3
+    config.fit.epochs = 2
     histo_jax.fit(config, tmp_path / "run")
     scores = histo_jax.evaluate(config, tmp_path / "run")
     assert scores["count"] == 160

@@ -13,10 +13,12 @@ import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Sharding
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from histo_jax.config import EarlyStoppingConfig
 from histo_jax.models.forward import Weights
+
+Channels = Float[np.ndarray | Array, "3"]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -65,8 +67,8 @@ def update_ema(ema: Weights | None, weights: Weights, step: Any, decay: float) -
 def init_weights(
     model: nn.Module,
     key: PRNGKeyArray,
-    mean: Float[np.ndarray, "3"],
-    std: Float[np.ndarray, "3"],
+    mean: Channels,
+    std: Channels,
     image_size: int,
 ) -> Weights:
     """Returns random weights.
@@ -92,9 +94,9 @@ def init_weights(
 def create_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
-    seed: int,
-    mean: Float[np.ndarray, "3"],
-    std: Float[np.ndarray, "3"],
+    seed: int | Int[Array, ""],
+    mean: Channels,
+    std: Channels,
     image_size: int,
     has_ema: bool = False,
 ) -> TrainState:

@@ -38,8 +38,8 @@ WITHOUT_NETWORK = {"pillow"}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     path = tmp_path_factory.mktemp("bench") / "bench.json"
-    # Without the four fake devices of the tests; compiled programs are shared, unlike in a
-    # measurement.
+    # Without the four fake devices of the tests; compiled programs are shared with the other
+    # tests, unlike in a measurement.
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("XLA_FLAGS")
     }

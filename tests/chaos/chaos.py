@@ -25,12 +25,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FORK_SERVER = runpy.run_path(str(ROOT / "tests" / "fork_server.py"))["ForkServer"]
 CONFIG = """
+import runpy
 from histo_jax.config import Config
+runpy.run_path({network!r})
 def get_config():
     config = Config()
     config.data.source, config.data.synthetic_slides = "synthetic", 4
     config.data.validation_fraction = 0.25
-    config.model.features, config.model.dense = (4, 4, 8, 8, 8), 16
+    config.model.name = "tiny"
     config.optimizer.learning_rate = 1e-3
     config.fit.batch_size, config.fit.steps_per_epoch, config.fit.epochs = 16, {steps}, {epochs}
     config.early_stopping.patience = {epochs}
@@ -287,7 +289,9 @@ def compare(run, expected, batches, config):
 
 def chaos(folder, server, kills, terms, predictions, epochs, rng):
     began, file = time.monotonic(), folder / "config.py"
-    file.write_text(CONFIG.format(steps=STEPS, epochs=epochs, interval=INTERVAL))
+    network = str(ROOT / "tests" / "tiny_network.py")
+    text = CONFIG.format(network=network, steps=STEPS, epochs=epochs, interval=INTERVAL)
+    file.write_text(text)
     config = runpy.run_path(str(file))["get_config"]()
     undisturbed = Run(folder / "undisturbed", file, server)
     batches = {step: batch for _, step, batch in undisturbed.start().steps}

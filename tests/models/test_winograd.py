@@ -9,10 +9,10 @@ from jax import lax
 from histo_jax.models import winograd_block
 
 EPSILON = 1e-5
-# Height, channels, features: few channels; 4x4 tiles; an even and an odd number of 2x2 tiles; the
-# last blocks of patches of 224x224 and 32x32. Small heights, since two values of a window that
+# Height, channels, features: few channels; 4x4 tiles; an even and an odd number of 2x2 tiles; one
+# tile. Small heights, since two values of a window that
 # differ by rounding only would make the gradient ambiguous.
-SHAPES = [(32, 3, 16), (24, 16, 8), (12, 8, 16), (6, 16, 24), (14, 8, 16), (2, 16, 8)]
+SHAPES = [(32, 3, 16), (24, 16, 8), (12, 8, 16), (14, 8, 16), (2, 16, 8)]
 SEVERAL_CHUNKS = 24 * 24 * 8
 
 
@@ -61,7 +61,7 @@ def float64():
     ("shape", "dtype", "tolerance"),
     [
         *((shape, np.float64, 1e-10) for shape in SHAPES),
-        *((shape, np.float32, 1e-4) for shape in SHAPES[:2]),
+        (SHAPES[1], np.float32, 1e-4),
     ],
 )
 def test_training_equals_the_plain_formulation(shape, dtype, tolerance, monkeypatch, request):
@@ -86,7 +86,7 @@ def test_training_equals_the_plain_formulation(shape, dtype, tolerance, monkeypa
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [SHAPES[0], *SHAPES[2:]])  # inference has no 4x4 tiles
 def test_inference_equals_the_plain_formulation(shape, monkeypatch):
     monkeypatch.setattr(winograd_block, "CHUNK_ELEMENTS", SEVERAL_CHUNKS)
     x, kernel, scale, bias, _ = draw(shape, np.float64)

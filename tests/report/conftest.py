@@ -24,11 +24,11 @@ class Network(nn.Module):
 
 
 @pytest.fixture(scope="package")
-def config(tmp_path_factory):
+def config(synthetic_records):
     config = Config()
     config.data.synthetic_slides, config.data.samples_per_class = 8, 60
     config.data.validation_fraction = 0.5
-    config.data.tfds_dir = str(tmp_path_factory.mktemp("records"))
+    config.data.tfds_dir = synthetic_records
     config.model.name = "tests_report_network"
     config.fit.batch_size, config.fit.epochs = 8, 2
     return config

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 import histo_jax
-from histo_jax.config import Config
+from histo_jax.config import Config, DataConfig
 from histo_jax.data.example import PatchSpec
 from histo_jax.data.splits import make_subsets
 from histo_jax.metrics import Calibration
@@ -112,21 +112,18 @@ def grad_cam(model, weights, images, block):
 
 
 @pytest.fixture(scope="module", params=SEEDS, ids="seed {}".format)
-def trained(request, tmp_path_factory):
+def trained(request, make_tiny_config, synthetic_records, tmp_path_factory):
     """A network trained with this seed, and validation patches with tumour."""
-    config = Config(seed=request.param)
-    folder = tmp_path_factory.mktemp("attribution")
-    config.data.tfds_dir = str(folder / "records")
-    config.data.synthetic_slides, config.data.samples_per_class = 12, 200
-    config.data.validation_fraction = 0.25
-    config.model.features, config.model.dense = (8, 16, 16, 16, 16), 16
-    config.optimizer.learning_rate, config.fit.epochs = 3e-3, 4
-    histo_jax.fit(config, folder / "run")
+    config, folder = make_tiny_config(), tmp_path_factory.mktemp("attribution") / "run"
+    config.seed = request.param
+    config.data = DataConfig(synthetic_slides=8, samples_per_class=200, validation_fraction=0.25)
+    config.data.tfds_dir = synthetic_records
+    histo_jax.fit(config, folder)
     prepared = prepare(config)
     subset = make_subsets(prepared.tables, config.data, config.data_seed).validation
     labels = prepared.tables[subset.records]["label"].to_numpy()[subset.rows]
-    rows = subset.rows[labels == 1][:36]
-    return histo_jax.load(folder / "run"), prepared.records(subset.records, rows).images(
+    rows = subset.rows[labels == 1][:24]
+    return histo_jax.load(folder), prepared.records(subset.records, rows).images(
         np.arange(len(rows))
     )
 
