@@ -104,7 +104,7 @@ def start(run, predictor):
     return start
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not of the session: it holds the settings of a command
 def served(start, slide_folder):
     with start(slides=str(slide_folder), receive_seconds=30) as server:
         yield server
@@ -123,7 +123,7 @@ def slide_folder(tmp_path_factory, write_slide, tissue_pixels):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(served):
     httpx = pytest.importorskip("httpx2", reason="launch/install.sh test installs it")
     with httpx.Client(base_url=served.url, timeout=60) as client:
