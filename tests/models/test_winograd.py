@@ -61,7 +61,7 @@ def float64():
     ("shape", "dtype", "tolerance"),
     [
         *((shape, np.float64, 1e-10) for shape in SHAPES),
-        (SHAPES[1], np.float32, 1e-4),
+        *((shape, np.float32, 1e-4) for shape in SHAPES[:2]),
     ],
 )
 def test_training_equals_the_plain_formulation(shape, dtype, tolerance, monkeypatch, request):
