@@ -147,6 +147,23 @@ def fork_server():
     server.close()
 
 
+@pytest.fixture(scope="module")
+def chromium():
+    """A real Chromium, by Playwright; without one, skips, and under CI (`CI` is set) fails."""
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        message = "needs Chromium on the PATH, as `apt install chromium` brings it"
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
+    with sync_playwright() as playwright:
+        # Without a sandbox: containers and CI run as root, and the page is our own.
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
     """Makes logs valid text: they may hold names that are not, which pytest-xdist cannot send."""

@@ -1,5 +1,6 @@
 """Runs the application until a signal: sockets, connections and the end of the process."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -92,7 +93,7 @@ class Server(uvicorn.Server):
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
                     signal.signal(number, self.handle_exit)
-        return _nothing
+        return contextlib.nullcontext()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Ends the server; a second signal ends it at once."""
@@ -101,17 +102,6 @@ class Server(uvicorn.Server):
         self._first_signal = sig
         log.info("finishing the requests under way; a second signal ends the server at once")
         self.should_exit = True
-
-
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-_nothing = _Nothing()
 
 
 class _Protocol(H11Protocol):

@@ -4,12 +4,9 @@ Where the system has no Chromium these tests are skipped; under CI (`CI` is set)
 """
 
 import json
-import os
-import shutil
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
 from histo_jax import evaluation_files
 from histo_jax.report.page import Audit, render
@@ -20,21 +17,6 @@ PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 both_screens = pytest.mark.parametrize(
     "page", [PHONE, DESKTOP], ids=["phone", "desktop"], indirect=True
 )
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    path = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if path is None:
-        message = "needs Chromium on the PATH, as `apt install chromium` brings it"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
-    with sync_playwright() as playwright:
-        # Without a sandbox: containers and CI run as root, and the page is our own.
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
