@@ -39,6 +39,8 @@ _POINTS = {
     "threshold_at_95_specificity": "95% specificity",
     "threshold_at_95_sensitivity": "95% sensitivity",
 }
+# What the head of the card states of the patches of an evaluation.
+_FACTS = ("count", "slide_disjoint", "patient_disjoint")
 _DATASETS = {"pcam": "patchcamelyon", "kaggle": "histopathologic-cancer-detection"}
 _TITLES = {
     "pcam": "PatchCamelyon",
@@ -149,6 +151,7 @@ def _result(scores: Mapping[str, Any], config: Config) -> dict[str, Any]:
             "type": config.data.source,
             "name": _title(config),
             "split": scores["split"],
+            "args": {key: scores.get(key) for key in _FACTS},
         },
         "metrics": [metric for metric in metrics if metric["value"] is not None],
     }

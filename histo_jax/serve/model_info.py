@@ -123,14 +123,15 @@ def _scores(predictor: Predictor, folder: Path, number: int, folders: int) -> di
 
 
 def _card_scores(folder: Path) -> dict[str, Any] | None:
-    """Returns the scores in the head of an export's model card, which knows no disjointness."""
+    """Returns the scores in the head of an export's model card; None without any."""
     try:
         head = (folder / "README.md").read_text(encoding="utf-8").split("---\n")[1]
         result = yaml.safe_load(head)["model-index"][0]["results"][0]
         auc = next(metric for metric in result["metrics"] if metric["type"] == "auc")
         low, high = auc.get("args", {}).get("interval_95", (None, None))
+        facts = result["dataset"].get("args", {})
         return {
-            **dict.fromkeys(_KEYS),
+            **{key: facts.get(key) for key in _KEYS},
             "name": _name(folder),
             "split": str(result["dataset"]["split"]),
             "auc": float(auc["value"]),

@@ -19,6 +19,7 @@ import histo_jax
 from histo_jax.errors import ParityError, UserError
 from histo_jax.export import exporting, function, parity, processes
 from histo_jax.metrics import Calibration
+from histo_jax.serve import model_info
 
 DEFAULT = {
     "README.md", "config.json", "model.onnx", "model.py", "model.safetensors", "model.stablehlo",
@@ -125,6 +126,10 @@ def test_the_model_card_has_the_scores_of_the_evaluation(run):
     for text in ("not a medical device", "0.972 micrometres", "Operating points", "audited"):
         assert text in card.text
     assert f"| AUC | {scores['auc']:.4f} |" in card.text
+    # The server's page reads them from the card.
+    (shown,) = model_info.describe(histo_jax.load(run / "export"), [run / "export"]).scores
+    assert shown == {"name": "export", **{key: scores[key] for key in shown.keys() - {"name"}}}
+    assert shown["slide_disjoint"] is not None
 
 
 def test_options_and_an_ensemble_are_inside_all_files(
