@@ -63,6 +63,7 @@ def test_dropped_files_become_probabilities_and_a_heat_map(
     page.locator("#work").wait_for(state="hidden")
     rows = page.locator("li.patch")
     assert rows.count() == 2
+    assert page.locator("#status").inner_text().startswith("2 patches computed. larger.png: ")
     probability = predictor(patches)[3]
     assert f"{probability:.3f}" in rows.first.inner_text()
     assert evil in rows.first.inner_text()

@@ -9,6 +9,7 @@ import { addRegion, removeRegions } from "./regions.js";
 const GROUP_FILES = 32, GROUP_BYTES = 8 * 2 ** 20;
 const waiting = [];
 let model = null, aborter = null, total = 0;
+let patches = 0, maps = []; // done since files were added
 
 const say = (text) => { byId("status").textContent = text; };
 const sleep = (seconds) => new Promise((resolve) => { setTimeout(resolve, 1000 * seconds); });
@@ -62,7 +63,7 @@ async function predict(jobs) {
   });
   waiting.unshift(...larger);
   showPatches(model);
-  say(`${count(results.filter((result) => !result.error).length, "patch", "patches")} computed.`);
+  patches += results.filter((result) => !result.error).length;
 }
 
 async function mapRegion(job) {
@@ -79,7 +80,7 @@ async function mapRegion(job) {
   for await (const line of lines(answer)) {
     if (line.error) throw new ServerError(422, line.error);
     if (line.map) {
-      say(addRegion(line));
+      maps.push(addRegion(line));
       return;
     }
     if (line.cells) showWork(`${name}: ${line.done.toLocaleString("en")} of ${count(line.cells, "cell", "cells")}`, line.done / line.cells);
@@ -106,6 +107,7 @@ async function work() {
     const group = nextGroup();
     try {
       await (isRegion(group[0]) ? mapRegion(group[0]) : predict(group));
+      say([...(patches ? [`${count(patches, "patch", "patches")} computed.`] : []), ...maps].join(" "));
     } catch (error) {
       if (aborter.signal.aborted) break;
       for (const job of group) addProblem(job.slide ?? job.file.name, error.message);
@@ -114,7 +116,8 @@ async function work() {
   const isCancelled = aborter.signal.aborted;
   waiting.length = 0;
   aborter = null;
-  total = 0;
+  total = patches = 0;
+  maps = [];
   byId("work").hidden = true;
   if (isCancelled) say("Cancelled.");
   else if (!byId("status").textContent) say("Done.");

@@ -86,7 +86,7 @@ export function showPatches(model) {
   const values = shown.map((item) => item.patch.probability);
   byId("patches-summary").textContent =
     `${count(shown.length, "patch", "patches")}, ${positive.toLocaleString("en")} at or above the operating point of ` +
-    `${probability(model.threshold)} (${model.threshold_source}), the black mark; highest probability of ${model.positive} ${probability(Math.max(...values))}.`;
+    `${probability(model.threshold)} (${model.threshold_source}), the mark on each bar; highest probability of ${model.positive} ${probability(Math.max(...values))}.`;
 }
 
 export function removePatches() {
