@@ -1,18 +1,16 @@
 """Sets up JAX for a command: default options, a compilation cache, and memory allocation."""
 
 import contextlib
-import ctypes
 import functools
 import importlib.metadata
 import logging
 import platform
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from histo_jax import environment
+from histo_jax import environment, malloc
 from histo_jax.distributed import processes
 from histo_jax.errors import UserError, one_line
 from histo_jax.run import files
@@ -22,8 +20,6 @@ log = logging.getLogger("histo_jax")
 
 _CACHE_BYTES = 2**30
 _PACKAGES = ("jax", "flax", "optax", "numpy")
-# Names of glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 # Defaults of options that change results or stop a run; each is a context manager of `jax`.
 _PINNED = {
     "enable_x64": False,
@@ -96,13 +92,11 @@ def set_up() -> None:
     check_devices()
     processes.assign_roles()
     _set_up_cache()
-    if jax.default_backend() == "cpu" and sys.platform == "linux":
+    if jax.default_backend() == "cpu":
         # Every step allocates hundreds of megabytes. If they are returned to the system after it,
         # the next step gets them page by page: measured, that took a quarter of a step.
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:
-            for setting, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1)):
-                mallopt(setting, value)
+        malloc.keep_freed()
+        malloc.use_one_arena()
 
 
 def check_devices() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from histo_jax import environment, startup, streams
+from histo_jax import environment, malloc, startup, streams
 from histo_jax.config_values import folders
 from histo_jax.errors import ConfigError, UserError
 from histo_jax.run import files
@@ -140,6 +140,7 @@ def main(argv: Sequence[str]) -> int:
     from histo_jax.serve import libraries
 
     libraries.check()
+    malloc.use_one_arena()  # before JAX's threads get arenas, which keep freed memory
     environment.load("histo_jax.distributed.runtime")
     with environment.defaults():
         return _serve(options)
@@ -157,6 +158,7 @@ def _serve(options: argparse.Namespace) -> int:
         if service.failure:
             running.should_exit = True
         else:
+            malloc.return_freed()  # of loading and compiling
             log.info("ready; Ctrl-C ends the server")
             print(server.url(listener), flush=True)
 

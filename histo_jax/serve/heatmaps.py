@@ -2,15 +2,14 @@
 
 import asyncio
 import contextlib
-import ctypes
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from histo_jax import malloc
 from histo_jax.serve.answers import FAILURE, Json
 from histo_jax.serve.batching import finished, within
 from histo_jax.serve.limits import Refused
@@ -127,7 +126,7 @@ def _counted(service: Service) -> Iterator[None]:
         yield
     finally:
         service.maps -= 1
-        _return_memory()
+        malloc.return_freed()  # of a large picture
 
 
 def _parse(form: Form, service: Service) -> tuple[File | SlideFile, str, Options]:
@@ -175,11 +174,3 @@ async def _steps(service: Service, region: RegionMap) -> dict[str, Any]:
     await service.decode(region.open, cancel=region.cancel)
     await finished(service.thread.submit(region.compute), region.cancel)
     return await service.decode(region.answer)
-
-
-def _return_memory() -> None:
-    """Returns the memory of a large picture to the system, which glibc keeps for later ones."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim:
-            trim(0)

@@ -10,6 +10,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from histo_jax import malloc
 from histo_jax.serve.limits import Limits, Refused, size
 
 Result = TypeVar("Result")
@@ -17,6 +18,8 @@ Result = TypeVar("Result")
 # Fields of a form beside its files.
 _FIELDS = 20
 _LONGEST_NAME = 255
+# Memory of requests is returned to the system once none is left, if they had more bytes than this.
+_KEPT = 32 * 2**20
 
 
 class File(NamedTuple):
@@ -77,7 +80,7 @@ class Receiver:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self.held = 0
+        self.held = self._most_held = 0
 
     @contextlib.asynccontextmanager
     async def form(self, request: Request) -> AsyncIterator[Form]:
@@ -144,6 +147,7 @@ class Receiver:
                 async for chunk in request.stream():
                     own += len(chunk)
                     self.held += len(chunk)
+                    self._most_held = max(self._most_held, self.held)
                     if own > limit:
                         raise _too_large(limit)
                     if self.held > self._limits.received:
@@ -161,6 +165,10 @@ class Receiver:
             yield chunks()
         finally:
             self.held -= own
+            if not self.held:
+                if self._most_held > _KEPT:
+                    malloc.return_freed()
+                self._most_held = 0
 
     def _too_slow(self) -> Refused:
         return Refused(
