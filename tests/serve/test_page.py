@@ -99,6 +99,8 @@ def test_the_keyboard_alone_suffices(start, open_page, slide_folder, encode, pat
     path.write_bytes(encode(patches[4]))
     with start(token=TOKEN, slides=str(slide_folder)) as server:
         page = open_page(server)
+        # Playwright starts to take file choosers here, in the background; later may be too late.
+        page.on("filechooser", lambda chooser: None)
         page.get_by_role("dialog").wait_for()
         assert json.dumps(Axe().run(page).response["violations"]) == "[]"
         page.keyboard.type("wrong")
@@ -119,7 +121,7 @@ def test_the_keyboard_alone_suffices(start, open_page, slide_folder, encode, pat
             raise AssertionError(f"Tab does not lead to {name}")
 
         tab_to("Choose files")
-        with page.expect_file_chooser(timeout=5000) as chooser:
+        with page.expect_file_chooser() as chooser:
             page.keyboard.press("Enter")
         chooser.value.set_files(path)
         page.locator("li.patch").wait_for()
