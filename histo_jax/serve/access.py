@@ -21,14 +21,28 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def without_brackets(host: str) -> str:
+    """Returns an address without the brackets that URLs have around one of IPv6."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
 def allowed_hosts(host: str, others: Collection[str]) -> frozenset[str]:
     """Returns what a Host header may name, without a port.
 
     Args:
         host: address that the server listens on.
         others: more names of this machine.
+
+    Raises:
+        ConfigError: a name is not one, but a URL or has a port.
     """
-    named = [f"[{name}]" if ":" in name else name for name in (host, *others)]
+    names = [without_brackets(name) for name in (host, *others)]
+    for name in names[1:]:
+        if "/" in name or name.count(":") == 1:
+            raise ConfigError(
+                f"--allow-hosts={name} must be a name or an address, without http:// and a port"
+            )
+    named = [f"[{name}]" if ":" in name else name for name in names]
     return frozenset(name.lower() for name in (*_LOOPBACK, *named))
 
 

@@ -88,6 +88,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--port={options.port} must be a number from 0 to 65535")
     if options.batch_size is not None and not 1 <= options.batch_size <= 4096:
         raise ConfigError(f"--batch-size={options.batch_size} must be a number from 1 to 4096")
+    for name in ("slides", "token_file"):
+        if getattr(options, name) == "":
+            raise ConfigError(f"--{name.replace('_', '-')} is empty: name it, or leave it out")
+    options.host = access.without_brackets(options.host)
     others = [name.strip() for name in options.allow_hosts.split(",") if name.strip()]
     options.hosts = access.allowed_hosts(options.host, others)
     if options.token_file is None:

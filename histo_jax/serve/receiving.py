@@ -6,6 +6,7 @@ import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple, TypeVar
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
@@ -18,6 +19,8 @@ Result = TypeVar("Result")
 # Fields of a form beside its files.
 _FIELDS = 20
 _LONGEST_NAME = 255
+# Others of Python fail, or take minutes for a megabyte.
+_CHARSETS = (b"utf-8", b"us-ascii", b"iso-8859-1")
 # Memory of requests is returned to the system once none is left, if they had more bytes than this.
 _KEPT = 32 * 2**20
 
@@ -93,6 +96,9 @@ class Receiver:
         kind = request.headers.get("content-type", "")
         if not kind.lower().startswith("multipart/form-data"):
             raise Refused(415, "send a form: Content-Type multipart/form-data, with a boundary")
+        charset = parse_options_header(kind)[1].get(b"charset", b"utf-8").lower()
+        if charset not in _CHARSETS:
+            raise Refused(415, "the charset of the form is not supported: send UTF-8")
         async with self._receive(request, self._limits.body) as chunks:
             parser = _InMemory(
                 request.headers, chunks, max_files=self._limits.files, max_fields=_FIELDS
@@ -104,8 +110,7 @@ class Receiver:
                 raise self._too_slow() from None
             except MultiPartException as error:
                 status = 413 if error.message.startswith(("Too many", "Part exceeded")) else 400
-                fix = f"; at most {self._limits.files} files a request" if status == 413 else ""
-                raise Refused(status, f"{error.message.rstrip('.')}{fix}") from None
+                raise Refused(status, error.message.rstrip(".")) from None
             try:
                 # Pillow would write a temporary file of Starlette to disk, to read it by libtiff.
                 received = [(key, await _content(value)) for key, value in form.multi_items()]

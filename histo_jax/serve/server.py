@@ -105,7 +105,7 @@ class Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Closes connections on which a request does not arrive in time.
+    """Closes connections on which a request does not arrive, or an answer is not read, in time.
 
     The application limits the time of bodies that it reads; this is for headers, and for bodies
     that it has refused.
@@ -125,14 +125,33 @@ class _Protocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         was_answering = self._watch is None
         super().data_received(data)
-        if self.conn.their_state.__name__ == "DONE":
+        if self._is_received():
             self._stop()
         elif was_answering:
             self._restart()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._restart()
+        self._restart_unless_answering()  # the next request may have come
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._restart()  # a client that does not read would keep the server from its end
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._restart_unless_answering()
+
+    def _is_received(self) -> bool:
+        # MUST_CLOSE after requests with `Connection: close`, and those of HTTP/1.0.
+        return self.conn.their_state.__name__ in ("DONE", "MUST_CLOSE")
+
+    def _restart_unless_answering(self) -> None:
+        if self._is_received() and not self.cycle.response_complete:
+            self._stop()
+            self._unset_keepalive_if_required()  # which uvicorn has just set
+        else:
+            self._restart()
 
     def _restart(self) -> None:
         self._stop()

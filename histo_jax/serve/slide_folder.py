@@ -47,8 +47,10 @@ class SlideFolder:
         return slide if slide and self._is_inside(slide.path) else None
 
     def _is_inside(self, path: Path) -> bool:
-        """Returns whether a file is in the folder; links may lead elsewhere."""
+        """Returns whether a file is there, and in the folder; links may lead elsewhere."""
         try:
+            if not path.is_file():
+                return False
             is_inside = path.resolve().is_relative_to(self._root)
         except (OSError, RuntimeError):
             return False

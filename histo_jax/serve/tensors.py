@@ -156,14 +156,15 @@ def _flat(data: Any, count: int) -> np.ndarray:
     """Returns uint8[count] of numbers, nested or not."""
     if not isinstance(data, Sequence) or isinstance(data, str):
         raise _bad(f"the data of {INPUT} must be a list of numbers")
-    try:
-        array = np.asarray(data)
-    except (ValueError, OverflowError):  # lists of different lengths
-        raise _bad(f"the data of {INPUT} must be numbers, as many as its shape says") from None
+    # As objects: in an array of text, each item would take the memory of the longest one.
+    array = np.asarray(data, object)
+    kinds = set(map(type, array.flat))
+    if list in kinds:  # lists of different lengths
+        raise _bad(f"the data of {INPUT} must be numbers, as many as its shape says")
     if array.size != count:
         raise _bad(f"the data of {INPUT} has {array.size:,} numbers, and its shape {count:,}")
     if not count:
         return np.zeros(0, np.uint8)
-    if array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 255:
+    if kinds != {int} or array.min() < 0 or array.max() > 255:
         raise _bad(f"the data of {INPUT} must be whole numbers from 0 to 255")
     return array.astype(np.uint8).ravel()

@@ -31,6 +31,10 @@ httpx = pytest.importorskip("httpx2", reason="launch/install.sh test installs it
         (["--workdir=a", "--token-file=short"], "short must hold one word of at least 16"),
         (["--workdir=a", "--token-file=two"], "two must hold one word of at least 16"),
         (["--workdir=a", "--token-file=binary"], "binary cannot be read (it is not ASCII text)"),
+        (["--workdir=a", "--token-file="], "--token-file is empty"),
+        (["--workdir=a", "--slides="], "--slides is empty"),
+        (["--workdir=a", "--allow-hosts=b,http://b"], "--allow-hosts=http://b must be a name"),
+        (["--workdir=a", "--allow-hosts=b:8000"], "--allow-hosts=b:8000 must be a name"),
         (["--workdir=a"], "a is not the folder of a run"),
         (["--workdir=run", "--slides=none"], "none"),
     ],
@@ -45,6 +49,13 @@ def test_a_wrong_argument_is_one_line_with_the_fix(words, message, run, tmp_path
         command_line.main(["--port=0", *words])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_addresses_of_ipv6_may_have_the_brackets_of_urls():
+    words = ["--workdir=a", "--host=[::1]", "--allow-hosts=[fd00::1],fd00::2"]
+    options = command_line.parse(words)
+    assert options.host == "::1"
+    assert {"[::1]", "[fd00::1]", "[fd00::2]"} < options.hosts
 
 
 def test_a_port_that_is_in_use_is_named(run):

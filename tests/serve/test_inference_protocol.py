@@ -66,6 +66,8 @@ DATA = [0] * (96 * 96 * 3 - 1)
         ({"data": [*DATA, 0.5]}, "must be whole numbers from 0 to 255"),
         ({"data": [*DATA, 10**400]}, "must be whole numbers from 0 to 255"),
         ({"data": [*DATA, "0"]}, "must be whole numbers from 0 to 255"),
+        ({"data": [*DATA, True]}, "must be whole numbers from 0 to 255"),
+        ({"data": [*DATA, "0" * 10**7]}, "must be whole numbers from 0 to 255"),  # 1 TB as text
         ({"data": [*DATA, None]}, "must be whole numbers from 0 to 255"),
         ({"data": [*DATA, [0]]}, "must be numbers, as many as its shape says"),
         ({"data": DATA}, "has 27,647 numbers, and its shape 27,648"),

@@ -121,6 +121,17 @@ def test_a_slide_of_the_folder_has_the_map_of_the_command_heatmap(
     assert np.sum(np.array(result["probabilities"]) != None) == summary["cells"]  # noqa: E711
 
 
+def test_a_slide_that_was_removed_is_unknown(tmp_path, encode, patches):
+    pytest.importorskip("openslide", reason="the extra slides is not installed")
+    from histo_jax.serve.slide_folder import SlideFolder
+
+    (tmp_path / "a.png").write_bytes(encode(patches[0], "PNG"))
+    slides = SlideFolder(str(tmp_path))
+    assert slides.get("a").path == tmp_path / "a.png"
+    (tmp_path / "a.png").unlink()
+    assert slides.get("a") is None
+
+
 def test_progress_comes_in_lines_of_json(client, encode, region):
     answer = client.post(
         "/v1/heatmap",
@@ -159,6 +170,17 @@ def test_progress_comes_in_lines_of_json(client, encode, region):
 def test_a_form_that_cannot_be_used_is_explained(client, path, form, status, message):
     answer = client.post(f"/v1/{path}", files=form)
     assert (answer.status_code, answer.json()["error"][: len(message)]) == (status, message)
+
+
+@pytest.mark.parametrize("charset", ["undefined", "punycode", "utf-16"])
+def test_a_form_in_a_rare_charset_is_refused(client, charset):
+    kind = f"multipart/form-data; boundary=b; charset={charset}"
+    form = b'--b\r\nContent-Disposition: form-data; name="files"; filename="\xff"\r\n\r\nx\r\n--b--'
+    answer = client.post("/v1/predict", content=form, headers={"Content-Type": kind})
+    assert (answer.status_code, "send UTF-8" in answer.json()["error"]) == (415, True)
+    kind = kind.replace(charset, "UTF-8")
+    answer = client.post("/v1/predict", content=form, headers={"Content-Type": kind})
+    assert answer.status_code == 200
 
 
 def test_the_model_is_described_without_paths(client, run):

@@ -1,5 +1,6 @@
 """What the server refuses, and that it lives on."""
 
+import asyncio
 import concurrent.futures
 import io
 import socket
@@ -196,6 +197,56 @@ def test_a_connection_without_a_request_is_closed(start, monkeypatch):
     with start(receive_seconds=0.1) as server:
         assert raw(server, "GET / HTTP/1.1\r\nHost: loc") == b""
         assert raw(server, "") == b""
+
+
+def test_a_client_that_does_not_read_its_heat_map_is_dropped(start, monkeypatch):
+    from histo_jax.serve import heatmaps
+    from histo_jax.serve import server as module
+
+    async def make_large_map(*arguments):
+        return {"map": "x" * 20_000_000}
+
+    monkeypatch.setattr(module, "_KEEP_ALIVE", 0.2)
+    monkeypatch.setattr(heatmaps, "_make_map", make_large_map)
+    head = (
+        "POST /v1/heatmap HTTP/1.1\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n"
+        "Content-Type: multipart/form-data; boundary=b\r\nContent-Length: "
+    )
+    body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nx\r\n--b--'
+    with start(receive_seconds=0.1) as server:
+        address = server.url.removeprefix("http://").rstrip("/").split(":")
+        with socket.create_connection((address[0], int(address[1]))) as connection:
+            connection.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body)
+            connections = server.running.server_state.connections
+            deadline = time.monotonic() + 20
+            while not connections and time.monotonic() < deadline:
+                time.sleep(0.01)
+            while connections and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert time.monotonic() < deadline
+
+
+def test_a_long_answer_to_the_last_request_of_a_connection_is_not_cut_off(start, monkeypatch):
+    from histo_jax.serve import patches as routes
+    from histo_jax.serve import server as module
+
+    predict = routes._predict
+
+    async def predict_slowly(*arguments):
+        await asyncio.sleep(0.8)
+        return await predict(*arguments)
+
+    monkeypatch.setattr(module, "_KEEP_ALIVE", 0.2)
+    monkeypatch.setattr(routes, "_predict", predict_slowly)
+    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nx\r\n--b--'
+    head = (
+        "POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    first = "GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with start(receive_seconds=0.1) as server:
+        for before in ("", first):
+            assert b'"results":' in raw(server, (before + head).encode() + body)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
