@@ -1,8 +1,6 @@
 """The optional libraries of the server."""
 
-import importlib
-
-from histo_jax.errors import UserError, one_line
+from histo_jax import extras
 
 _REQUIRED = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
 
@@ -14,10 +12,4 @@ def check() -> None:
         UserError: one is not installed, or cannot be loaded; names the fix.
     """
     for name in _REQUIRED:
-        try:
-            importlib.import_module(name)
-        except (ImportError, OSError) as error:
-            raise UserError(
-                f"the server needs the extra 'serve' ({one_line(error)}): run "
-                "launch/install.sh serve, or pip install 'histo_jax[serve]'"
-            ) from None
+        extras.load(name, "serve", "the server needs")

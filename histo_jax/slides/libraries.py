@@ -1,9 +1,8 @@
 """The optional libraries that read and write slides."""
 
-import importlib
 from typing import Any
 
-from histo_jax.errors import UserError, one_line
+from histo_jax import extras
 
 REQUIRED = ("openslide", "tifffile", "shapely")
 
@@ -14,13 +13,7 @@ def load(name: str) -> Any:
     Raises:
         UserError: it is not installed, or cannot be loaded; names the fix.
     """
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError) as error:
-        raise UserError(
-            f"whole slides need the extra 'slides' ({one_line(error)}): run "
-            "launch/install.sh slides, or pip install 'histo_jax[slides]'"
-        ) from None
+    return extras.load(name, "slides", "whole slides need")
 
 
 def check() -> None:

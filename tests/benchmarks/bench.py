@@ -20,8 +20,9 @@ the row in the same round: median and range over the rounds. `Bench` has one met
                DataLoader with as many workers as cores
     prepare    from TIFFs, verified by SHA-1, to records on disk
     memory     peak memory of a process that trains one epoch, without the workers of DataLoader
-    start      new processes: `--help`; `fit` until the end of its first step, with prepared records
-               and a filled compilation cache
+    start      new processes, with prepared records and a filled compilation cache: `--help`; `fit`
+               until the end of its first step, `evaluate` and `predict` until that of their first
+               batch
     growth     (--growth) preparing HDF5 files of 1,000 to 100,000 patches, and reading 200 batches
                from disk: seconds and peak memory; needs 6 GB of disk
 """
@@ -45,18 +46,11 @@ from options import parse
 from patches import write_images, write_kaggle, write_pcam
 from report import Entry, Report, ratios
 from sizes import CPU, GPU, SHORT
-from worker import PeerError, Task, Worker
+from worker import TUNED_MALLOC, PeerError, Task, Worker
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# PyTorch with an allocator that keeps freed memory, as its tuning guide recommends on CPU and as
-# histo_jax uses it.
 TUNED = "pytorch_tuned"
-TUNED_MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "2147483647",
-    "MALLOC_ARENA_MAX": "1",
-}
 PEERS = ("histo", "pytorch", TUNED, "keras_jax", "teaching")
 PYTORCH = [
     (f"PyTorch {variant}{', tuned malloc' if peer == TUNED else ''}", peer, variant)
@@ -74,6 +68,16 @@ def make_and_exit(*args, **kwargs):
         os._exit(0)
     return first
 step.make_train_step = make_and_exit
+runpy.run_module("histo_jax.main", run_name="__main__", alter_sys=True)
+"""
+FIRST_BATCH = """
+import os, runpy
+import jax
+from histo_jax import predictor
+def first(outputs):
+    jax.block_until_ready(next(outputs))
+    os._exit(0)
+predictor.read_behind = first
 runpy.run_module("histo_jax.main", run_name="__main__", alter_sys=True)
 """
 
@@ -309,16 +313,19 @@ class Bench:
         runs = self._folder / "runs"
         # A config has five blocks; the short form has fewer.
         features = (*self._sizes.features, *self._sizes.features[-1:] * 5)[:5]
-        fit = [
+        settings = [
             "--config=configs/kaggle.py",
-            "--mode=fit",
             "--config.data.samples_per_class=None",
             f"--config.data.raw_dir={self._folder / 'kaggle'}",
             f"--config.data.tfds_dir={self._folder / 'start'}",
             f"--config.model.features={features}",
             f"--config.model.dense={self._sizes.dense}",
             f"--config.fit.batch_size={self._sizes.batches[0]}",
+            "--config.fit.epochs=1",
+            "--config.fit.steps_per_epoch=1",
         ]
+        trained = f"--workdir={self._folder / 'trained'}"
+        self._process("-m", "histo_jax.main", *settings, "--mode=fit", trained)
 
         def seconds(*command: str) -> float:
             start = time.perf_counter()
@@ -327,7 +334,11 @@ class Bench:
 
         def first_step() -> float:
             runs.mkdir(exist_ok=True)
-            return seconds("-c", FIRST_STEP, *fit, f"--workdir={tempfile.mkdtemp(dir=runs)}")
+            workdir = f"--workdir={tempfile.mkdtemp(dir=runs)}"
+            return seconds("-c", FIRST_STEP, *settings, "--mode=fit", workdir)
+
+        def first_batch(mode: str) -> float:
+            return seconds("-c", FIRST_BATCH, *settings, f"--mode={mode}", trained)
 
         self._report.measure(
             "start",
@@ -335,6 +346,8 @@ class Bench:
             [
                 Entry("--help", lambda: seconds("-m", "histo_jax.main", "--help"), 0),
                 Entry("fit until its first step", first_step, 0),
+                Entry("evaluate until its first batch", lambda: first_batch("evaluate"), 0),
+                Entry("predict until its first batch", lambda: first_batch("predict"), 0),
             ],
         )
 

@@ -21,6 +21,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # if histo_jax is not installed
 
+# An allocator that keeps freed memory, as PyTorch's tuning guide recommends on CPU and as histo_jax
+# uses it.
+TUNED_MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "2147483647",
+    "MALLOC_ARENA_MAX": "1",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
