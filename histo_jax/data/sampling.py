@@ -1,9 +1,11 @@
-"""Draws a balanced sample of labelled examples, and selects those for validation."""
+"""Draws a balanced sample of labelled examples, and selects those for validation.
+
+scikit-learn takes half a second to import: it is imported where it divides.
+"""
 
 import logging
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
 
 from histo_jax.config import DataConfig
 from histo_jax.config_values import parse_fold
@@ -68,6 +70,8 @@ def _fold(
                 f"config.data.fold = {fold!r} needs {folds} {what}, and there are {count}: choose "
                 "fewer folds"
             )
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
     splitter = (StratifiedKFold if groups is None else StratifiedGroupKFold)(
         folds, shuffle=True, random_state=seed
     )
@@ -82,6 +86,8 @@ def _fold(
 
 
 def _validation_by_image(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    from sklearn.model_selection import train_test_split
+
     inside = np.zeros(len(labels), bool)
     try:
         _, rows = train_test_split(
@@ -117,6 +123,8 @@ def _validation_by_group(
         for folds in range(2, min(20, count) + 1)
         for used in range(1, folds)
     )
+    from sklearn.model_selection import StratifiedGroupKFold
+
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     inside = np.zeros(len(labels), bool)
     for _, rows in list(splitter.split(labels, labels, groups))[:used]:

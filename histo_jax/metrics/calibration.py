@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import minimize
 from scipy.special import expit
 
 Values = Float[np.ndarray, " examples"]
@@ -39,6 +38,8 @@ class Calibration:
         Returns:
             The fitted calibration.
         """
+        from scipy.optimize import minimize  # not needed to apply a calibration, and slow to import
+
         logits = logits.astype(np.float64)
         positives = float((labels == 1).sum())
         negatives = len(labels) - positives
