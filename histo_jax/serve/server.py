@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from histo_jax.errors import ConfigError
 
 log = logging.getLogger("histo_jax")
+logging.getLogger("python_multipart").setLevel(logging.ERROR)  # as `log_level` below
 
 _CONNECTIONS = 512
 _KEEP_ALIVE = 15  # seconds
@@ -73,6 +74,7 @@ class Server(uvicorn.Server):
                 loop="asyncio",
                 lifespan="on",
                 log_config=None,
+                log_level="error",  # clients cause the warnings, and could fill the log
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,

@@ -275,6 +275,15 @@ def test_200_requests_at_once_are_answered(client, form):
         assert set(pool.map(send, range(200))) == {200}
 
 
+def test_clients_do_not_fill_the_log(served, client, log):
+    upgrade = "Connection: Upgrade, close\r\nUpgrade: websocket\r\n\r\n"
+    raw(served, f"GET / HTTP/1.1\r\nHost: localhost\r\n{upgrade}")
+    raw(served, "no request\r\n\r\n")
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    assert client.post("/v1/predict", content=b"--b\r\nbroken\r\n", headers=kind).status_code == 400
+    assert log.text == ""
+
+
 def test_a_bug_is_an_answer_without_details(start, form, monkeypatch, log):
     with start() as server, httpx.Client(base_url=server.url) as client:
 
