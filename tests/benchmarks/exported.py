@@ -6,9 +6,9 @@ Exports the five-block network (32, 64, 128, 256, 512 channels) and the symmetri
 64 in eight orientations) with drawn weights. Prints for each format its bytes, the largest
 difference to the predictor, the median of images a second, and the speed relative to the
 predictor's: median and range over the rounds. onnxruntime and OpenVINO also run what PyTorch
-exports of `model.py`. PyTorch has an allocator that keeps freed memory, as histo_jax has. Each
-format runs in a process of its own; one process at a time computes. `launch/install.sh bench`
-installs all; missing ones are left out.
+exports of `model.py`. PyTorch, and the engines that run its export, have an allocator that keeps
+freed memory, as histo_jax has. Each format runs in a process of its own; one process at a time
+computes. `launch/install.sh bench` installs all; missing ones are left out.
 """
 
 import argparse
