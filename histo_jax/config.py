@@ -233,8 +233,14 @@ class AugmentConfig:
 
 @dataclasses.dataclass
 class OptimizerConfig:
-    """AdamW."""
+    """Optimizer, learning-rate schedule and moving average of the weights."""
 
+    name: str = _option(
+        "adamw",
+        "optimizer: adamw, or muon, which needs about half as many epochs; both take the same "
+        "learning rates",
+        choices=("adamw", "muon"),
+    )
     learning_rate: float = _option(1.5e-4, "learning rate; the peak of a schedule", POSITIVE)
     schedule: str = _option(
         "constant",
@@ -263,6 +269,14 @@ class FitConfig:
     steps_per_epoch: int | None = _option(
         None, "steps between two validations; None = one pass over the training patches",
         at_least(1, ", or None for one pass"),
+    )  # fmt: skip
+    crop_epochs: int = _option(
+        0, "number of first epochs that train on the centre of the patches only, in less time; the "
+        "network must average over positions", NOT_NEGATIVE,
+    )  # fmt: skip
+    crop_size: int = _option(
+        64, "height and width of that centre in pixels: a multiple of 32",
+        Limit(lambda size: size >= 32 and size % 32 == 0, "a multiple of 32 from 32"),
     )  # fmt: skip
     loss: str = _option(
         "binary_cross_entropy",

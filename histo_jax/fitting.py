@@ -214,6 +214,8 @@ def _make_plan(config: Config, subsets: splits.Subsets, followed_by: Sequence[st
             test_count,
             config.predict.tta,
         ),
+        crop_epochs=config.fit.crop_epochs,
+        crop_size=config.fit.crop_size,
     )
 
 

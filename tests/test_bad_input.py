@@ -224,6 +224,7 @@ data.placement=gpu data.synthetic_slides=1 model.name=resnet
 model.features=8,8 model.dense=0 model.dropout=1 optimizer.learning_rate=nan fit.batch_size=0
 fit.epochs=0 fit.steps_per_epoch=0 augment.shift=5 augment.stain=1
 augment.brightness=-1 augment.mixup=-1 optimizer.schedule=step optimizer.warmup=1
+optimizer.name=sgd fit.crop_epochs=-1 fit.crop_size=48
 optimizer.weight_decay=-1 optimizer.ema_decay=1 predict.prior=1 compare.runs=one
 early_stopping.patience=0 early_stopping.min_delta=-1 evaluate.split=train predict.batch_size=0"""
 LEFT_OUT = """

@@ -27,6 +27,7 @@ from histo_jax.training import step as steps
 from histo_jax.training.augmentation import make_augment, mixup
 from histo_jax.training.callbacks import HISTORY_COLUMNS, check_callbacks
 from histo_jax.training.checkpoints import Checkpoints
+from histo_jax.training.clock import TrainingClock
 from histo_jax.training.epoch_log import follow_up_passes
 from histo_jax.training.patch_sheet import draw_patch_sheet
 
@@ -193,6 +194,41 @@ def test_a_resumed_run_equals_an_undisturbed_one_and_compiles_each_step_once(
     jax.tree.map(np.testing.assert_array_equal, *states)
     one, other = ((path / "history.csv").read_bytes() for path in (tmp_path, trained.folder))
     assert one == other
+
+
+def test_the_first_epochs_train_on_the_centre(trained, make_tiny_config, tmp_path, monkeypatch):
+    images, compiled = [], []
+    make = steps.make_train_step
+
+    def record(*arguments):
+        compiled.append(make(*arguments))
+
+        def train_step(state, batch):
+            images.append(jax.device_get(batch["image"]))
+            return compiled[-1](state, batch)
+
+        return train_step
+
+    monkeypatch.setattr(steps, "make_train_step", record)
+    for crop_epochs in (0, 1):
+        config = make_tiny_config()
+        config.fit.epochs, config.fit.crop_epochs = 2, crop_epochs
+        histo_jax.fit(config, tmp_path / str(crop_epochs))
+    whole, cropped = images[:6], images[6:]
+    for step in range(3):
+        np.testing.assert_array_equal(cropped[step], whole[step][:, 16:80, 16:80])
+        np.testing.assert_array_equal(cropped[3 + step], whole[3 + step])
+    assert [step._cache_size() for step in compiled] == [1, 2]
+
+
+def test_the_clock_counts_what_lies_between_start_and_pause(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("histo_jax.training.clock.time.monotonic", lambda: now[0])
+    clock = TrainingClock(minutes=2)
+    for action in (clock.start, clock.start, clock.pause, clock.pause, clock.start):
+        action()
+        now[0] += 60
+    assert clock.minutes == 2 + 2 + 1
 
 
 def test_a_callback_that_fails_before_the_first_step_stops_the_run_after_a_save(

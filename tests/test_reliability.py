@@ -39,6 +39,7 @@ def get_config():
     config.data.source, config.data.validation_fraction = "kaggle", 0.25
     config.data.raw_dir, config.data.tfds_dir = {raw!r}, {records!r}
     config.model.name, config.optimizer.learning_rate = "tiny", 0.01
+    config.optimizer.name, config.optimizer.weight_decay = "muon", 0.05
     config.fit.batch_size, config.fit.steps_per_epoch, config.fit.epochs = 8, 100_000, 2
     return config
 """
@@ -70,6 +71,7 @@ class Command:
     def get_config(self, epochs: int = 2, steps: int = 3) -> Config:
         config = runpy.run_path(str(self.config))["get_config"]()
         config.fit.epochs, config.fit.steps_per_epoch = epochs, steps
+        config.fit.crop_epochs = 1
         return config
 
 
@@ -207,6 +209,7 @@ def test_values_that_are_not_finite_stop_the_run_and_are_not_saved(three_epochs,
 def test_a_run_stopped_inside_an_epoch_ends_with_the_same_bytes(
     whole, three_epochs, tmp_path, monkeypatch
 ):
+    """The first stop is in the epoch on the patches' centres, the second after it."""
     real = signals.requested
     calls = []
 

@@ -19,6 +19,10 @@ class TrainingClock:
         if not self._is_running:
             self._since, self._is_running = time.monotonic(), True
 
+    def pause(self) -> None:
+        """Counts no longer; pausing a paused clock changes nothing."""
+        self._seconds, self._is_running = 60 * self.minutes, False
+
     @property
     def minutes(self) -> float:
         """Minutes counted so far."""

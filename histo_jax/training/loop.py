@@ -7,12 +7,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
+from jaxtyping import Array, UInt8
 
 from histo_jax.distributed import mesh
 from histo_jax.errors import UserError
@@ -24,7 +26,7 @@ from histo_jax.training.callbacks import CallbackError, CallbackList
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.clock import TrainingClock
 from histo_jax.training.epoch_log import log_epoch
-from histo_jax.training.placement import Dataset, TrainingBatch
+from histo_jax.training.placement import Dataset, Images, TrainingBatch
 from histo_jax.training.state import EarlyStopping, update
 from histo_jax.training.step import Control, Metrics, TrainStep
 from histo_jax.training.validation import Validation
@@ -46,6 +48,8 @@ class Plan(NamedTuple):
         seed: of the order of examples.
         save_seconds: time between two saves within an epoch.
         follow_up_passes: see `epoch_log`.
+        crop_epochs: number of first epochs on the centre of the images.
+        crop_size: height and width of the centre in pixels.
     """
 
     batch_size: int
@@ -54,6 +58,8 @@ class Plan(NamedTuple):
     seed: int
     save_seconds: float
     follow_up_passes: int
+    crop_epochs: int
+    crop_size: int
 
     def is_done(self, early_stopping: EarlyStopping, history: Sequence[Any]) -> bool:
         """Returns whether nothing is left to train."""
@@ -85,6 +91,12 @@ class Components(NamedTuple):
 def _read(values: Any) -> Any:
     """Waits for values on the devices and copies them to the host; the loop reads only here."""
     return jax.device_get(values)
+
+
+@partial(jax.jit, static_argnames="size")
+def _crop_centre(images: Images, size: int) -> UInt8[Array, "batch crop crop 3"]:
+    start = (images.shape[1] - size) // 2
+    return images[:, start : start + size, start : start + size]
 
 
 class _InFlight:
@@ -151,13 +163,18 @@ class Trainer:
         self._fingerprint, self._image_size = start.data["fingerprint"], start.image_size
         self._gradient_norm = start.data.get("gradient_norm", float("nan"))
         self._last_save = time.monotonic()
-        self._is_compiled = False
+        self._compiled: set[bool] = set()  # for cropped images, for whole ones
         self._clock = TrainingClock(run.status().get("minutes_trained", 0) if self._step else 0)
 
     @property
     def _epoch(self) -> int:
         """The current epoch, counted from 1."""
         return len(self._history) + 1
+
+    @property
+    def _is_cropped(self) -> bool:
+        """Whether the current epoch trains on the centre of the images."""
+        return self._epoch <= self._plan.crop_epochs
 
     def show_image(self, name: str, draw: Callable[[], np.ndarray]) -> None:
         """Passes an image, uint8[height, width, 3], to the callbacks.
@@ -216,8 +233,9 @@ class Trainer:
         """
         size, steps = self._plan.batch_size, self._plan.steps_per_epoch
         in_flight, images, timed_from = _InFlight(self._components.describe), 0, time.monotonic()
-        if not self._is_compiled:
+        if self._is_cropped not in self._compiled:
             log.info("compiling the training step")
+            self._clock.pause()
         # Closed before the message of a failed step or of a signal.
         with progress.bar(
             f"epoch {self._epoch}/{self._plan.epochs}",
@@ -233,12 +251,13 @@ class Trainer:
                 if not math.isnan(in_flight.loss):
                     bar.set_postfix(step=self._step, loss=f"{in_flight.loss:.4f}", refresh=False)
                 bar.update(size)
-                if self._is_compiled:
+                if self._is_cropped in self._compiled:
                     images += size
                 else:
-                    # The first step of a process compiles: the rate is measured from its end.
+                    # The first step of each size compiles: the rate is measured from its end.
                     metrics.loss.block_until_ready()
-                    self._is_compiled, timed_from = True, time.monotonic()
+                    self._compiled.add(self._is_cropped)
+                    timed_from = time.monotonic()
                     self._clock.start()
                 if control != Control.CONTINUE:
                     control = max(control, in_flight.drain())
@@ -253,6 +272,8 @@ class Trainer:
         control = (
             Control.STOP if signals.requested() else Control.SAVE if is_due else Control.CONTINUE
         )
+        if self._is_cropped:
+            batch["image"] = _crop_centre(batch["image"], self._plan.crop_size)
         values = np.full(jax.local_device_count(), control, np.int32)
         batch["control"] = mesh.make_global_array(values, self._components.batch_sharding)
         self._state, metrics = self._components.train_step(self._state, batch)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from histo_jax.config import OptimizerConfig
 
@@ -22,19 +23,43 @@ def create_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def create_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule | None = None
 ) -> optax.GradientTransformation:
-    """Returns AdamW with the moments of optax (0.9, 0.999, 1e-8: Kingma & Ba 2015, and PyTorch).
+    """Returns the optimizer; biases and the parameters of normalisation layers are not decayed.
 
-    Without weight decay it is Adam. Biases and the parameters of normalisation layers are not
-    decayed.
+    `adamw` has the moments of optax (0.9, 0.999, 1e-8: Kingma & Ba 2015, and PyTorch); without
+    weight decay it is Adam.
+
+    `muon` orthogonalizes the momentum of each kernel (Jordan et al., "Muon: an optimizer for hidden
+    layers in neural networks", 2024). Its updates are scaled to the root mean square of AdamW's, so
+    that learning rate and weight decay mean the same (Liu et al., "Muon is scalable for LLM
+    training", 2025). Biases, normalisation layers and the layer of the logit follow Adam without
+    weight decay.
 
     Args:
-        config: learning rate and weight decay.
+        config: name, learning rate and weight decay.
         schedule: learning rate of each step; None = constant. The shape of the optimizer state
             does not depend on it.
     """
+    schedule = schedule or optax.constant_schedule(config.learning_rate)
+    if config.name == "muon":
+        return muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_matrices,
+            consistent_rms=0.2,  # that of AdamW's updates: Liu et al., section 2.2
+        )
 
     def decay_mask(params: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
-    schedule = schedule or optax.constant_schedule(config.learning_rate)
     return optax.adamw(schedule, weight_decay=config.weight_decay, mask=decay_mask)
+
+
+def _matrices(params: Any) -> Any:
+    """Returns which axes of each kernel are rows and columns of a matrix; None = not a matrix."""
+
+    def axes(leaf: Any) -> MuonDimensionNumbers | None:
+        if leaf.ndim < 2 or leaf.shape[-1] == 1:
+            return None
+        return MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree.map(axes, params)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import PRNGKeyArray
 
 from histo_jax.config import AugmentConfig, FitConfig, ModelConfig
 from histo_jax.errors import ConfigError, UserError, one_line
@@ -56,8 +57,8 @@ def check_parts(
     """Checks what `build_parts` has built, for images of this height and width.
 
     Raises:
-        UserError: a part fails, or returns the wrong shape; or the network has no parameters, or
-            changes the structure of its variables.
+        UserError: a part fails, or returns the wrong shape; or the network has no parameters,
+            changes the structure of its variables, or does not take the crops of `fit`.
     """
     is_built_in = (
         MODELS.is_built_in(model.name)
@@ -67,6 +68,8 @@ def check_parts(
     )
     if not is_built_in:  # the tests of the package trace these; here it would take half a second
         _check(parts, model.name, augment.extra, fit.loss, image_size)
+    if fit.crop_epochs:
+        _check_crop(parts.model, model.name, fit.crop_size, image_size)
 
 
 def _check(
@@ -97,6 +100,28 @@ def _check(
             "training: keep them the same in every step"
         )
     _trace(f"loss {loss!r}", parts.loss, logits, labels)
+
+
+def _check_crop(model: nn.Module, name: str, crop_size: int, image_size: int) -> None:
+    if crop_size >= image_size:
+        raise ConfigError(
+            f"config.fit.crop_size = {crop_size} must be less than the {image_size} pixels of a "
+            "patch: lower it, or set config.fit.crop_epochs=0"
+        )
+    images = jax.ShapeDtypeStruct((_BATCH, crop_size, crop_size, 3), jnp.float32)
+
+    def predict_crop(key: PRNGKeyArray, images: jax.Array) -> jax.Array:
+        weights = init_weights(model, key, np.zeros(3), np.ones(3), image_size)
+        return predict_logits(model, weights, images)
+
+    try:
+        jax.eval_shape(predict_crop, jax.eval_shape(lambda: jax.random.key(0)), images)
+    except Exception as error:  # user code may raise anything
+        raise ConfigError(
+            f"config.fit.crop_epochs needs a network for images of any size, and {name!r} for "
+            f"{image_size}x{image_size} pixels fails on {crop_size}x{crop_size}: set "
+            "config.model.name='five_block_p4m', or config.fit.crop_epochs=0"
+        ) from error
 
 
 def _trace(name: str, function: Callable[..., Any], *arguments: Any) -> Any:

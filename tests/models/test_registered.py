@@ -72,6 +72,19 @@ def train(config, steps):
     return SimpleNamespace(model=model, state=state, metrics=metrics)
 
 
+def test_crops_must_suit_the_network_and_be_smaller_than_the_patches():
+    config = Config()
+    config.model.name, config.fit.crop_epochs = "five_block_p4m", 1
+    check(config)
+    config.fit.crop_size = 96
+    with pytest.raises(UserError, match="crop_size = 96 must be less than the 96 pixels"):
+        check(config)
+    config.model.name, config.fit.crop_size = "five_block", 64
+    message = r"crop_epochs .* 'five_block' for 96x96 pixels fails on 64x64: set .*five_block_p4m"
+    with pytest.raises(UserError, match=message):
+        check(config)
+
+
 def test_a_network_of_a_config_file_trains_saves_predicts_and_explains(tmp_path):
     path = str(Path(__file__).with_name("groupnorm_resnet.py"))
     for _ in range(2):  # as when a notebook reruns it
