@@ -85,6 +85,21 @@ FULL: dict[str, dict[str, Any]] = {
         "optimizer.ema_decay": 0.999,
         "fit.epochs": 16,
     },
+    # 0.94 in the fewest minutes.
+    "fast": {
+        "model.features": (3, 6, 12, 24, 48),
+        "model.dropout": 0.2,
+        "augment.stain": 0.3,
+        "augment.brightness": 0.15,
+        "augment.shift": 4,
+        "augment.mixup": 0.2,
+        "optimizer.name": "muon",
+        "optimizer.learning_rate": 8e-3,
+        "optimizer.weight_decay": 0.05,
+        "optimizer.ema_decay": 0.99,
+        "fit.crop_epochs": 3,
+        "fit.epochs": 4,
+    },
     # As `configs/pcam.py`.
     "original": {
         "model.name": "five_block",
@@ -97,6 +112,12 @@ FULL: dict[str, dict[str, Any]] = {
     },
 }
 BEST = "strong"
+FULL["muon"] = FULL[BEST] | {
+    "optimizer.name": "muon",
+    "optimizer.learning_rate": 1.2e-2,
+    "fit.crop_epochs": 16,
+    "fit.epochs": 24,
+}
 FULL[f"{BEST}_plain"] = FULL[BEST] | FACTORS["plain"]
 # The full run of each network; the runs on fewer patches use the same recipe.
 NETWORKS = {"symmetric": BEST, "plain": f"{BEST}_plain"}
