@@ -1,24 +1,25 @@
-"""Trains recipes on real slides and appends the scores of each one to `recipes.csv`.
+"""Trains a config on real patches and appends its scores to `recipes.csv`.
 
-    .venv/bin/python tests/benchmarks/recipes.py --data=FOLDER --stage=screen [NAME ...]
+    .venv/bin/python tests/benchmarks/recipes.py pcam_fast --data=FOLDER --seeds=0,1,2
+    .venv/bin/python tests/benchmarks/recipes.py pcam_best optimizer.weight_decay=0.1 --data=FOLDER
+    .venv/bin/python tests/benchmarks/recipes.py pcam --pytorch --data=FOLDER
 
-FOLDER contains the HDF5 files of PatchCamelyon, or a sample of them. Scores are those of the
-official validation split. Skips the runs that are in the CSV, and resumes interrupted ones. Stages:
-
-    screen   `BASE`, and each of `FACTORS` alone, on 5,000 patches, for 15 epochs
-    full     the recipes of `FULL`, on all patches; --seeds=0,1,2
-    curve    the best recipe with the D4-invariant and with the plain network on 1,000 and 5,000
-             patches; draws `learning_curves.svg` of these and the full runs
-    pytorch  the recipe of the original teaching project in PyTorch, see `original.py`
+The config is a file of `configs/`, by name, or a path; settings after it replace its own. FOLDER
+contains the data of its source: the HDF5 files of PatchCamelyon, Kaggle's TIFFs, or a sample of
+them. Scores are those of the validation split. Runs that are in the CSV are skipped, interrupted
+ones are resumed. --pytorch trains the original teaching project in PyTorch, see `original.py`.
 
 Minutes are those of training, without compilation; `recipe_curves.csv` has them, and the scores,
 for each epoch. They count only for a run that has the machine to itself: --busy leaves them out.
+`recipe_table.py` prints a table of both files and draws the curves.
 """
 
 import argparse
+import ast
 import datetime
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ import pandas as pd
 from absl import logging
 
 import histo_jax
-from histo_jax import streams
-from histo_jax.config import Config, flat
+from histo_jax import config_files, streams
+from histo_jax.config import Config, flat, set_field
+from histo_jax.config_checks import validate
 from histo_jax.data.records import Prepared
 from histo_jax.data.splits import make_subsets
 from histo_jax.models import create_model
@@ -37,134 +39,39 @@ from histo_jax.run.workdir import Workdir
 
 TABLE = Path(__file__).with_name("recipes.csv")
 CURVES = Path(__file__).with_name("recipe_curves.csv")
+KEY = ["recipe", "seed"]
 Row = dict[str, Any]
-BASE = {
-    "model.name": "five_block_p4m",
-    "model.features": (4, 8, 16, 32, 64),
-    "model.dense": 256,
-    "optimizer.learning_rate": 4e-3,
-    "optimizer.schedule": "one_cycle",
-    "optimizer.weight_decay": 1e-2,
-}
-FACTORS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "stain": {"augment.stain": 0.2, "augment.brightness": 0.1},
-    "shift": {"augment.shift": 4},
-    "mixup": {"augment.mixup": 0.2},
-    "ema": {"optimizer.ema_decay": 0.998},
-    "wide": {"model.features": (6, 12, 24, 48, 96)},
-    "no_dropout": {"model.dropout": 0.0},
-    "decay_1": {"optimizer.weight_decay": 0.1},
-    "rate_1e-3": {"optimizer.learning_rate": 1e-3},
-    "rate_1e-2": {"optimizer.learning_rate": 1e-2},
-    "batch_128": {"fit.batch_size": 128, "optimizer.learning_rate": 8e-3},
-    "constant_ema": {
-        "optimizer.schedule": "constant",
-        "optimizer.learning_rate": 1e-3,
-        "optimizer.ema_decay": 0.998,
-    },
-    "plain": {
-        "model.name": "five_block",
-        "model.features": (32, 64, 128, 256, 512),
-        "model.dense": 1024,
-        "optimizer.learning_rate": 1e-3,
-    },
-}
-FULL: dict[str, dict[str, Any]] = {
-    "stain_ema": {
-        **FACTORS["stain"],
-        "optimizer.ema_decay": 0.999,
-        "fit.epochs": 20,
-    },
-    "strong": {
-        "augment.stain": 0.3,
-        "augment.brightness": 0.15,
-        "augment.shift": 4,
-        "augment.mixup": 0.2,
-        "optimizer.weight_decay": 0.05,
-        "optimizer.ema_decay": 0.999,
-        "fit.epochs": 16,
-    },
-    # 0.94 in the fewest minutes.
-    "fast": {
-        "model.features": (3, 6, 12, 24, 48),
-        "model.dropout": 0.2,
-        "augment.stain": 0.3,
-        "augment.brightness": 0.15,
-        "augment.shift": 4,
-        "augment.mixup": 0.2,
-        "optimizer.name": "muon",
-        "optimizer.learning_rate": 8e-3,
-        "optimizer.weight_decay": 0.05,
-        "optimizer.ema_decay": 0.99,
-        "fit.crop_epochs": 3,
-        "fit.epochs": 4,
-    },
-    # As `configs/pcam.py`.
-    "original": {
-        "model.name": "five_block",
-        "model.features": (32, 64, 128, 256, 512),
-        "model.dense": 1024,
-        "optimizer.learning_rate": 1.5e-4,
-        "optimizer.schedule": "constant",
-        "optimizer.weight_decay": 0.0,
-        "early_stopping.patience": 4,
-    },
-}
-BEST = "strong"
-FULL["muon"] = FULL[BEST] | {
-    "optimizer.name": "muon",
-    "optimizer.learning_rate": 1.2e-2,
-    "fit.crop_epochs": 16,
-    "fit.epochs": 24,
-}
-FULL[f"{BEST}_plain"] = FULL[BEST] | FACTORS["plain"]
-# The full run of each network; the runs on fewer patches use the same recipe.
-NETWORKS = {"symmetric": BEST, "plain": f"{BEST}_plain"}
-CURVE = {
-    f"{network}_{size}": {**FULL[full], "data.samples_per_class": size // 2}
-    for size in (1000, 5000)
-    for network, full in NETWORKS.items()
-}
-PYTORCH = {"original": FULL["original"]}
-STAGES = {"screen": FACTORS, "full": FULL, "curve": CURVE, "pytorch": PYTORCH}
 
 
-def configure(options: argparse.Namespace, name: str, seed: int) -> Config:
-    """Returns the settings of a recipe of a stage."""
-    changes = {
-        "early_stopping.patience": 1000,
-        **BASE,
-        **STAGES[options.stage][name],
-        "seed": seed,
-        "data.source": "pcam",
-        "data.raw_dir": options.data,
-        "data.tfds_dir": str(options.runs / "records"),
-    }
-    if options.stage == "screen":
-        changes |= {"data.samples_per_class": 2500, "fit.epochs": 15}
-    config = Config()
-    for field, value in changes.items():
-        node = config
-        *groups, last = field.split(".")
-        for group in groups:
-            node = getattr(node, group)
-        assert hasattr(node, last), field
-        setattr(node, last, value)
+def configure(name: str, changes: Sequence[str]) -> Config:
+    """Returns a config with some settings replaced.
+
+    Args:
+        name: of a file of `configs/`, or a path.
+        changes: `FIELD=VALUE`, such as `fit.epochs=3`.
+    """
+    config = config_files.execute(*config_files.find(name))
+    for change in changes:
+        field, _, text = change.partition("=")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        set_field(config, field, value)
+    validate(config)
     return config
 
 
-def make_row(config: Config, key: Row, options: argparse.Namespace) -> Row:
-    """Trains and scores a recipe; returns its row of the table."""
+def make_row(config: Config, key: Row, runs: Path, is_pytorch: bool, is_busy: bool) -> Row:
+    """Trains and scores a config; returns its row of the table."""
     prepared = prepare(config)
     patches = len(make_subsets(prepared.tables, config.data, config.data_seed).train.rows)
-    workdir = options.runs / "_".join(map(str, key.values()))
-    train = run_pytorch if key["stage"] == "pytorch" else run
-    result = train(config, prepared, workdir, key, options.busy)
+    workdir = runs / re.sub(r"[^\w.-]+", "_", "_".join(map(str, key.values())))
+    train = run_pytorch if is_pytorch else run
+    result = train(config, prepared, workdir, key, is_busy)
     default = flat(Config())
-    changed = {
-        k: v for k, v in flat(config).items() if v != default[k] and not k.startswith("data.")
-    }
+    folders = ("data.raw_dir", "data.tfds_dir")
+    changed = {k: v for k, v in flat(config).items() if v != default[k] and k not in folders}
     return {
         "date": datetime.date.today().isoformat(),
         **key,
@@ -178,7 +85,7 @@ class Curve(histo_jax.Callback):
     """Writes the scores of each epoch, and the minutes of training up to it, to `CURVES`.
 
     Args:
-        run: stage, recipe and seed.
+        run: recipe and seed.
         minutes: returns the minutes so far.
     """
 
@@ -207,9 +114,9 @@ def run(config: Config, prepared: Prepared, workdir: Path, key: Row, is_busy: bo
     curve = Curve(key, lambda: status("minutes_trained"))
     history = histo_jax.fit(config, workdir, callbacks=[curve])
     scores = histo_jax.evaluate(config, workdir)
-    model = create_model(config.model)
+    model, size = create_model(config.model), prepared.image_size
     shapes = jax.eval_shape(
-        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 96, 96, 3), "float32")
+        model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, 3), "float32")
     )
     best = history.loc[history["validation_loss"].idxmin()]
     return {
@@ -249,48 +156,29 @@ def run_pytorch(config: Config, prepared: Prepared, _: Path, key: Row, is_busy: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="recipes of the stage (all)")
-    parser.add_argument("--data", required=True, help="folder with the HDF5 files of PatchCamelyon")
-    parser.add_argument("--stage", choices=STAGES, default="screen")
+    parser.add_argument("config", help="name of a file of configs/, or a path")
+    parser.add_argument("changes", nargs="*", metavar="FIELD=VALUE", help="settings to replace")
+    parser.add_argument("--data", required=True, help="folder with the data of the config's source")
     parser.add_argument("--seeds", default="0", help="comma-separated")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipes"))
+    parser.add_argument("--pytorch", action="store_true", help="train the original in PyTorch")
     parser.add_argument("--busy", action="store_true", help="other programs run: no minutes")
     options = parser.parse_args()
     logging.set_verbosity(logging.FATAL)  # as histo_jax.main does
     streams.log_to_stderr()
-    for name in options.names or STAGES[options.stage]:
-        for seed in map(int, options.seeds.split(",")):
-            key = {"stage": options.stage, "recipe": name, "seed": seed}
-            done = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame()
-            if len(done) and (done[list(key)] == list(key.values())).all(axis=1).any():
-                continue
-            row = make_row(configure(options, name, seed), key, options)
-            table = pd.concat([done, pd.DataFrame([row])]).astype({"parameters": "Int64"})
-            table.to_csv(TABLE, index=False)
-            print(row, flush=True)
-    if options.stage == "curve":
-        draw(pd.read_csv(TABLE))
-
-
-def draw(table: pd.DataFrame) -> None:
-    """Draws the validation AUC by number of training patches, one line per network."""
-    import matplotlib.pyplot as plt
-
-    table = table[table["seed"] == 0]
-    figure, axes = plt.subplots(figsize=(5, 3.4), layout="constrained")
-    axes.set(xscale="log", xlabel="training patches", ylabel="validation AUC, unseen slides")
-    for (network, full), marker in zip(NETWORKS.items(), "os", strict=True):
-        part = (table["stage"] == "curve") & table["recipe"].str.startswith(network)
-        whole = (table["stage"] == "full") & (table["recipe"] == full)
-        rows = table[part | whole].sort_values("training_patches")
-        axes.plot(rows["training_patches"], rows["validation_auc"], marker + "-", label=network)
-        axes.set_xticks(rows["training_patches"], [f"{n:,}" for n in rows["training_patches"]])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(title="network, one seed each")
-    # Without a date and with fixed ids: the same numbers give the same file.
-    plt.rcParams["svg.hashsalt"] = "histo_jax"
-    figure.savefig(TABLE.with_name("learning_curves.svg"), metadata={"Date": None})
+    name = " ".join([Path(options.config).stem, *options.changes])
+    for seed in map(int, options.seeds.split(",")):
+        key = {"recipe": f"{name}, PyTorch" if options.pytorch else name, "seed": seed}
+        done = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame()
+        if len(done) and (done[KEY] == list(key.values())).all(axis=1).any():
+            continue
+        config = configure(options.config, options.changes)
+        config.seed, config.data.raw_dir = seed, options.data
+        config.data.tfds_dir = str(options.runs / "records")
+        row = make_row(config, key, options.runs, options.pytorch, options.busy)
+        table = pd.concat([done, pd.DataFrame([row])]).astype({"parameters": "Int64"})
+        table.to_csv(TABLE, index=False)
+        print(row, flush=True)
 
 
 if __name__ == "__main__":
