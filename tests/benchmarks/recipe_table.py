@@ -19,10 +19,6 @@ OVER_MINUTES = {
     "pcam_best": "pcam_best.py",
     "pcam, PyTorch": "PyTorch, original recipe",
 }
-    "pcam_fast": "pcam_fast.py",
-    "pcam_best": "pcam_best.py",
-    "pcam, PyTorch": "PyTorch",
-}
 OVER_PATCHES = {
     "symmetric": ["symmetric_1000", "symmetric_5000", "strong"],
     "plain": ["plain_1000", "plain_5000", "strong_plain"],
