@@ -48,5 +48,5 @@ def test_an_unknown_recipe_names_the_known_ones():
         recipes.recipe("pcam_bets")
     assert str(error.value) == (
         "unknown recipe 'pcam_bets': choose from images, kaggle, kaggle_best, pcam, pcam_best, "
-        "quickstart, slides; did you mean pcam_best?"
+        "pcam_fast, quickstart, slides; did you mean pcam_best?"
     )
