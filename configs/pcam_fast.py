@@ -18,6 +18,6 @@ def get_config() -> histo_jax.Config:
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 1.6e-2
     config.optimizer.ema_decay = 0.99
-    # The label speaks of the centre of 32x32 pixels; the last epoch adds what lies around it.
+    # The label describes the centre of 32x32 pixels; the last epoch adds the tissue around it.
     config.fit.epochs, config.fit.crop_epochs = 5, 4
     return config
