@@ -237,8 +237,8 @@ class OptimizerConfig:
 
     name: str = _option(
         "adamw",
-        "optimizer: adamw, or muon, which needs about half as many epochs; both take the same "
-        "learning rates",
+        "optimizer: adamw, or muon, which often needs fewer epochs; both take learning rates of the "
+        "same size",
         choices=("adamw", "muon"),
     )
     learning_rate: float = _option(1.5e-4, "learning rate; the peak of a schedule", POSITIVE)
@@ -272,7 +272,7 @@ class FitConfig:
     )  # fmt: skip
     crop_epochs: int = _option(
         0, "number of first epochs that train on the centre of the patches only, in less time; the "
-        "network must average over positions", NOT_NEGATIVE,
+        "label must describe the centre, and the network take images of any size", NOT_NEGATIVE,
     )  # fmt: skip
     crop_size: int = _option(
         64, "height and width of that centre in pixels: a multiple of 32",

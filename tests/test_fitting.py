@@ -29,6 +29,7 @@ from histo_jax.training.callbacks import HISTORY_COLUMNS, check_callbacks
 from histo_jax.training.checkpoints import Checkpoints
 from histo_jax.training.clock import TrainingClock
 from histo_jax.training.epoch_log import follow_up_passes
+from histo_jax.training.loop import Plan
 from histo_jax.training.patch_sheet import draw_patch_sheet
 
 runpy.run_path(str(Path(__file__).with_name("tiny_network.py")))
@@ -219,6 +220,16 @@ def test_the_first_epochs_train_on_the_centre(trained, make_tiny_config, tmp_pat
         np.testing.assert_array_equal(cropped[step], whole[step][:, 16:80, 16:80])
         np.testing.assert_array_equal(cropped[3 + step], whole[3 + step])
     assert [step._cache_size() for step in compiled] == [1, 2]
+
+
+def test_the_first_epochs_on_the_centre_neither_stop_the_run_nor_count_as_whole_ones():
+    plan = Plan(8, 3, 10, 0, 60.0, 0, crop_epochs=4, crop_size=48)
+    stopped = SimpleNamespace(should_stop=True)
+    assert [plan.is_done(stopped, [None] * epochs) for epochs in (4, 5)] == [False, True]
+    assert plan.is_done(SimpleNamespace(should_stop=False), [None] * 10)
+    assert plan.cost_left(1, 96) == 3 + 6 * 4
+    assert plan.cost_left(4, 96) == 6 * 4
+    assert plan.cost_left(5, 96) == 5
 
 
 def test_the_clock_counts_what_lies_between_start_and_pause(monkeypatch):

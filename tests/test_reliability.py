@@ -39,7 +39,7 @@ def get_config():
     config.data.source, config.data.validation_fraction = "kaggle", 0.25
     config.data.raw_dir, config.data.tfds_dir = {raw!r}, {records!r}
     config.model.name, config.optimizer.learning_rate = "tiny", 0.01
-    config.optimizer.name, config.optimizer.weight_decay = "muon", 0.05
+    config.optimizer.name, config.optimizer.weight_decay, config.fit.crop_epochs = "muon", 0.05, 1
     config.fit.batch_size, config.fit.steps_per_epoch, config.fit.epochs = 8, 100_000, 2
     return config
 """
@@ -71,7 +71,6 @@ class Command:
     def get_config(self, epochs: int = 2, steps: int = 3) -> Config:
         config = runpy.run_path(str(self.config))["get_config"]()
         config.fit.epochs, config.fit.steps_per_epoch = epochs, steps
-        config.fit.crop_epochs = 1
         return config
 
 

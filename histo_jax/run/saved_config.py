@@ -16,7 +16,7 @@ from histo_jax.version import VERSION
 # (lengths, folders, what to evaluate) may change between two starts.
 _IDENTITY_PREFIXES = (
     "seed", "data.", "model.", "augment.", "optimizer.", "fit.batch_size", "fit.steps_per_",
-    "fit.loss",
+    "fit.loss", "fit.crop_",
 )  # fmt: skip
 # Where the data is stored: never part of a run's identity.
 LOCATIONS = ("data.raw_dir", "data.table", "data.tfds_dir", "data.records", "data.placement")

@@ -5,6 +5,7 @@ shifts of a few pixels, which replace an edge that narrow, do not change it.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,6 +26,13 @@ Augment = Callable[[PRNGKeyArray, Images], Images | FloatImages]
 # Johnston, "Quantification of histochemical staining by color deconvolution", 2001.
 _STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]], np.float32)
 _UNMIX = np.linalg.inv(_STAINS)
+
+
+@partial(jax.jit, static_argnames="size")
+def crop_centre(images: Images, size: int) -> UInt8[Array, "batch crop crop 3"]:
+    """Returns the centre of each image, `size` pixels high and wide."""
+    start = (images.shape[1] - size) // 2
+    return images[:, start : start + size, start : start + size]
 
 
 def random_d4(key: PRNGKeyArray, images: Images) -> Images:

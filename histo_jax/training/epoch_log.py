@@ -32,8 +32,8 @@ def log_epoch(
     row: Mapping[str, Any],
     epochs: int,
     images_per_second: float | None,
-    epoch_seconds: float,
-    passes: int,
+    seconds: float,
+    passes: float,
 ) -> None:
     """Logs the scores of an epoch, its speed, and the longest time that the run can still take.
 
@@ -41,10 +41,10 @@ def log_epoch(
         row: of the history.
         epochs: at most.
         images_per_second: of training; None = not measured.
-        epoch_seconds: of one whole epoch, validation included.
-        passes: see `follow_up_passes`.
+        seconds: of the remaining epochs, validation included.
+        passes: see `follow_up_passes`, on images of this epoch's size.
     """
-    left = (epochs - row["epoch"]) * epoch_seconds
+    left = seconds
     if images_per_second:
         left += passes / (_TRAINING_PASSES * images_per_second)
     log.info(

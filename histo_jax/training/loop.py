@@ -7,14 +7,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, UInt8
 
 from histo_jax.distributed import mesh
 from histo_jax.errors import UserError
@@ -22,11 +20,12 @@ from histo_jax.models.forward import Forward
 from histo_jax.run import progress, signals
 from histo_jax.run.workdir import Workdir
 from histo_jax.training import validation
+from histo_jax.training.augmentation import crop_centre
 from histo_jax.training.callbacks import CallbackError, CallbackList
 from histo_jax.training.checkpoints import Checkpoint, Checkpoints
 from histo_jax.training.clock import TrainingClock
 from histo_jax.training.epoch_log import log_epoch
-from histo_jax.training.placement import Dataset, Images, TrainingBatch
+from histo_jax.training.placement import Dataset, TrainingBatch
 from histo_jax.training.state import EarlyStopping, update
 from histo_jax.training.step import Control, Metrics, TrainStep
 from histo_jax.training.validation import Validation
@@ -63,7 +62,18 @@ class Plan(NamedTuple):
 
     def is_done(self, early_stopping: EarlyStopping, history: Sequence[Any]) -> bool:
         """Returns whether nothing is left to train."""
-        return early_stopping.should_stop or len(history) >= self.epochs
+        # The first epochs, on the centre, say nothing about those on whole images.
+        is_stopped = early_stopping.should_stop and len(history) > self.crop_epochs
+        return is_stopped or len(history) >= self.epochs
+
+    def whole_cost(self, epoch: int, image_size: int) -> float:
+        """Returns the cost of a whole image, in units of one of this epoch."""
+        return (image_size / self.crop_size) ** 2 if epoch <= self.crop_epochs else 1.0
+
+    def cost_left(self, epoch: int, image_size: int) -> float:
+        """Returns the cost of all epochs after this one, in units of this one."""
+        cropped = max(self.crop_epochs - epoch, 0)
+        return cropped + (self.epochs - epoch - cropped) * self.whole_cost(epoch, image_size)
 
 
 class Components(NamedTuple):
@@ -91,12 +101,6 @@ class Components(NamedTuple):
 def _read(values: Any) -> Any:
     """Waits for values on the devices and copies them to the host; the loop reads only here."""
     return jax.device_get(values)
-
-
-@partial(jax.jit, static_argnames="size")
-def _crop_centre(images: Images, size: int) -> UInt8[Array, "batch crop crop 3"]:
-    start = (images.shape[1] - size) // 2
-    return images[:, start : start + size, start : start + size]
 
 
 class _InFlight:
@@ -197,7 +201,7 @@ class Trainer:
         )
         while not self._plan.is_done(self._early_stopping, self._history):
             self._run_epoch(batches)
-        if self._early_stopping.should_stop:
+        if len(self._history) < self._plan.epochs:
             log.info(
                 "early stopping: no better validation loss for %d epochs",
                 self._early_stopping.epochs_without_improvement,
@@ -217,12 +221,14 @@ class Trainer:
         # The first epoch of a process includes compilation, and may be the rest of an epoch.
         images = self._plan.steps_per_epoch * self._plan.batch_size
         training_seconds = images / rate if rate else trained - began
+        epoch_seconds = training_seconds + time.monotonic() - trained
+        epoch, size = row["epoch"], self._image_size
         log_epoch(
             row,
             self._plan.epochs,
             rate,
-            training_seconds + time.monotonic() - trained,
-            self._plan.follow_up_passes,
+            self._plan.cost_left(epoch, size) * epoch_seconds,
+            self._plan.follow_up_passes * self._plan.whole_cost(epoch, size),
         )
 
     def _train_epoch(self, batches: Iterator[TrainingBatch]) -> float | None:
@@ -273,7 +279,7 @@ class Trainer:
             Control.STOP if signals.requested() else Control.SAVE if is_due else Control.CONTINUE
         )
         if self._is_cropped:
-            batch["image"] = _crop_centre(batch["image"], self._plan.crop_size)
+            batch["image"] = crop_centre(batch["image"], self._plan.crop_size)
         values = np.full(jax.local_device_count(), control, np.int32)
         batch["control"] = mesh.make_global_array(values, self._components.batch_sharding)
         self._state, metrics = self._components.train_step(self._state, batch)

@@ -31,8 +31,8 @@ def create_optimizer(
     `muon` orthogonalizes the momentum of each kernel (Jordan et al., "Muon: an optimizer for hidden
     layers in neural networks", 2024). Its updates are scaled to the root mean square of AdamW's, so
     that learning rate and weight decay mean the same (Liu et al., "Muon is scalable for LLM
-    training", 2025). Biases, normalisation layers and the layer of the logit follow Adam without
-    weight decay.
+    training", 2025). Biases, normalisation layers and the layer of the logit follow NAdam
+    without weight decay.
 
     Args:
         config: name, learning rate and weight decay.

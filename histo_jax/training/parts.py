@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import PRNGKeyArray
 
 from histo_jax.config import AugmentConfig, FitConfig, ModelConfig
 from histo_jax.errors import ConfigError, UserError, one_line
@@ -67,15 +66,41 @@ def check_parts(
         and not augment.extra
     )
     if not is_built_in:  # the tests of the package trace these; here it would take half a second
-        _check(parts, model.name, augment.extra, fit.loss, image_size)
+        _check(parts, model.name, augment.extra, fit.loss, image_size, image_size)
     if fit.crop_epochs:
-        _check_crop(parts.model, model.name, fit.crop_size, image_size)
+        _check_crop_fields(fit, image_size)
+        try:
+            _check(parts, model.name, augment.extra, fit.loss, image_size, fit.crop_size)
+        except UserError as error:
+            raise ConfigError(
+                f"config.fit.crop_size = {fit.crop_size}: {error}: set config.fit.crop_epochs=0, "
+                "or use parts for images of any size, such as model.name='five_block_p4m'"
+            ) from error
+
+
+def _check_crop_fields(fit: FitConfig, image_size: int) -> None:
+    if fit.crop_size >= image_size:
+        raise ConfigError(
+            f"config.fit.crop_size = {fit.crop_size} must be less than the {image_size} pixels of "
+            "a patch: lower it, or set config.fit.crop_epochs=0"
+        )
+    if fit.crop_epochs >= fit.epochs:
+        raise ConfigError(
+            f"config.fit.crop_epochs = {fit.crop_epochs} must be less than config.fit.epochs = "
+            f"{fit.epochs}: the last epochs train on whole patches"
+        )
 
 
 def _check(
-    parts: Parts, model: str, augmentations: tuple[str, ...], loss: str, image_size: int
+    parts: Parts,
+    model: str,
+    augmentations: tuple[str, ...],
+    loss: str,
+    image_size: int,
+    input_size: int,
 ) -> None:
-    images = jax.ShapeDtypeStruct((_BATCH, image_size, image_size, 3), jnp.uint8)
+    """Traces training and prediction on images of `input_size`, of a network for `image_size`."""
+    images = jax.ShapeDtypeStruct((_BATCH, input_size, input_size, 3), jnp.uint8)
     labels = jax.ShapeDtypeStruct((_BATCH,), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
@@ -100,28 +125,6 @@ def _check(
             "training: keep them the same in every step"
         )
     _trace(f"loss {loss!r}", parts.loss, logits, labels)
-
-
-def _check_crop(model: nn.Module, name: str, crop_size: int, image_size: int) -> None:
-    if crop_size >= image_size:
-        raise ConfigError(
-            f"config.fit.crop_size = {crop_size} must be less than the {image_size} pixels of a "
-            "patch: lower it, or set config.fit.crop_epochs=0"
-        )
-    images = jax.ShapeDtypeStruct((_BATCH, crop_size, crop_size, 3), jnp.float32)
-
-    def predict_crop(key: PRNGKeyArray, images: jax.Array) -> jax.Array:
-        weights = init_weights(model, key, np.zeros(3), np.ones(3), image_size)
-        return predict_logits(model, weights, images)
-
-    try:
-        jax.eval_shape(predict_crop, jax.eval_shape(lambda: jax.random.key(0)), images)
-    except Exception as error:  # user code may raise anything
-        raise ConfigError(
-            f"config.fit.crop_epochs needs a network for images of any size, and {name!r} for "
-            f"{image_size}x{image_size} pixels fails on {crop_size}x{crop_size}: set "
-            "config.model.name='five_block_p4m', or config.fit.crop_epochs=0"
-        ) from error
 
 
 def _trace(name: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -171,6 +171,7 @@ def main() -> None:
         key = {"recipe": f"{name}, PyTorch" if options.pytorch else name, "seed": seed}
         done = pd.read_csv(TABLE) if TABLE.exists() else pd.DataFrame()
         if len(done) and (done[KEY] == list(key.values())).all(axis=1).any():
+            print(f"{TABLE.name} has {key}")
             continue
         config = configure(options.config, options.changes)
         config.seed, config.data.raw_dir = seed, options.data

@@ -79,8 +79,11 @@ def test_crops_must_suit_the_network_and_be_smaller_than_the_patches():
     config.fit.crop_size = 96
     with pytest.raises(UserError, match="crop_size = 96 must be less than the 96 pixels"):
         check(config)
-    config.model.name, config.fit.crop_size = "five_block", 64
-    message = r"crop_epochs .* 'five_block' for 96x96 pixels fails on 64x64: set .*five_block_p4m"
+    config.fit.crop_size, config.fit.epochs = 64, 1
+    with pytest.raises(UserError, match=r"crop_epochs = 1 must be less than config\.fit\.epochs = 1"):
+        check(config)
+    config.model.name, config.fit.epochs = "five_block", 2
+    message = r"crop_size = 64: network 'five_block' fails: .*: set .*five_block_p4m"
     with pytest.raises(UserError, match=message):
         check(config)
 
