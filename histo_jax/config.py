@@ -237,8 +237,8 @@ class OptimizerConfig:
 
     name: str = _option(
         "adamw",
-        "optimizer: adamw, or muon, which often needs fewer epochs; both take learning rates of the "
-        "same size",
+        "optimizer: adamw, or muon, which often needs fewer epochs; their learning rates are of "
+        "the same size",
         choices=("adamw", "muon"),
     )
     learning_rate: float = _option(1.5e-4, "learning rate; the peak of a schedule", POSITIVE)

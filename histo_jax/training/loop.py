@@ -62,7 +62,7 @@ class Plan(NamedTuple):
 
     def is_done(self, early_stopping: EarlyStopping, history: Sequence[Any]) -> bool:
         """Returns whether nothing is left to train."""
-        # The first epochs, on the centre, say nothing about those on whole images.
+        # Whole images improve the loss again, where epochs on the centre no longer do.
         is_stopped = early_stopping.should_stop and len(history) > self.crop_epochs
         return is_stopped or len(history) >= self.epochs
 

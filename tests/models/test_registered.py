@@ -80,7 +80,7 @@ def test_crops_must_suit_the_network_and_be_smaller_than_the_patches():
     with pytest.raises(UserError, match="crop_size = 96 must be less than the 96 pixels"):
         check(config)
     config.fit.crop_size, config.fit.epochs = 64, 1
-    with pytest.raises(UserError, match=r"crop_epochs = 1 must be less than config\.fit\.epochs = 1"):
+    with pytest.raises(UserError, match=r"crop_epochs = 1 must be less than .*epochs = 1"):
         check(config)
     config.model.name, config.fit.epochs = "five_block", 2
     message = r"crop_size = 64: network 'five_block' fails: .*: set .*five_block_p4m"
