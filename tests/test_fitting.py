@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import histo_jax
 from histo_jax import fitting
-from histo_jax.config import ModelConfig
+from histo_jax.config import EarlyStoppingConfig, ModelConfig
 from histo_jax.data import loader, splits
 from histo_jax.distributed.mesh import batch_sharding, replicated
 from histo_jax.errors import UserError
@@ -31,6 +31,7 @@ from histo_jax.training.clock import TrainingClock
 from histo_jax.training.epoch_log import follow_up_passes
 from histo_jax.training.loop import Plan
 from histo_jax.training.patch_sheet import draw_patch_sheet
+from histo_jax.training.state import EarlyStopping, update
 
 runpy.run_path(str(Path(__file__).with_name("tiny_network.py")))
 
@@ -224,9 +225,10 @@ def test_the_first_epochs_train_on_the_centre(trained, make_tiny_config, tmp_pat
 
 def test_the_first_epochs_on_the_centre_neither_stop_the_run_nor_count_as_whole_ones():
     plan = Plan(8, 3, 10, 0, 60.0, 0, crop_epochs=4, crop_size=48)
-    stopped = SimpleNamespace(should_stop=True)
+    start = EarlyStopping.create(EarlyStoppingConfig(patience=1))
+    stopped = update(update(start, 0.5), 0.6)
     assert [plan.is_done(stopped, [None] * epochs) for epochs in (4, 5)] == [False, True]
-    assert plan.is_done(SimpleNamespace(should_stop=False), [None] * 10)
+    assert plan.is_done(start, [None] * 10)
     assert plan.cost_left(1, 96) == 3 + 6 * 4
     assert plan.cost_left(4, 96) == 6 * 4
     assert plan.cost_left(5, 96) == 5
