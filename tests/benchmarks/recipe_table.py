@@ -16,11 +16,11 @@ KEY = ["recipe", "seed"]
 # Lines of the figure, and the recipes of their points.
 OVER_MINUTES = {
     "pcam_fast": "pcam_fast.py",
-    "pcam_best": "pcam_best.py",
+    "muon_16+8_wide": "wider, 24 epochs",
     "pcam, PyTorch": "PyTorch, original recipe",
 }
 OVER_PATCHES = {
-    "symmetric": ["symmetric_1000", "symmetric_5000", "strong"],
+    "symmetric": ["symmetric_1000", "symmetric_5000", "pcam_best"],
     "plain": ["plain_1000", "plain_5000", "strong_plain"],
 }
 
