@@ -14,7 +14,7 @@ MISSPELT = {
     "optimiser.learning_rate": "config.optimizer.learning_rate?", "sed": "config.seed?",
     "predict.checkpoint": "config.predict.checkpoints?", "seed.x": "config.seed?",
     "model.features[0]": "config.model.features?",
-    "optimizer.lr": "config.optimizer has learning_rate, schedule, warmup",
+    "optimizer.lr": "config.optimizer has name, learning_rate, schedule, warmup",
     "fit": "config.fit has batch_size, epochs, steps_per_epoch",
 }  # fmt: skip
 
