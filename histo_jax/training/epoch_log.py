@@ -44,9 +44,8 @@ def log_epoch(
         seconds: of the remaining epochs, validation included.
         passes: see `follow_up_passes`, on images of this epoch's size.
     """
-    left = seconds
     if images_per_second:
-        left += passes / (_TRAINING_PASSES * images_per_second)
+        seconds += passes / (_TRAINING_PASSES * images_per_second)
     log.info(
         "epoch %d/%d  loss %.4f  validation loss %.4f  validation AUC %.4f  %s img/s  "
         "at most %s left",
@@ -56,7 +55,7 @@ def log_epoch(
         row["validation_loss"],
         row["validation_auc"],
         round(images_per_second) if images_per_second else "-",
-        _duration(left),
+        _duration(seconds),
     )
 
 

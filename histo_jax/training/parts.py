@@ -87,7 +87,8 @@ def _check_crop_fields(fit: FitConfig, image_size: int) -> None:
     if fit.crop_epochs >= fit.epochs:
         raise ConfigError(
             f"config.fit.crop_epochs = {fit.crop_epochs} must be less than config.fit.epochs = "
-            f"{fit.epochs}: the last epochs train on whole patches"
+            f"{fit.epochs}, so that the last epochs train on whole patches: lower it, or raise "
+            "config.fit.epochs"
         )
 
 
